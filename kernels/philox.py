@@ -1,0 +1,65 @@
+"""Philox4x32-10, the counter-based generator behind every random number here (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3", section 3.3). Eager torch reference; works on any device and gives the same bits on each.
+
+A 32-bit word is held in an int64 tensor, because torch has no arithmetic on unsigned 32-bit integers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1: the key schedule
+MASK = 0xFFFFFFFF
+
+
+def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the 64-bit product, by halves so that no step leaves 63 bits."""
+    low, high = multiplier * (word & 0xFFFF), multiplier * (word >> 16)
+    return (high + (low >> 16)) >> 16, ((high << 16) + low) & MASK
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Ten rounds.
+
+    Args:
+        counter: four int64 tensors of one shape, words in [0, 2^32).
+        key: two words in [0, 2^32).
+
+    Returns:
+        Four int64 tensors of that shape, words in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def uniform_from_bits(word: Tensor) -> Tensor:
+    """fp32 in [0, 1) from the upper 24 bits, which fp32 holds exactly."""
+    return (word >> 8).to(torch.float32) * 2.0**-24
+
+
+def normals_from_bits(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Box-Muller in fp64 from two words; returns two fp32 tensors. The tail ends at sqrt(-2 ln 2^-33) = 6.76 sigma."""
+    radius = torch.sqrt(-2.0 * torch.log((first.to(torch.float64) + 0.5) * 2.0**-32))
+    angle = (2.0 * math.pi * 2.0**-32) * second.to(torch.float64)
+    return (radius * torch.cos(angle)).to(torch.float32), (radius * torch.sin(angle)).to(torch.float32)
+
+
+def normal(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
+    """Standard normals, four to a counter: fp32 of shape [*counter.shape, 4]."""
+    words = philox4x32(counter, key)
+    return torch.stack((*normals_from_bits(words[0], words[1]), *normals_from_bits(words[2], words[3])), dim=-1)
+
+
+def uniform(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
+    """Uniforms in [0, 1), four to a counter: fp32 of shape [*counter.shape, 4]."""
+    return torch.stack([uniform_from_bits(word) for word in philox4x32(counter, key)], dim=-1)

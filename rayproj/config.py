@@ -1,0 +1,145 @@
+"""Configuration: a YAML file and dotted overrides laid over a dataclass, with every problem reported at once.
+
+The dataclasses stand beside the components that they configure. A dataclass may define `problems(self) -> list[str]`
+for what a type cannot say; each entry is a full sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rayproj.errors import UserError
+
+T = TypeVar("T")
+
+
+def load(schema: type[T], path: str | Path | None = None, overrides: list[str] | None = None) -> T:
+    """Lay a YAML file and dotted overrides over the defaults of `schema`.
+
+    Args:
+        schema: a dataclass; its defaults are the base.
+        path: a YAML file, or None for the defaults alone.
+        overrides: `key.sub=value` strings, later ones win.
+
+    Raises:
+        UserError: naming every unknown key (with the nearest right one), wrong value and broken cross-field rule.
+    """
+    config = OmegaConf.structured(schema)
+    problems = []
+    for source, given in _sources(path, overrides or []):
+        for key, value in _leaves(given):
+            problem = _set(config, key, value)
+            if problem:
+                problems.append(f"{source}: {problem}")
+    if not problems:
+        problems = [f"'{key}' must be given a value." for key in sorted(OmegaConf.missing_keys(config))]
+    if problems:
+        raise _report(problems)
+    try:
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise _report([_first_line(error)]) from error
+    problems = list(_cross_field_problems(result))
+    if problems:
+        raise _report(problems)
+    return result  # type: ignore[return-value]
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML, keys in the order of the dataclass."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain dicts, lists and scalars (enums by name)."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)  # type: ignore
+
+
+def from_dict(schema: type[T], values: dict[str, Any]) -> T:
+    """The inverse of `to_dict`."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))  # type: ignore[return-value]
+
+
+def _sources(path: str | Path | None, overrides: list[str]) -> Iterator[tuple[str, DictConfig]]:
+    if path is not None:
+        try:
+            given = OmegaConf.load(path)
+        except FileNotFoundError:
+            raise UserError(f"The config file '{path}' does not exist; check the path.") from None
+        except IsADirectoryError:
+            raise UserError(f"'{path}' is a folder; give the path of a YAML file.") from None
+        except Exception as error:
+            raise UserError(f"The config file '{path}' is not valid YAML: {_first_line(error)}") from error
+        if not isinstance(given, DictConfig):
+            raise UserError(f"The config file '{path}' must hold 'key: value' lines.")
+        yield str(path), given
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"'{override}' is not an override; write key.sub=value.")
+        try:
+            yield override, OmegaConf.from_dotlist([override])
+        except Exception as error:
+            raise UserError(f"The override '{override}' cannot be read: {_first_line(error)}") from error
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a nested mapping as (dotted key, raw value); interpolations stay unresolved."""
+    if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation() and (len(node) or not prefix):
+        for name in node:
+            child = node._get_node(name)
+            yield from _leaves(child, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(node, ListConfig):
+        yield prefix, OmegaConf.to_container(node)
+    else:
+        yield prefix, node._value() if hasattr(node, "_value") else node
+
+
+def _set(config: DictConfig, key: str, value: Any) -> str | None:
+    """Set one leaf; returns what is wrong with it, if anything."""
+    node: Any = config
+    walked: list[str] = []
+    for name in key.split("."):
+        if isinstance(node, DictConfig) and OmegaConf.get_type(node) not in (dict, None) and name not in node:
+            return f"there is no '{key}'{_nearest(name, [str(k) for k in node], walked)}"
+        walked.append(name)
+        node = node._get_node(name) if isinstance(node, DictConfig) and name in node else None
+    try:
+        OmegaConf.update(config, key, value)
+    except OmegaConfBaseException as error:
+        return f"'{key}' cannot be {value!r}: {_first_line(error)}."
+    return None
+
+
+def _nearest(name: str, known: list[str], walked: list[str]) -> str:
+    where = f"'{'.'.join(walked)}'" if walked else "the config"
+    match = difflib.get_close_matches(name, known, n=1)
+    if match:
+        return f"; did you mean '{'.'.join([*walked, match[0]])}'?"
+    return f"; {where} has: {', '.join(sorted(known))}."
+
+
+def _cross_field_problems(value: Any) -> Iterator[str]:
+    if not dataclasses.is_dataclass(value):
+        return
+    for field in dataclasses.fields(value):
+        yield from _cross_field_problems(getattr(value, field.name))
+    if hasattr(value, "problems"):
+        yield from value.problems()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def _report(problems: list[str]) -> UserError:
+    if len(problems) == 1:
+        return UserError(f"The configuration has a problem: {problems[0]}")
+    return UserError("The configuration has these problems:" + "".join(f"\n  - {problem}" for problem in problems))

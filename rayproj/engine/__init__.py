@@ -1,0 +1,1 @@
+"""One rank's training: task, step, DeepSpeed engine, checkpoints. Knows no Ray."""
