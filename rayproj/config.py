@@ -107,10 +107,11 @@ def _set(config: DictConfig, key: str, value: Any) -> str | None:
     node: Any = config
     walked: list[str] = []
     for name in key.split("."):
-        if isinstance(node, DictConfig) and OmegaConf.get_type(node) not in (dict, None) and name not in node:
-            return f"there is no '{key}'{_nearest(name, [str(k) for k in node], walked)}"
+        known = [str(k) for k in node.keys()] if isinstance(node, DictConfig) else []  # "in" is false for a missing "???"
+        if isinstance(node, DictConfig) and OmegaConf.get_type(node) not in (dict, None) and name not in known:
+            return f"there is no '{key}'{_nearest(name, known, walked)}"
         walked.append(name)
-        node = node._get_node(name) if isinstance(node, DictConfig) and name in node else None
+        node = node._get_node(name) if name in known else None
     try:
         OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:
@@ -143,3 +144,24 @@ def _report(problems: list[str]) -> UserError:
     if len(problems) == 1:
         return UserError(f"The configuration has a problem: {problems[0]}")
     return UserError("The configuration has these problems:" + "".join(f"\n  - {problem}" for problem in problems))
+
+
+def section(schema: type[T], text: bytes, name: str) -> T:
+    """One component's config from the `config.yaml` that a run saved.
+
+    Raises:
+        UserError: the run's job has no such component.
+    """
+    return from_dict(schema, value(text, name))
+
+
+def value(text: bytes, name: str) -> Any:
+    """One top-level value from the `config.yaml` that a run saved.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    values = OmegaConf.to_container(OmegaConf.create(text.decode()))
+    if not isinstance(values, dict) or name not in values:
+        raise UserError(f"The run's config.yaml has no '{name}'; give the run dir of a job that has one.")
+    return values[name]

@@ -1,0 +1,47 @@
+"""Encode images to a dataset of latents with a trained autoencoder, shard by shard, by a pool of actors.
+
+python jobs/encode_latents.py configs/encode_latents.yaml key=value ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayproj.data.dataset import Dataset
+from rayproj.diffusion.encode import latent_header
+from rayproj.runtime.command import command
+from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.run import Run, RunConfig
+from rayproj.tracking.tracker import TrackingConfig
+
+
+@dataclass
+class Config:
+    images: dict[str, str] = field(default_factory=dict)  # name of a part -> its images
+    out: str = "???"  # the latents of a part go to <out>/<part>
+    autoencoder: str = "???"  # run dir of jobs/train_autoencoder.py
+    batch: int = 128  # images encoded at once by an actor
+    run: RunConfig = field(default_factory=RunConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def problems(self) -> list[str]:
+        return [] if self.images else ["images must name at least one dataset, such as images.public=runs/data/public."]
+
+
+def main(config: Config) -> dict[str, Any]:
+    with Run.open("encode_latents", config) as run:
+        if run.result:
+            return run.result
+        parts = {}
+        for part, uri in config.images.items():
+            header = latent_header(Dataset.open(uri).header, config.autoencoder)
+            latents = Dataset.create(f"{config.out}/{part}", header)
+            maker = {"images": uri, "autoencoder": config.autoencoder, "batch": config.batch}
+            parts[part] = produce(run, latents, "rayproj.diffusion.encode:Encoder", config.pool, maker)
+        return run.finish({"parts": parts, "samples": sum(part["samples"] for part in parts.values())})
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(Config, main))

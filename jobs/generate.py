@@ -1,0 +1,41 @@
+"""Generate a synthetic dataset with a trained diffusion model: every planned shard exactly once, by a pool of samplers.
+
+python jobs/generate.py configs/generate.yaml key=value ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayproj.data.dataset import Dataset
+from rayproj.runtime.command import command
+from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.run import Run, RunConfig
+from rayproj.synthesis.plan import GenerateConfig, plan
+from rayproj.tracking.tracker import TrackingConfig
+
+
+@dataclass
+class Config:
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    consumers: list[str] = field(default_factory=list)  # trainings that read while this writes; it stays near them
+    run: RunConfig = field(default_factory=RunConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def main(config: Config) -> dict[str, Any]:
+    with Run.open("generate", config) as run:
+        if run.result:
+            return run.result
+        dataset = Dataset.create(config.generate.out, plan(config.generate, config.run.seed))
+        maker = {"out": dataset.uri, "batch": config.generate.batch}
+        made = produce(
+            run, dataset, "rayproj.synthesis.synthesizer:Synthesizer", config.pool, maker, config.consumers
+        )
+        return run.finish({**made, "private": dataset.header.provenance["private"]})
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(Config, main))

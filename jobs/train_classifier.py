@@ -1,0 +1,67 @@
+"""Train a classifier on a dataset, real or synthetic; a synthetic one may still be in the making.
+
+python jobs/train_classifier.py configs/train_classifier.yaml key=value ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayproj import config as configuration
+from rayproj.classifiers.model import ClassifierConfig
+from rayproj.classifiers.task import ClassificationTask
+from rayproj.data.dataset import Dataset
+from rayproj.data.loader import Batches, Streamed
+from rayproj.data.order import Shuffled
+from rayproj.data.reader import Reader
+from rayproj.engine.steps import PlainStep
+from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
+from rayproj.engine.world import World
+from rayproj.runtime.command import command
+from rayproj.runtime.group import GroupConfig
+from rayproj.runtime.run import Run, RunConfig
+from rayproj.runtime.supervisor import fit
+from rayproj.storage.store import Store
+from rayproj.tracking.tracker import TrackingConfig
+
+
+@dataclass
+class Config:
+    data: str = "???"  # a dataset with the fields "image" and "label"
+    consumer: str = ""  # read the first epoch as it is written, under this name; "": the dataset is complete
+    wait_seconds: float = 600.0  # for the dataset, and for each next shard of it
+    shift: int = 2  # augmentation: largest shift in pixels
+    flip: bool = True  # augmentation: mirror left and right
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: GroupConfig = field(default_factory=GroupConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    config = configuration.from_dict(Config, values)
+    dataset = Dataset.open(config.data, config.wait_seconds)
+    header = dataset.header
+    task = ClassificationTask(config.classifier, header, config.run.seed, config.shift, config.flip)
+    streams = bool(config.consumer)
+    order = Shuffled(header.num_samples, header.shard_size, config.train.batch, config.run.seed, streams)
+    reader = Reader(dataset, fields=["image", "label"], wait_seconds=config.wait_seconds)
+    batches: Any = Batches(reader, order, world.rank, world.world_size)
+    if streams:
+        batches = Streamed(batches, dataset, config.consumer)
+    step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)
+    engine = train(Recipe(task, step, batches, config.train), world, Store(config.run.dir), link)
+    if streams:
+        batches.finish()
+    return summary(engine, world)
+
+
+def main(config: Config) -> dict[str, Any]:
+    with Run.open("train_classifier", config) as run:
+        return run.result or run.finish(fit(run, "rayproj.jobs.train_classifier:worker", config.cluster))
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(Config, main))

@@ -1,0 +1,57 @@
+"""Train a class-conditional latent diffusion model on a rank group.
+
+python jobs/train_diffusion.py configs/train_diffusion.yaml key=value ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayproj import config as configuration
+from rayproj.data.dataset import Dataset
+from rayproj.data.loader import Batches
+from rayproj.data.order import Shuffled
+from rayproj.data.reader import Reader
+from rayproj.diffusion.autoencoder import Codec
+from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
+from rayproj.engine.steps import PlainStep
+from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
+from rayproj.engine.world import World
+from rayproj.runtime.command import command
+from rayproj.runtime.group import GroupConfig
+from rayproj.runtime.run import Run, RunConfig
+from rayproj.runtime.supervisor import fit
+from rayproj.storage.store import Store
+from rayproj.tracking.tracker import TrackingConfig
+
+
+@dataclass
+class Config:
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: GroupConfig = field(default_factory=GroupConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    config = configuration.from_dict(Config, values)
+    latents = Dataset.open(config.diffusion.latents)
+    header = latents.header
+    codec = Codec.load(header.provenance["autoencoder"], world.device) if config.train.preview_every else None
+    task = DiffusionTask(config.diffusion, header, config.run.seed, codec)
+    order = Shuffled(header.num_samples, header.shard_size, config.train.batch, config.run.seed)
+    batches = Batches(Reader(latents), order, world.rank, world.world_size)
+    step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)
+    engine = train(Recipe(task, step, batches, config.train), world, Store(config.run.dir), link)
+    return summary(engine, world)
+
+
+def main(config: Config) -> dict[str, Any]:
+    with Run.open("train_diffusion", config) as run:
+        return run.result or run.finish(fit(run, "rayproj.jobs.train_diffusion:worker", config.cluster))
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(Config, main))

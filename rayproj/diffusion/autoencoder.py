@@ -1,0 +1,183 @@
+"""The autoencoder whose latents the diffusion model learns (Rombach et al. 2022, "High-Resolution Image Synthesis with
+Latent Diffusion Models", section 3.1), as a Task, and the codec that the later stages use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rayproj import config as configuration
+from rayproj import keyed
+from rayproj.engine.checkpoint import load_ema
+from rayproj.engine.engine import load_flat
+from rayproj.engine.task import Batch
+from rayproj.errors import UserError
+from rayproj.storage.store import Store, from_json
+
+
+@dataclass
+class AutoencoderConfig:
+    """A diffusers `AutoencoderKL`. Every level but the last halves height and width."""
+
+    channels: tuple[int, ...] = (16, 32, 32)
+    layers_per_block: int = 1
+    norm_groups: int = 8
+    latent_channels: int = 4
+    kl_weight: float = 1e-4  # of the mean KL divergence per latent element
+
+    def problems(self) -> list[str]:
+        return [
+            f"autoencoder.channels: {c} is not a multiple of autoencoder.norm_groups={self.norm_groups}."
+            for c in self.channels
+            if c % self.norm_groups
+        ]
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 [0, 255] to fp32 [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to uint8, rounded."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class Autoencoder(nn.Module):
+    """Images to the moments of a diagonal Gaussian over latents, and back."""
+
+    def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
+        super().__init__()
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        levels = len(config.channels)
+        self.kl = AutoencoderKL(
+            in_channels=image_channels,
+            out_channels=image_channels,
+            latent_channels=config.latent_channels,
+            block_out_channels=tuple(config.channels),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_groups,
+            mid_block_add_attention=False,
+        )
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each [B, latent_channels, h, w], of images in [-1, 1]."""
+        posterior = self.kl.encode(x).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.kl.decode(z).sample
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction through a sampled latent, and the posterior's mean and log-variance."""
+        mean, logvar = self.encode(x)
+        return self.decode(mean + torch.exp(0.5 * logvar) * noise.to(mean)), mean, logvar
+
+
+class AutoencoderTask:
+    """L1 + L2 reconstruction and a small KL term, per example.
+
+    Args:
+        image_shape: [C, H, W] of the dataset's images.
+        preview_images: uint8 [N, C, H, W] to show beside their reconstructions, or None.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        image_shape: tuple[int, ...],
+        seed: int,
+        preview_images: np.ndarray | None = None,
+    ) -> None:
+        self.config, self.image_shape, self.seed, self.preview_images = config, image_shape, seed, preview_images
+        factor = 2 ** (len(config.channels) - 1)
+        if any(side % factor for side in image_shape[1:]):
+            raise UserError(
+                f"Images of {image_shape[1]}x{image_shape[2]} do not divide by {factor}; "
+                "set the source's image_size to a multiple or use fewer autoencoder.channels."
+            )
+        self.latent_shape = (config.latent_channels, *(side // factor for side in image_shape[1:]))
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(self.seed)
+        return Autoencoder(self.config, self.image_shape[0])
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        x = to_unit_range(batch["image"])
+        reconstruction, mean, logvar = model(x, keyed.normal(self.seed, "posterior", batch["row"], self.latent_shape))
+        error = (reconstruction.float() - x).flatten(1)
+        # KL(N(mean, var) || N(0, 1)) per element, Kingma and Welling 2014, appendix B.
+        kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).flatten(1).mean(1)
+        return error.abs().mean(1) + error.square().mean(1) + self.config.kl_weight * kl
+
+    @torch.no_grad()
+    def preview(self, model: nn.Module) -> np.ndarray | None:
+        if self.preview_images is None:
+            return None
+        assert isinstance(model, Autoencoder)
+        device = next(model.parameters()).device
+        x = to_unit_range(torch.from_numpy(self.preview_images)).to(device)
+        return np.concatenate([self.preview_images, to_uint8(model.decode(model.encode(x)[0])).cpu().numpy()])
+
+
+@torch.no_grad()
+def measure(model: Autoencoder, images: Tensor, batch: int = 64) -> dict[str, Any]:
+    """Per-channel mean and standard deviation of the latents, which scale them to unit variance for the diffusion
+    model (Rombach et al. 2022, appendix G), and the reconstruction's PSNR in dB over uint8 images [N, C, H, W]."""
+    means, errors = [], []
+    for part in images.split(batch):
+        mean, _ = model.encode(to_unit_range(part))
+        error = to_uint8(model.decode(mean)).double() - part.double()
+        means.append(mean.double().cpu())
+        errors.append(error.square().flatten(1).mean(1).cpu())
+    latents = torch.cat(means).transpose(0, 1).flatten(1)
+    mse = torch.cat(errors).mean()
+    return {
+        "latent_mean": latents.mean(1).tolist(),
+        "latent_std": latents.std(1).tolist(),
+        "psnr": float(10 * torch.log10(255.0**2 / mse)),
+    }
+
+
+class Codec:
+    """A trained autoencoder with its latents scaled to zero mean and unit variance per channel."""
+
+    def __init__(self, model: Autoencoder, latent_mean: list[float], latent_std: list[float], device: str) -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.mean = torch.tensor(latent_mean, device=device)[:, None, None]
+        self.std = torch.tensor(latent_std, device=device)[:, None, None]
+
+    @classmethod
+    def load(cls, run_dir: str, device: str) -> Codec:
+        """From the run dir of a finished autoencoder training.
+
+        Raises:
+            UserError: the run is not there or not finished.
+        """
+        store = Store(run_dir)
+        if not store.exists("result.json"):
+            raise UserError(f"The autoencoder run '{run_dir}' is not finished; run jobs/train_autoencoder.py on it.")
+        result = from_json(store.read("result.json"))
+        config = configuration.section(AutoencoderConfig, store.read("config.yaml"), "autoencoder")
+        model = Autoencoder(config, int(result["image_shape"][0]))
+        load_flat(model, load_ema(store)[0])
+        return cls(model, result["latent_mean"], result["latent_std"], device)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents of uint8 images [B, C, H, W]."""
+        mean, logvar = self.model.encode(to_unit_range(images))
+        return (mean - self.mean) / self.std, torch.exp(0.5 * logvar) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """uint8 images [B, C, H, W] of scaled latents."""
+        return to_uint8(self.model.decode(latents * self.std + self.mean))

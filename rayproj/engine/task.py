@@ -1,0 +1,28 @@
+"""What is learned. A Task gives a model and per-example losses; it knows no Ray, no DeepSpeed and no privacy."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+"""Fields of a dataset, stacked: [B, ...]. "row" is int64 [B, 3], (global sample index, step, view): the key of all
+per-sample randomness (`rayproj.keyed`)."""
+
+
+class Task(Protocol):
+    """The same Task trains plainly or privately: the Step decides what becomes of its losses."""
+
+    def build(self) -> nn.Module:
+        """The trainable model on CPU, a function of the task's seed alone."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Per-example losses, fp32 [B]. Reaches the model through its forward only; row b depends on example b only."""
+        ...
+
+    def preview(self, model: nn.Module) -> np.ndarray | None:
+        """Images that show what the model has learned, uint8 [N, C, H, W], or None."""
+        ...
