@@ -1,0 +1,152 @@
+"""A dataset: webdataset tar shards plus commit records. Imported images, cached latents and synthetic images are all one.
+
+    <uri>/dataset.json             the header, created once
+    <uri>/shards/000000-<id>.tar   data under a unique name
+    <uri>/commits/000000.json      the record; a shard exists when and only when its record does
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rayproj.errors import UserError
+from rayproj.storage.store import Store, from_json, to_json
+
+
+@dataclass(frozen=True)
+class Field:
+    """One entry of a sample.
+
+    "png": uint8 [C, H, W]; "npy": any array of `shape`; "int", "float", "str": a scalar.
+    """
+
+    encoding: str
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a dataset holds, fixed before its first shard."""
+
+    name: str
+    fields: dict[str, Field]
+    num_samples: int
+    shard_size: int  # samples in every shard but perhaps the last
+    classes: tuple[str, ...]  # names of the values of the field "label"
+    licence: str = ""
+    attribution: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)  # how it was made
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(self.num_samples / self.shard_size)
+
+    def shard_range(self, shard: int) -> range:
+        """Global indices of the samples of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
+
+    def to_json(self) -> bytes:
+        return to_json(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Header:
+        values = from_json(data)
+        values["fields"] = {k: Field(f["encoding"], tuple(f["shape"])) for k, f in values["fields"].items()}
+        values["classes"] = tuple(values["classes"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A committed shard."""
+
+    shard: int
+    object: str  # path of the tar, relative to the dataset
+    sha256: str
+    size: int  # bytes
+    samples: int
+    class_counts: dict[str, int]
+    made_by: str  # the actor or process
+    seconds: float  # it took to make
+    committed_at: float  # unix time
+
+
+class Dataset:
+    """A dataset on a store, complete or still being written."""
+
+    def __init__(self, uri: str, header: Header) -> None:
+        self.store = Store(uri)
+        self.uri = self.store.uri
+        self.header = header
+        self._records: dict[int, ShardRecord] = {}
+
+    @classmethod
+    def create(cls, uri: str, header: Header) -> Dataset:
+        """Plan a dataset, or open one that has the same plan.
+
+        Raises:
+            UserError: another dataset is there.
+        """
+        store = Store(uri)
+        if not store.put_once("dataset.json", header.to_json()):
+            there = Header.from_json(store.read("dataset.json"))
+            if there.to_json() != header.to_json():
+                ours, theirs = asdict(header), asdict(there)
+                differing = ", ".join(sorted(k for k in ours if to_json(ours[k]) != to_json(theirs[k])))
+                raise UserError(
+                    f"{store.uri} already holds another dataset (it differs in {differing}); "
+                    "write to another place or delete that folder."
+                )
+        return cls(uri, header)
+
+    @classmethod
+    def open(cls, uri: str, wait_seconds: float = 0.0) -> Dataset:
+        """Open a dataset, waiting for its header if it is not there yet.
+
+        Raises:
+            UserError: there is none after waiting.
+        """
+        store, deadline = Store(uri), time.monotonic() + wait_seconds
+        while True:
+            try:
+                return cls(uri, Header.from_json(store.read("dataset.json")))
+            except FileNotFoundError:
+                if time.monotonic() >= deadline:
+                    raise UserError(f"There is no dataset at '{uri}'; run the job that writes it first.") from None
+                time.sleep(min(0.2, wait_seconds))
+
+    def record(self, shard: int) -> ShardRecord | None:
+        """The record of a committed shard, or None. A record never changes, so it is read once."""
+        if shard not in self._records:
+            try:
+                self._records[shard] = ShardRecord(**from_json(self.store.read(f"commits/{shard:06d}.json")))
+            except FileNotFoundError:
+                return None
+        return self._records[shard]
+
+    def records(self) -> dict[int, ShardRecord]:
+        """Every committed shard's record, by shard."""
+        if len(self._records) < self.header.num_shards:
+            for path in self.store.list("commits"):
+                self.record(int(path.removeprefix("commits/").removesuffix(".json")))
+        return dict(sorted(self._records.items()))
+
+    @property
+    def complete(self) -> bool:
+        return len(self.records()) == self.header.num_shards
+
+    def manifest_hash(self) -> str:
+        """Identifies the contents: header and shard hashes.
+
+        Raises:
+            UserError: shards are missing.
+        """
+        records = self.records()
+        if not self.complete:
+            raise UserError(f"{self.uri} has {len(records)} of {self.header.num_shards} shards; finish writing it.")
+        contents = [[r.shard, r.sha256, r.samples] for r in records.values()]
+        return hashlib.sha256(self.header.to_json() + to_json(contents)).hexdigest()

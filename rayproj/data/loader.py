@@ -1,0 +1,73 @@
+"""This rank's slices of the global batches, as tensors."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayproj.data import watermark
+from rayproj.data.dataset import Dataset
+from rayproj.data.reader import Reader
+
+
+class Sampling(Protocol):
+    """Which samples make up the global batch of a step."""
+
+    def indices(self, step: int) -> np.ndarray: ...
+
+
+class Batches:
+    """Batch by step: the samples of `sampling.indices(step)`, of which this rank takes its contiguous share.
+
+    The next step's batch is read ahead in a thread.
+    """
+
+    def __init__(self, reader: Reader, sampling: Sampling, rank: int, world_size: int) -> None:
+        self.reader, self.sampling, self.rank, self.world_size = reader, sampling, rank, world_size
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        """The fields [B, ...] of this rank's share, and "row" int64 [B, 3]: (global sample index, step, view 0)."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = (step, self._pool.submit(self._read, step))
+        batch = self._ahead[1].result()
+        self._ahead = (step + 1, self._pool.submit(self._read, step + 1))
+        return batch
+
+    def _read(self, step: int) -> dict[str, Tensor]:
+        mine = np.array_split(self.sampling.indices(step), self.world_size)[self.rank]
+        columns = self.reader.gather(mine)
+        index = torch.from_numpy(columns.pop("index"))
+        row = torch.stack([index, torch.full_like(index, step), torch.zeros_like(index)], dim=1)
+        return {"row": row, **{k: torch.from_numpy(v) for k, v in columns.items() if v.dtype != object}}
+
+
+class Streamed:
+    """Batches of a dataset in the making: tells the producer how far the first epoch was read."""
+
+    def __init__(self, batches: Batches, dataset: Dataset, consumer: str) -> None:
+        self.batches, self.dataset, self.consumer = batches, dataset, consumer
+        self._told = -1
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        first = int(self.batches.sampling.indices(step).min()) if not self._finished(step) else None
+        shards = self.dataset.header.num_shards if first is None else first // self.dataset.header.shard_size
+        self._tell(shards)
+        return self.batches.at(step)
+
+    def finish(self) -> None:
+        """Nothing more will be read: the producer need not wait."""
+        self._tell(self.dataset.header.num_shards)
+
+    def _finished(self, step: int) -> bool:
+        return step * getattr(self.batches.sampling, "global_batch", 1) >= self.dataset.header.num_samples
+
+    def _tell(self, shards: int) -> None:
+        if shards > self._told and self.batches.rank == 0:
+            watermark.publish(self.dataset, self.consumer, shards)
+        self._told = max(shards, self._told)

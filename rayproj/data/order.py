@@ -1,0 +1,60 @@
+"""Which samples make up which global batch: pure functions of the step. No state, so nothing to save or restore."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_samples: int, shard_size: int, seed: int, epoch: int, window_shards: int = 8) -> np.ndarray:
+    """A keyed permutation of a dataset: shards permuted, then samples permuted within windows of shards.
+
+    Windows keep reads local: only `window_shards` shards are open at a time.
+
+    Returns:
+        int64 [num_samples] of global sample indices.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    num_shards = -(-num_samples // shard_size)
+    shards = rng.permutation(num_shards)
+    windows = []
+    for begin in range(0, num_shards, window_shards):
+        starts = shards[begin : begin + window_shards] * shard_size
+        inside = (starts[:, None] + np.arange(shard_size)).ravel()
+        windows.append(rng.permutation(inside[inside < num_samples]))
+    order = np.concatenate(windows).astype(np.int64)
+    order.flags.writeable = False
+    return order
+
+
+class Shuffled:
+    """Global batch b is positions [bB, (b+1)B) of the endless stream of permuted epochs.
+
+    Args:
+        global_batch: B, over all ranks.
+        first_epoch_in_order: the first epoch takes the samples in order, as for a dataset that is still being written.
+    """
+
+    def __init__(
+        self, num_samples: int, shard_size: int, global_batch: int, seed: int, first_epoch_in_order: bool = False
+    ) -> None:
+        self.num_samples, self.shard_size, self.global_batch, self.seed = num_samples, shard_size, global_batch, seed
+        self.first_epoch_in_order = first_epoch_in_order
+
+    def indices(self, step: int) -> np.ndarray:
+        """int64 [B]: global sample indices of the batch of update `step`."""
+        epochs, offsets = np.divmod(
+            np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64), self.num_samples
+        )
+        result = np.empty(self.global_batch, np.int64)
+        for epoch in np.unique(epochs):
+            inside = epochs == epoch
+            result[inside] = self._epoch(int(epoch))[offsets[inside]]
+        return result
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if epoch == 0 and self.first_epoch_in_order:
+            return np.arange(self.num_samples)
+        return epoch_order(self.num_samples, self.shard_size, self.seed, epoch)
