@@ -1,0 +1,181 @@
+"""A pool of actors that makes every planned shard of a dataset exactly once."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from rayproj.data import watermark
+from rayproj.data.dataset import Dataset
+from rayproj.data.writer import commit_shard
+from rayproj.errors import Interrupted, UserError
+from rayproj.runtime import interrupt
+from rayproj.runtime.group import import_entry, set_environment
+from rayproj.runtime.leases import Leases, slowest
+from rayproj.runtime.run import Run
+
+
+@dataclass
+class PoolConfig:
+    """How many makers, and what each gets."""
+
+    actors: int = 2
+    cpus_per_actor: float = 0.5
+    gpus_per_actor: float | None = None  # None: one where the cluster has GPUs, else none
+    max_ahead: int = 64  # shards that may be made beyond what the slowest consumer has read
+    lease_seconds: float = 600.0  # after which a shard is given to somebody else too
+
+    def problems(self) -> list[str]:
+        return [f"pool.{k} must be positive." for k in ("actors", "max_ahead") if getattr(self, k) <= 0]
+
+
+class _Maker:
+    """Builds the maker once, then makes and commits one shard a call."""
+
+    def __init__(self, name: str, maker: str, config: dict[str, Any], uri: str, threads: int, folder: str) -> None:
+        set_environment(threads, folder)
+        import torch
+
+        torch.set_num_threads(threads)
+        on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
+        self.name, self.dataset = name, Dataset.open(uri)
+        self.maker = import_entry(maker)(config, "cuda:0" if on_gpu else "cpu")
+
+    def make(self, shard: int) -> tuple[str, float, float]:
+        """Returns who made it, when it began and when it was committed (unix time)."""
+        began = time.time()
+        samples = self.maker.make(shard)
+        commit_shard(self.dataset, shard, samples, self.name, time.time() - began)
+        return self.name, began, time.time()
+
+
+class _Pool:
+    """The actors, and what each is at."""
+
+    def __init__(self, run: Run, dataset: Dataset, maker: str, config: PoolConfig, values: dict[str, Any]) -> None:
+        gpus = config.gpus_per_actor
+        if gpus is None:
+            gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+        options = {"num_cpus": config.cpus_per_actor, "num_gpus": gpus, "max_restarts": 0}
+        self._actor = ray.remote(_Maker).options(**options)
+        self._arguments = (maker, values, dataset.uri, max(1, int(config.cpus_per_actor)), os.getcwd())
+        self._started = 0
+        self.actors: dict[str, Any] = {}
+        self.busy: dict[ray.ObjectRef, tuple[str, int]] = {}
+        self.max_actors = config.actors
+
+    def idle(self) -> list[str]:
+        """Names of the actors with nothing to do, after replacing those that were lost."""
+        while len(self.actors) < self.max_actors:
+            name = f"maker {self._started}"
+            self._started += 1
+            self.actors[name] = self._actor.remote(name, *self._arguments)
+        return [name for name in self.actors if name not in {holder for holder, _ in self.busy.values()}]
+
+    def give(self, name: str, shard: int) -> None:
+        self.busy[self.actors[name].make.remote(shard)] = (name, shard)
+
+    def drop(self, name: str) -> None:
+        ray.kill(self.actors.pop(name), no_restart=True)
+
+    def close(self) -> None:
+        for name in list(self.actors):
+            self.drop(name)
+
+
+def produce(
+    run: Run,
+    dataset: Dataset,
+    maker: str,
+    config: PoolConfig,
+    values: dict[str, Any],
+    consumers: list[str] | None = None,
+) -> dict[str, Any]:
+    """Make every planned shard of `dataset` that is not committed yet.
+
+    Args:
+        maker: "package.module:Class"; `Class(values, device)` is built once in each actor, and its `.make(shard)`
+            returns the shard's samples.
+        consumers: trainings that read meanwhile; no shard is begun too far ahead of the slowest.
+
+    Raises:
+        Interrupted: a stop was asked for; what is committed stays.
+        UserError: from a maker.
+        PoisonShard: a shard failed again and again.
+    """
+    consumers = consumers or []
+    leases = Leases(
+        dataset.header.num_shards,
+        config.lease_seconds,
+        config.max_ahead if consumers else None,
+        done=set(dataset.records()),
+    )
+    pool = _Pool(run, dataset, maker, config, values)
+    run.tracker.event({"type": "total", "steps": dataset.header.num_shards})
+    made, began, counted = 0, time.time(), 0
+    try:
+        while not leases.complete:
+            interrupt.check()
+            consumed = slowest(watermark.watermarks(dataset), consumers) if consumers else 0
+            for name in pool.idle():
+                shard = leases.grant(name, time.monotonic(), consumed)
+                if shard is not None:
+                    pool.give(name, shard)
+            done, _ = ray.wait(list(pool.busy), timeout=0.2) if pool.busy else ([], [])
+            if not done:
+                time.sleep(0 if pool.busy else 0.1)
+            for ref in done:
+                name, shard = pool.busy.pop(ref)
+                span = _result(run, pool, leases, name, ref)
+                if span is None:
+                    continue
+                leases.finish(shard)
+                made += 1
+                counted += len(dataset.header.shard_range(shard))
+                _report(run, leases, shard, span, counted / (time.time() - began), counted)
+    finally:
+        pool.close()
+    seconds = time.time() - began
+    return {
+        "samples": dataset.header.num_samples,
+        "shards": dataset.header.num_shards,
+        "made": made,
+        "images_per_second": counted / seconds if made else _recorded_speed(dataset),
+        "dataset": dataset.uri,
+        "manifest": dataset.manifest_hash(),
+    }
+
+
+def _result(run: Run, pool: _Pool, leases: Leases, name: str, ref: ray.ObjectRef) -> tuple[str, float, float] | None:
+    try:
+        return ray.get(ref)  # type: ignore[no-any-return]
+    except UserError as error:
+        raise UserError(*error.args) from error
+    except Interrupted:
+        raise
+    except Exception as error:
+        what = "died" if isinstance(error, RayActorError) else f"failed: {str(error).strip().splitlines()[-1]}"
+        run.tracker.event({"type": "restart", "cause": what, "text": f"{name} {what}; its shard goes to another."})
+        leases.lose(name)
+        pool.drop(name)
+        return None
+
+
+def _report(run: Run, leases: Leases, shard: int, span: tuple[str, float, float], speed: float, samples: int) -> None:
+    actor, start, end = span
+    run.tracker.event({"type": "span", "actor": actor, "what": f"shard {shard}", "start": start, "end": end})
+    values = {"step": len(leases.done), "samples": samples, "images_per_second": speed}
+    run.tracker.event({"type": "metrics", **values})
+
+
+def _recorded_speed(dataset: Dataset) -> float:
+    """Samples per second by the records, where this process made nothing itself."""
+    records = dataset.records().values()
+    ends = [r.committed_at for r in records]
+    begins = [r.committed_at - r.seconds for r in records]
+    return sum(r.samples for r in records) / max(1e-9, max(ends) - min(begins))
