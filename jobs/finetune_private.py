@@ -16,7 +16,7 @@ from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
-from rayproj.privacy.ledger import secret_key
+from rayproj.privacy.ledger import epsilon_spent, secret_key, spent
 from rayproj.privacy.plan import PrivacyConfig, plan
 from rayproj.privacy.sampling import PoissonSampling
 from rayproj.privacy.step import PrivateStep
@@ -36,6 +36,29 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     cluster: GroupConfig = field(default_factory=GroupConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    config = configuration.from_dict(Config, values)
+    store = Store(config.run.dir)
+    latents = Dataset.open(config.diffusion.latents)
+    header = latents.header
+    shows = config.train.preview_every and config.privacy.unsafe_metrics
+    codec = Codec.load(header.provenance["autoencoder"], world.device) if shows else None
+    task = DiffusionTask(config.diffusion, header, config.run.seed, codec)
+    mechanism = plan(config.privacy, header.num_samples, config.train.steps)
+    key = secret_key(store)
+    sampling = PoissonSampling(mechanism.num_samples, mechanism.sample_rate, key)
+    batches = Batches(Reader(latents), sampling, world.rank, world.world_size)
+    step = PrivateStep(mechanism, key, store, config.privacy.chunk, config.privacy.unsafe_metrics)
+    engine = train(Recipe(task, step, batches, config.train), world, store, link)
+    privacy = {
+        **mechanism.describe(),
+        "epsilon": epsilon_spent(spent(store), mechanism.delta),
+        "releases": len(spent(store)),
+        "unsafe_metrics": config.privacy.unsafe_metrics,
+    }
+    return {**summary(engine, world), "privacy": privacy}
 
 
 def main(config: Config) -> dict[str, Any]:

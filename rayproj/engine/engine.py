@@ -174,6 +174,18 @@ class Engine:
         self.optimizer.step()
         self._after_update(samples)
 
+    def gradient_that_reaches_the_optimizer(self, partition_gradient: Tensor) -> Tensor:
+        """What `update` would hand to the wrapped optimizer, without updating: for self-tests. Collective."""
+        seen: list[Tensor] = []
+        # An instance attribute hides the method for the length of the call.
+        self.optimizer._optimizer_step = lambda group: seen.append(self.master.grad.detach().clone())
+        try:
+            self.optimizer.averaged_gradients[0] = [partition_gradient]
+            self.optimizer.step()
+        finally:
+            del self.optimizer._optimizer_step
+        return seen[0]
+
     def accumulate(self, loss: Tensor, samples: int) -> None:
         """Backward of one micro-batch's mean loss; the last one of an update takes the optimizer step. Collective."""
         self.deepspeed.backward(loss)

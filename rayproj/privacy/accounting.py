@@ -1,0 +1,60 @@
+"""ε of a Poisson-subsampled Gaussian, by privacy loss distributions (dp-accounting)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+from rayproj.errors import UserError
+
+
+def epsilon(sample_rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
+    """ε at δ after `steps` updates."""
+    return epsilon_of([(sample_rate, noise_multiplier, steps)], delta)
+
+
+def epsilon_of(segments: Iterable[tuple[float, float, int]], delta: float) -> float:
+    """ε at δ of several mechanisms together: (sample rate, noise multiplier, updates) each."""
+    counts: Counter[tuple[float, float]] = Counter()
+    for rate, sigma, steps in segments:
+        counts[rate, sigma] += steps
+    return _epsilon(tuple(sorted((*key, n) for key, n in counts.items() if n)), delta)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(segments: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    if not segments:
+        return 0.0
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    accountant: Any = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for rate, sigma, steps in segments:
+        event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
+        accountant.compose(event, steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float) -> float:
+    """The least noise multiplier, to 0.1 %, whose ε does not exceed the target.
+
+    Raises:
+        UserError: no sensible amount of noise reaches it.
+    """
+    low, high = 0.0, 1.0
+    while epsilon(sample_rate, high, steps, delta) > target:
+        low, high = high, 2 * high
+        if high > 4096:
+            raise UserError(f"No noise multiplier below 4096 gives ε={target} after {steps} steps; take fewer or a larger ε.")
+    while high - low > 1e-3 * high:
+        middle = 0.5 * (low + high)
+        if middle < 0.2 or epsilon(sample_rate, middle, steps, delta) > target:
+            low = middle
+        else:
+            high = middle
+        if math.isclose(high, 0.2, rel_tol=1e-3):
+            break  # below this the distributions grow past use, and so does ε
+    return high

@@ -1,0 +1,76 @@
+"""The spend ledger: what a run has released, written before it is released, and never unwritten.
+
+    ledger/00000041-00000002.json    step 41 by the third start of the run
+
+A record is created, durably, before the step's noise is drawn. A start that dies after it has been charged for a release
+that perhaps never was; the next start charges its own. ε composes all records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+from rayproj import faults
+from rayproj.privacy import accounting
+from rayproj.privacy.plan import PrivacyPlan
+from rayproj.storage.store import Store, from_json, to_json
+
+
+def secret_key(store: Store) -> bytes:
+    """The run's 16 secret bytes, made at first use. They never enter a config, a log or W&B.
+
+    Whoever can read them can undo the protection; on a local store the file is readable by its owner alone.
+    """
+    store.put_once("secret/key", os.urandom(16))
+    folder = store.local_path()
+    if folder is not None:
+        (folder / "secret").chmod(0o700)
+        (folder / "secret" / "key").chmod(0o600)
+    return store.read("secret/key")
+
+
+class Ledger:
+    """Records the releases of one start of a run.
+
+    Args:
+        key: the run's secret; the records hold its hash, to tell keys apart.
+        start: number of this start; it enters the noise's key, so that a step that is done again has other noise.
+    """
+
+    def __init__(self, store: Store, plan: PrivacyPlan, key: bytes, start: int) -> None:
+        self.store, self.plan, self.start = store, plan, start
+        self.key_id = hashlib.sha256(b"id" + key).hexdigest()[:16]
+
+    def charge(self, step: int) -> None:
+        """Record the release of a step; on return it is durable."""
+        faults.maybe("ledger.before_record")
+        record = {
+            "step": step,
+            "start": self.start,
+            "sample_rate": self.plan.sample_rate,
+            "noise_multiplier": self.plan.noise_multiplier,
+            "plan": self.plan.digest(),
+            "key": self.key_id,
+        }
+        path = f"ledger/{step:08d}-{self.start:08d}.json"
+        if not self.store.put_once(path, to_json(record)):
+            raise RuntimeError(f"Step {step} of start {self.start} is charged already: two drivers run {self.store.uri}.")
+        faults.maybe("ledger.after_record")
+
+
+def next_start(store: Store) -> int:
+    """Number of the next start: one more than any in the ledger."""
+    starts = (int(path.removesuffix(".json").rpartition("-")[2]) for path in store.list("ledger"))
+    return max(starts, default=-1) + 1
+
+
+def spent(store: Store) -> list[dict[str, Any]]:
+    """Every record, by step and start."""
+    return [from_json(store.read(path)) for path in store.list("ledger")]
+
+
+def epsilon_spent(records: list[dict[str, Any]], delta: float) -> float:
+    """ε at δ of all that was recorded; a step that was charged twice counts twice."""
+    return accounting.epsilon_of([(r["sample_rate"], r["noise_multiplier"], 1) for r in records], delta)
