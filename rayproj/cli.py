@@ -1,0 +1,85 @@
+"""The `rayproj` command: demo, submit, status, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rayproj.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="rayproj", description="Synthetic vision data that can be trusted.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="the whole chain in small, on this machine or on RAY_ADDRESS's cluster")
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of configs/demo.yaml")
+    submit = commands.add_parser("submit", help="submit a job to a Ray cluster")
+    submit.add_argument("job", help="a script, such as jobs/train_diffusion.py")
+    submit.add_argument("config", help="a YAML file below the current folder")
+    submit.add_argument("overrides", nargs="*", metavar="key=value")
+    submit.add_argument("--address", default=None, help="http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)")
+    submit.add_argument("--follow", action="store_true", help="stream the log and exit as the job does")
+    submit.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
+    status = commands.add_parser("status", help="the runs below a folder")
+    status.add_argument("root", nargs="?", default="runs")
+    commands.add_parser("doctor", help="whether this machine is fit, and what to do where it is not")
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse leaves words that stand behind an option; they can only be overrides.
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "demo":
+        return run_demo(arguments.overrides)
+    if arguments.command == "submit":
+        from rayproj.runtime import submit
+
+        request = submit.Request(arguments.job, arguments.config, arguments.overrides, Path.cwd())
+        if arguments.dry_run:
+            print(submit.describe(request))
+            return 0
+        return submit.submit(request, arguments.address, arguments.follow)
+    if arguments.command == "status":
+        from rayproj.runtime.status import print_status
+
+        return print_status(arguments.root)
+    from rayproj.runtime.doctor import print_checks
+
+    return print_checks()
+
+
+def run_demo(overrides: list[str]) -> int:
+    """The chain of configs/demo.yaml."""
+    print("rayproj demo: real images in, private synthetic images, classifiers and a report out.", file=sys.stderr)
+    from rayproj import config, demo
+    from rayproj.runtime.command import run_guarded
+    from rayproj.tracking.progress import say
+
+    def chain(settings: demo.Config) -> dict[str, object]:
+        result = demo.main(settings)
+        say(f"The report: {result['html']}")
+        return result
+
+    return run_guarded(lambda: config.load(demo.Config, config_path("demo.yaml"), overrides), chain)
+
+
+def config_path(name: str) -> Path:
+    """A config that ships with the package: in the wheel beside this file, in a checkout in its `configs/`."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(f"The installation lacks configs/{name}; install it again.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,136 @@
+"""The pictures of a report, as SVG or PNG bytes. Colours are readable on a light and on a dark page."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+INK = "#7a869a"  # axes and text: between the two backgrounds
+COLOURS = {"real": "#2a9d8f", "public": "#e09f3e", "private": "#c8553d"}
+SERIES = ["#4c86c6", "#e09f3e", "#c8553d", "#2a9d8f", "#8d6cc1", "#7a869a"]
+
+plt.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "rayproj",
+    }
+)
+
+
+def svg(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, facecolor="white", bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def samples(columns: dict[str, np.ndarray], classes: list[str], zoom: float = 0.5) -> Figure:
+    """Real beside synthetic images: a row for each class, a block of images for each source.
+
+    Args:
+        columns: title -> uint8 [classes, images, C, H, W].
+    """
+    blocks = len(columns)
+    per = next(iter(columns.values())).shape[1]
+    figure, axes = plt.subplots(
+        1, blocks, figsize=(zoom * per * blocks + 1.2, zoom * len(classes) + 0.4), squeeze=False, layout="constrained"
+    )
+    for axis, (title, images) in zip(axes[0], columns.items(), strict=True):
+        rows, count, channels, height, width = images.shape
+        sheet = images.transpose(0, 3, 1, 4, 2).reshape(rows * height, count * width, channels)
+        axis.imshow(sheet[..., 0] if channels == 1 else sheet, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_title(title)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    axes[0][0].set_yticks([(i + 0.5) * height for i in range(rows)], classes)
+    axes[0][0].tick_params(length=0)
+    return figure
+
+
+def curves(series: dict[str, tuple[list[float], list[float]]], ylabel: str, log: bool = False) -> Figure:
+    """Lines over steps: name -> (steps, values), each in its own panel, since their scales differ."""
+    figure, axes = plt.subplots(1, len(series), figsize=(3.1 * len(series), 2.3), squeeze=False, layout="constrained")
+    for axis, (name, (x, y)), colour in zip(axes[0], series.items(), SERIES, strict=False):
+        axis.plot(x, y, color=colour, linewidth=1.6, marker="o" if len(x) < 12 else None, markersize=3)
+        axis.set_title(name)
+        axis.set_xlabel("update")
+        axis.set_ylabel(ylabel)
+        if log:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+    return figure
+
+
+def accuracy_bars(accuracy: dict[str, dict[str, Any]], chance: float, titles: dict[str, str]) -> Figure:
+    """Accuracies with their 95 % intervals, and the level of guessing."""
+    figure, axis = plt.subplots(figsize=(5.6, 0.55 * len(accuracy) + 0.8), layout="constrained")
+    for i, (name, value) in enumerate(reversed(accuracy.items())):
+        error = [[value["value"] - value["low"]], [value["high"] - value["value"]]]
+        axis.barh(i, value["value"], color=COLOURS.get(name, SERIES[0]), xerr=error, ecolor=INK, capsize=3, height=0.6)
+        axis.text(0.01, i, f"{value['value']:.3f}", va="center", color="white", fontweight="bold")
+    axis.set_yticks(range(len(accuracy)), [titles.get(name, name) for name in reversed(accuracy)])
+    axis.axvline(chance, color=INK, linestyle=":", linewidth=1)
+    axis.text(chance, len(accuracy) - 0.45, " guessing", fontsize=8)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("accuracy on real test images (bars: 95 % interval)")
+    return figure
+
+
+def confusions(matrices: dict[str, list[list[int]]], classes: list[str], titles: dict[str, str]) -> Figure:
+    """Confusion matrices as shares of the true class."""
+    figure, axes = plt.subplots(
+        1, len(matrices), figsize=(3.5 * len(matrices) + 1, 3.9), squeeze=False, layout="constrained", sharey=True
+    )
+    for axis, (name, counts) in zip(axes[0], matrices.items(), strict=True):
+        share = np.array(counts) / np.maximum(1, np.sum(counts, axis=1, keepdims=True))
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for i, j in np.argwhere(share >= 0.1):
+            axis.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=6.5,
+                      color="white" if share[i, j] > 0.5 else "#223")  # fmt: skip
+        axis.set_title(titles.get(name, name))
+        axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=7)
+        axis.set_yticks(range(len(classes)), classes, fontsize=7)
+        axis.set_xlabel("predicted")
+    axes[0][0].set_ylabel("true")
+    return figure
+
+
+def timeline(spans: list[dict[str, Any]]) -> Figure:
+    """What every actor was at, over time: spans with "stage", "actor", "start" and "end" (unix seconds)."""
+    origin = min(span["start"] for span in spans)
+    rows = list(dict.fromkeys((s["stage"], s["actor"]) for s in sorted(spans, key=lambda s: s["start"])))
+    stages = list(dict.fromkeys(stage for stage, _ in rows))
+    figure, axis = plt.subplots(figsize=(9.2, 0.21 * len(rows) + 0.8), layout="constrained")
+    for span in spans:
+        row = rows.index((span["stage"], span["actor"]))
+        colour = SERIES[stages.index(span["stage"]) % len(SERIES)]
+        axis.barh(row, span["end"] - span["start"], left=span["start"] - origin, height=0.7, color=colour,
+                  edgecolor="white", linewidth=0.3)  # fmt: skip
+    axis.set_yticks(range(len(rows)), [f"{stage}  {actor}" for stage, actor in rows], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds since the start")
+    return figure

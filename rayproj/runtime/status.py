@@ -1,0 +1,58 @@
+"""What the runs below a folder are at, from what they wrote."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rayproj.errors import UserError
+from rayproj.storage.store import Store, from_json
+
+
+def runs(root: str) -> list[dict[str, Any]]:
+    """One row for each run: name, state, step, last commit, loss, ε and the age of the last sign of life in seconds.
+
+    Raises:
+        UserError: there is no run.
+    """
+    store = Store(root)
+    files = store.list()
+    folders = sorted(path.removesuffix("config.yaml").rstrip("/") for path in files if path.endswith("config.yaml"))
+    if not folders:
+        raise UserError(f"There is no run below '{root}'; start one with 'rayproj demo', or give another folder.")
+    return [_row(store, folder, [f for f in files if f.startswith(folder)]) for folder in folders]
+
+
+def _row(store: Store, folder: str, files: list[str]) -> dict[str, Any]:
+    run = store.at(folder) if folder else store
+    rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()] if run.exists("metrics.jsonl") else []
+    result = from_json(run.read("result.json")) if run.exists("result.json") else None
+    steps = [int(f.split("step-")[1][:8]) for f in files if f.endswith("/COMMIT.json")]
+    last = rows[-1] if rows else {}
+    when = result["finished_at"] if result else last.get("time")
+    return {
+        "run": folder or store.uri,
+        "state": "done" if result else "open",
+        "step": last.get("step"),
+        "commit": max(steps, default=None),
+        "loss": last.get("loss"),
+        "epsilon": last.get("epsilon"),
+        "age": time.time() - when if when else None,
+    }
+
+
+def print_status(root: str) -> int:
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "state", "step", "last commit", "loss", "ε", "last sign"):
+        table.add_column(name, justify="left" if name in ("run", "state") else "right")
+    for row in runs(root):
+        forms = ("{:d}", "{:d}", "{:.4f}", "{:.3f}", "{:.0f} s ago")
+        cells = [row[key] for key in ("step", "commit", "loss", "epsilon", "age")]
+        shown = ["–" if cell is None else form.format(cell) for form, cell in zip(forms, cells, strict=True)]
+        table.add_row(row["run"], row["state"], *shown)
+    Console().print(table)
+    return 0
