@@ -31,9 +31,7 @@ def main(config: Config) -> dict[str, Any]:
             return run.result
         dataset = Dataset.create(config.generate.out, plan(config.generate, config.run.seed))
         maker = {"out": dataset.uri, "batch": config.generate.batch}
-        made = produce(
-            run, dataset, "rayproj.synthesis.synthesizer:Synthesizer", config.pool, maker, config.consumers
-        )
+        made = produce(run, dataset, "rayproj.synthesis.synthesizer:Synthesizer", config.pool, maker, config.consumers)
         return run.finish({**made, "private": dataset.header.provenance["private"]})
 
 

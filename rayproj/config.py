@@ -92,10 +92,15 @@ def _sources(path: str | Path | None, overrides: list[str]) -> Iterator[tuple[st
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every leaf of a nested mapping as (dotted key, raw value); interpolations stay unresolved."""
-    if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation() and (len(node) or not prefix):
+    if (
+        isinstance(node, DictConfig)
+        and not node._is_none()
+        and not node._is_interpolation()
+        and (len(node) or not prefix)
+    ):
         for name in node:
             child = node._get_node(name)
-            yield from _leaves(child, f"{prefix}.{name}" if prefix else str(name))
+            yield from _leaves(child, f"{prefix}.{name!s}" if prefix else str(name))
     elif isinstance(node, ListConfig):
         yield prefix, OmegaConf.to_container(node)
     else:
@@ -107,7 +112,8 @@ def _set(config: DictConfig, key: str, value: Any) -> str | None:
     node: Any = config
     walked: list[str] = []
     for name in key.split("."):
-        known = [str(k) for k in node.keys()] if isinstance(node, DictConfig) else []  # "in" is false for a missing "???"
+        # `keys()`, because "in" is false for a value that is missing ("???").
+        known = list(map(str, node.keys())) if isinstance(node, DictConfig) else []
         if isinstance(node, DictConfig) and OmegaConf.get_type(node) not in (dict, None) and name not in known:
             return f"there is no '{key}'{_nearest(name, known, walked)}"
         walked.append(name)

@@ -68,7 +68,9 @@ def load(run_dir: str, device: str) -> nn.Module:
     text = store.read("config.yaml")
     header = Dataset.open(configuration.value(text, "data")).header
     model = ConvNet(
-        configuration.section(ClassifierConfig, text, "classifier"), header.fields["image"].shape[0], len(header.classes)
+        configuration.section(ClassifierConfig, text, "classifier"),
+        header.fields["image"].shape[0],
+        len(header.classes),
     )
     load_flat(model, load_ema(store)[0])
     model.to(torch.device(device)).eval().requires_grad_(False)

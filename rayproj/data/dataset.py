@@ -1,8 +1,8 @@
 """A dataset: webdataset tar shards plus commit records. Imported images, cached latents and synthetic images are all one.
 
-    <uri>/dataset.json             the header, created once
-    <uri>/shards/000000-<id>.tar   data under a unique name
-    <uri>/commits/000000.json      the record; a shard exists when and only when its record does
+<uri>/dataset.json             the header, created once
+<uri>/shards/000000-<id>.tar   data under a unique name
+<uri>/commits/000000.json      the record; a shard exists when and only when its record does
 """
 
 from __future__ import annotations

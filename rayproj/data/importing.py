@@ -63,7 +63,9 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
                 span = dataset.header.shard_range(shard)
                 commit_shard(dataset, shard, ordered[span.start : span.stop], "import", time.time() - start)
                 written += len(span)
-                report({"type": "span", "actor": "import", "what": f"{part} {shard}", "start": start, "end": time.time()})
+                report(
+                    {"type": "span", "actor": "import", "what": f"{part} {shard}", "start": start, "end": time.time()}
+                )
             done += 1
             speed = written / max(1e-9, time.time() - began)
             report({"type": "metrics", "step": done, "images_per_second": speed})

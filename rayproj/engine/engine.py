@@ -118,7 +118,7 @@ class Engine:
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=torch.optim.AdamW(
-                trainable, lr=opt.lr, betas=tuple(opt.betas), eps=opt.eps, weight_decay=opt.weight_decay
+                trainable, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay
             ),
             config={
                 "train_micro_batch_size_per_gpu": 1,  # bookkeeping of DeepSpeed's own loader, which is not used
@@ -178,7 +178,7 @@ class Engine:
         """What `update` would hand to the wrapped optimizer, without updating: for self-tests. Collective."""
         seen: list[Tensor] = []
         # An instance attribute hides the method for the length of the call.
-        self.optimizer._optimizer_step = lambda group: seen.append(self.master.grad.detach().clone())
+        self.optimizer._optimizer_step = lambda group: seen.append(self.master.grad.clone())  # type: ignore[union-attr]
         try:
             self.optimizer.averaged_gradients[0] = [partition_gradient]
             self.optimizer.step()

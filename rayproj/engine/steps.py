@@ -46,7 +46,9 @@ class PlainStep:
         share = batch // world_size
         self.micro_batch = micro_batch or share
         if share % self.micro_batch:
-            raise UserError(f"train.micro_batch={micro_batch} does not divide a rank's {share} examples; use a divisor.")
+            raise UserError(
+                f"train.micro_batch={micro_batch} does not divide a rank's {share} examples; use a divisor."
+            )
         self.micro_batches = share // self.micro_batch
 
     def prepare(self, engine: Engine) -> None:

@@ -136,9 +136,7 @@ class _Log:
         self.began, self.samples, self.rows = self.clock(), self.engine.samples_seen, []
 
 
-def _save(
-    engine: Engine, store: Store, link: Link, config: CheckpointConfig, clock: Callable[[], float]
-) -> None:
+def _save(engine: Engine, store: Store, link: Link, config: CheckpointConfig, clock: Callable[[], float]) -> None:
     began = clock()
     won = checkpoint.save(engine, store, link.attempt, config)
     wall, seconds = time.time(), clock() - began

@@ -100,7 +100,9 @@ def _by_loop(
     loss = losses(model, batch).mean()
     # `autograd.grad`, not `backward`: DeepSpeed's hooks must never see a gradient that is not yet private.
     found = torch.autograd.grad(loss, tensors, allow_unused=True)
-    return [torch.zeros_like(p)[None] if g is None else g[None] for g, p in zip(found, tensors, strict=True)], loss[None]
+    return [torch.zeros_like(p)[None] if g is None else g[None] for g, p in zip(found, tensors, strict=True)], loss[
+        None
+    ]
 
 
 class _AsModule(nn.Module):

@@ -56,7 +56,9 @@ class Ledger:
         }
         path = f"ledger/{step:08d}-{self.start:08d}.json"
         if not self.store.put_once(path, to_json(record)):
-            raise RuntimeError(f"Step {step} of start {self.start} is charged already: two drivers run {self.store.uri}.")
+            raise RuntimeError(
+                f"Step {step} of start {self.start} is charged already: two drivers run {self.store.uri}."
+            )
         faults.maybe("ledger.after_record")
 
 

@@ -65,7 +65,9 @@ class PrivacyPlan:
 
     def epsilon(self, steps: int | None = None) -> float:
         """ε at the plan's δ after so many updates, all by default."""
-        return accounting.epsilon(self.sample_rate, self.noise_multiplier, self.steps if steps is None else steps, self.delta)
+        return accounting.epsilon(
+            self.sample_rate, self.noise_multiplier, self.steps if steps is None else steps, self.delta
+        )
 
     def digest(self) -> str:
         """Identifies the mechanism in the ledger."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,9 @@ class PrivateStep:
 
     micro_batches = 1
 
-    def __init__(self, plan: PrivacyPlan, key: bytes, store: Store, chunk: int = 8, unsafe_metrics: bool = False) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, key: bytes, store: Store, chunk: int = 8, unsafe_metrics: bool = False
+    ) -> None:
         self.plan, self.key, self.store, self.chunk, self.unsafe_metrics = plan, key, store, chunk, unsafe_metrics
 
     def prepare(self, engine: Engine) -> None:
@@ -49,7 +52,7 @@ class PrivateStep:
         refuse_cross_example_layers(engine.module)
         if engine.config.optimizer.clip_grad_norm:
             raise UserError("Private training clips each example; set train.engine.optimizer.clip_grad_norm=0.")
-        start = [next_start(self.store), spent(self.store)] if engine.world.rank == 0 else [None, None]
+        start: list[Any] = [next_start(self.store), spent(self.store)] if engine.world.rank == 0 else [None, None]
         dist.broadcast_object_list(start, src=0)
         self.ledger = Ledger(self.store, self.plan, self.key, start[0])
         # Releases so far, by (sample rate, noise multiplier): charged to ε whether or not they survived a crash.

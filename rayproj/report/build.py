@@ -32,6 +32,11 @@ class Stages:
         self.stores = {name: Store(uri) for name, uri in places.items()}
         self.results = {n: from_json(s.read("result.json")) for n, s in self.stores.items() if s.exists("result.json")}
 
+        if "evaluate" in self.results:
+            found = self.results["evaluate"]
+            for holder, key in ((found, "accuracy"), (found, "confusion"), (found["quality"], "frechet_distance")):
+                holder[key] = _ordered(holder[key])
+
     def lines(self, name: str, file: str) -> list[dict[str, Any]]:
         store = self.stores.get(name)
         if store is None or not store.exists(file):
@@ -180,6 +185,13 @@ def readme_picture(root: str) -> bytes:
     """One PNG that shows a chain's outcome: real beside synthetic images."""
     columns, classes = sample_columns(Stages(Store(root), {}), 8)
     return figures.png(figures.samples(columns, classes, zoom=0.42))
+
+
+def _ordered(by_name: dict[str, Any]) -> dict[str, Any]:
+    """Real before public before private before the rest, whatever order the JSON has."""
+    return {
+        name: by_name[name] for name in [*(n for n in TITLES if n in by_name), *sorted(by_name.keys() - TITLES.keys())]
+    }
 
 
 def _uri(data: bytes, kind: str) -> str:

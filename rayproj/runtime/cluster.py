@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import ray
@@ -16,7 +17,7 @@ def connect() -> None:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="ERROR")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return
     # Ray 2.60 turns token authentication on unless told; an embedded cluster listens to this machine alone.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -25,6 +26,6 @@ def connect() -> None:
         num_cpus=max(2, os.cpu_count() or 1),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         object_store_memory=256 << 20,  # images never go through it
     )

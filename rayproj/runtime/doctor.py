@@ -14,7 +14,17 @@ from importlib import metadata
 from rayproj.runtime.submit import auth_mode
 from rayproj.storage.store import Store
 
-PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "transformers", "webdataset", "wandb", "omegaconf", "dp-accounting")
+PACKAGES = (
+    "torch",
+    "ray",
+    "deepspeed",
+    "diffusers",
+    "transformers",
+    "webdataset",
+    "wandb",
+    "omegaconf",
+    "dp-accounting",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,9 @@ def exclusive_create(store: Store) -> Check:
         store.delete_tree(path)
     fine = first and not second and kept == b"1"
     found = "one of two creators wins" if fine else "both creators win"
-    return Check(f"store {store.uri}", fine, found, "use a store with conditional writes; commits are not safe on this one")
+    return Check(
+        f"store {store.uri}", fine, found, "use a store with conditional writes; commits are not safe on this one"
+    )
 
 
 def checks() -> list[Check]:
@@ -56,7 +68,9 @@ def checks() -> list[Check]:
     found.append(Check("devices", True, name))
     triton = importlib.util.find_spec("triton") is not None
     needed = "" if triton or not gpus else "pip install triton, for the kernels"
-    found.append(Check("triton", triton or not gpus, "installed" if triton else "not installed; not needed on CPU", needed))
+    found.append(
+        Check("triton", triton or not gpus, "installed" if triton else "not installed; not needed on CPU", needed)
+    )
     address = os.environ.get("RAY_ADDRESS", "none: an embedded Ray will be started")
     found.append(Check("ray address", True, address))
     found.append(Check("ray authentication", True, auth_mode()))
@@ -74,5 +88,8 @@ def print_checks() -> int:
     """Print every check; 0 if all are fine, else 1."""
     found = checks()
     for check in found:
-        print(f"{'ok ' if check.fine else 'BAD'}  {check.name:<22} {check.found}" + ("" if check.fine else f": {check.remedy}"))
+        print(
+            f"{'ok ' if check.fine else 'BAD'}  {check.name:<22} {check.found}"
+            + ("" if check.fine else f": {check.remedy}")
+        )
     return 0 if all(check.fine for check in found) else 1

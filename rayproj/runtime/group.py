@@ -79,7 +79,14 @@ class _Rank:
         return ray.util.get_node_ip_address(), self.store.port
 
     def run(
-        self, entry: str, config: dict[str, Any], rank: int, world_size: int, local: tuple[int, int], host: str, port: int
+        self,
+        entry: str,
+        config: dict[str, Any],
+        rank: int,
+        world_size: int,
+        local: tuple[int, int],
+        host: str,
+        port: int,
     ) -> Any:
         local_rank, local_size = local
         on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
@@ -135,8 +142,8 @@ class RankGroup:
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
         self.placement, order = place(config.ranks, config.cpus_per_rank, gpus, config.start_timeout)
-        actor = ray.remote(concurrency_groups={"control": 2})(_Rank)
-        self.locals = [(local, 1 + max(l for _, l in order)) for _, local in order]
+        actor = ray.remote(concurrency_groups={"control": 2})(_Rank)  # type: ignore[call-overload]
+        self.locals = [(local, 1 + max(local for _, local in order)) for _, local in order]
         self.actors = [
             actor.options(
                 num_cpus=config.cpus_per_rank,

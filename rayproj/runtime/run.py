@@ -42,7 +42,9 @@ class Run:
         self.job, self.store = job, store
         self.id = "-".join(store.uri.replace("://", "/").rstrip("/").split("/")[-2:])
         self.config: dict[str, Any] = configuration.to_dict(config)
-        self.result: dict[str, Any] | None = from_json(store.read("result.json")) if store.exists("result.json") else None
+        self.result: dict[str, Any] | None = (
+            from_json(store.read("result.json")) if store.exists("result.json") else None
+        )
         self.tracker = Tracker(self.id, store, config.tracking, self.config)
         self._began = time.time()
 
@@ -83,7 +85,9 @@ class Run:
 
 
 def _require_same(store: Store, text: bytes) -> None:
-    before, now = (_flat(OmegaConf.to_container(OmegaConf.create(t.decode()))) for t in (store.read("config.yaml"), text))
+    before, now = (
+        _flat(OmegaConf.to_container(OmegaConf.create(t.decode()))) for t in (store.read("config.yaml"), text)
+    )
     differing = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -99,4 +103,6 @@ def _require_same(store: Store, text: bytes) -> None:
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for name, child in value.items() for k, v in _flat(child, f"{prefix}.{name}" if prefix else name).items()}
+    return {
+        k: v for name, child in value.items() for k, v in _flat(child, f"{prefix}.{name}" if prefix else name).items()
+    }

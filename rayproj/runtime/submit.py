@@ -61,7 +61,8 @@ def check(request: Request) -> dict[str, int]:
         largest = sorted(files.items(), key=lambda item: -item[1])[:5]
         names = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for name, size in largest)
         raise UserError(
-            f"The working directory has {total / 2**20:.0f} MiB, and Ray's job API takes 100; move or delete the largest: {names}."
+            f"The working directory has {total / 2**20:.0f} MiB, and Ray's job API takes 100; "
+            f"move or delete the largest: {names}."
         )
     return files
 
@@ -99,7 +100,9 @@ def submit(request: Request, address: str | None, follow: bool) -> int:
     try:
         client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
-        raise UserError(f"No Ray dashboard answers at {address} ({str(error).splitlines()[0]}); check the address.") from error
+        raise UserError(
+            f"No Ray dashboard answers at {address} ({str(error).splitlines()[0]}); check the address."
+        ) from error
     job = client.submit_job(
         entrypoint=request.entrypoint,
         runtime_env={

@@ -47,7 +47,9 @@ def fit(run: Run, entry: str, config: GroupConfig) -> dict[str, Any]:
         failures, committed = failures + 1, max(committed, step)
         what = _one_line(outcome)
         if failures > config.max_failures:
-            raise RuntimeError(f"{run.id} failed {failures} times in a row without progress; the last: {what}") from outcome
+            raise RuntimeError(
+                f"{run.id} failed {failures} times in a row without progress; the last: {what}"
+            ) from outcome
         run.tracker.event({"type": "restart", "cause": what, "text": f"{what}; starting again from the last commit."})
 
 

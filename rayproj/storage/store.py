@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,8 @@ class Store:
 
     def delete_tree(self, prefix: str) -> None:
         """Delete a file or a folder with all below it; nothing there is fine."""
-        try:
+        with suppress(FileNotFoundError):
             self._fs.rm(self._path(prefix), recursive=True)
-        except FileNotFoundError:
-            pass
 
     def upload(self, local: Path, path: str) -> FileRecord:
         """Copy a local file here, hashing on the way; `path` is one that nobody else writes."""

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayproj import config as configuration
 from rayproj.data.dataset import Dataset
 from rayproj.diffusion.flow import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.errors import UserError
 from rayproj.synthesis.plan import commit_hash, label_of
-from rayproj import config as configuration
 
 
 class Synthesizer:
@@ -37,8 +37,8 @@ class Synthesizer:
         images = []
         for begin in range(0, len(ids), self.batch):
             part = slice(begin, begin + self.batch)
-            on_device = [torch.from_numpy(a[part]).to(self.device) for a in (labels, ids)]
-            images.append(self.model.draw(*on_device, self.seed, self.sampler).cpu().numpy())
+            label, index = (torch.from_numpy(a[part]).to(self.device) for a in (labels, ids))
+            images.append(self.model.draw(label, index, self.seed, self.sampler).cpu().numpy())
         drawn = np.concatenate(images)
         return [
             {"key": f"{i:08d}", "image": drawn[k], "label": int(labels[k]), "seed": self.seed}

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 LINE_EVERY_SECONDS = 10.0
 SHOWN = {"loss": "loss {:.3f}", "images_per_second": "{:.0f} samples/s", "epsilon": "ε {:.2f}"}
@@ -55,7 +55,8 @@ class StageProgress:
     """One stage's bar or lines."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.total, self._task = name, 0, None
+        self.name, self.total = name, 0
+        self._task: TaskID | None = None
         self._said = self._began = time.monotonic()
         self._first = 0
 

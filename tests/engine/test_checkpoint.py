@@ -35,9 +35,7 @@ def test_killed_anywhere_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, un
     """kill -9 of rank 1 in its second checkpoint (of step 8), or at step 6; dropout and noise included."""
     uri, settings = str(tmp_path), regression.config(10)
     hit = 6 if point == "train.after_step" else 2
-    died = run_ranks(
-        regression.run, 2, uri, settings, "first", env={"RAYPROJ_FAULT": f"{point}:1:{hit}"}, check=False
-    )
+    died = run_ranks(regression.run, 2, uri, settings, "first", env={"RAYPROJ_FAULT": f"{point}:1:{hit}"}, check=False)
     assert died[1] == -signal.SIGKILL
     steps = [c.step for c in commits(Store(uri))]
     assert steps in ([4], [4, 8]) if point == "checkpoint.after_commit" else steps[0] == 4

@@ -64,7 +64,9 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_sizes_that_do() -> None:
-    with pytest.raises(UserError, match=r"batch=10 does not divide over 4 ranks; set cluster.ranks to one of \[1, 2, 5"):
+    with pytest.raises(
+        UserError, match=r"batch=10 does not divide over 4 ranks; set cluster.ranks to one of \[1, 2, 5"
+    ):
         PlainStep(10, 0, 4)
     with pytest.raises(UserError, match="micro_batch=2 does not divide a rank's 5 examples"):
         PlainStep(10, 2, 2)

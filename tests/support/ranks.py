@@ -32,7 +32,7 @@ def run_ranks(
                 [*command, str(rank), str(world_size)],
                 cwd=ROOT,
                 env=environment,
-                stderr=open(Path(folder) / f"stderr-{rank}", "w"),  # noqa: SIM115
+                stderr=open(Path(folder) / f"stderr-{rank}", "w"),
             )
             for rank in range(world_size)
         ]

@@ -61,7 +61,9 @@ class Recorder:
         return self.stop_after is not None and self.calls >= self.stop_after
 
 
-def config(steps: int, zero_stage: int = 2, micro_batch: int = 0, every_steps: int = 4, keep_last: int = 2) -> TrainConfig:
+def config(
+    steps: int, zero_stage: int = 2, micro_batch: int = 0, every_steps: int = 4, keep_last: int = 2
+) -> TrainConfig:
     return TrainConfig(
         steps=steps,
         batch=KeyedBatches.size,

@@ -3,7 +3,8 @@
     python rayproj/data/embedded/make.py FASHION_MNIST_FOLDER EMOJI64_PARQUET
 
 Fashion-MNIST: the first 1,000 training and 200 test images of each class, in the originals' order, as idx.gz files.
-Emoji: every image composited on white and reduced to 32 pixels (premultiplied, antialiased), as lossless WebP.
+Emoji: every image composited on white and reduced to 32 pixels (premultiplied, antialiased), as lossless
+WebP; five minutes on one core.
 """
 
 from __future__ import annotations

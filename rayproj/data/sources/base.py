@@ -39,7 +39,9 @@ class SourceConfig:
     channels: Channels = Channels.native
     csv: str = "labels.csv"  # image_folder: file name below `path`
     file_column: str = "file"  # image_folder
-    label_column: str = "label"  # image_folder, emoji (category, style, tone, gender); webdataset: key of the json member
+    label_column: str = (
+        "label"  # image_folder, emoji (category, style, tone, gender); webdataset: key of the json member
+    )
     split_column: str = ""  # image_folder: a column with the names of the parts, instead of a split by key
     group_column: str = ""  # what must not be torn apart, such as the patient; "": every image by itself
     attributes: list[str] = field(default_factory=list)  # further columns to keep
@@ -79,14 +81,16 @@ def decode(data: bytes, name: str, config: SourceConfig) -> np.ndarray:
         UserError: it is not an image.
     """
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture: Image.Image = Image.open(io.BytesIO(data))
         picture.load()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(f"The image '{name}' cannot be decoded ({error}); repair it or take it out.") from error
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    grey = config.channels is Channels.grey or (config.channels is Channels.native and picture.mode in ("L", "1", "I;16"))
+    grey = config.channels is Channels.grey or (
+        config.channels is Channels.native and picture.mode in ("L", "1", "I;16")
+    )
     picture = picture.convert("L" if grey else "RGB")
     if picture.size != (config.image_size, config.image_size):
         picture = picture.resize((config.image_size, config.image_size), Image.Resampling.BICUBIC)

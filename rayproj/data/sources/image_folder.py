@@ -17,7 +17,9 @@ def open(config: SourceConfig) -> Source:
     try:
         text = listing.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"There is no '{listing}'; give source.path the folder and source.csv the file in it.") from None
+        raise UserError(
+            f"There is no '{listing}'; give source.path the folder and source.csv the file in it."
+        ) from None
     table = list(csv.DictReader(text.splitlines()))
     if not table:
         raise UserError(f"'{listing}' has no rows; it needs a header line and a line for each image.")
@@ -34,7 +36,9 @@ def open(config: SourceConfig) -> Source:
             name = row[config.file_column]
             image = decode(_bytes(folder, row, config, number + 2), name, config)
             if image.shape != first.shape:
-                raise UserError(f"'{name}' has {image.shape[0]} channels, others have {first.shape[0]}; set source.channels.")
+                raise UserError(
+                    f"'{name}' has {image.shape[0]} channels, others have {first.shape[0]}; set source.channels."
+                )
             yield {
                 "key": f"{number:08d}",
                 "image": image,

@@ -28,7 +28,9 @@ def open(config: SourceConfig) -> Source:
         for number, (name, data, label, values) in enumerate(_walk(paths, config)):
             image = decode(data, name, config)
             if image.shape != first.shape:
-                raise UserError(f"'{name}' has {image.shape[0]} channels, others have {first.shape[0]}; set source.channels.")
+                raise UserError(
+                    f"'{name}' has {image.shape[0]} channels, others have {first.shape[0]}; set source.channels."
+                )
             yield {
                 "key": f"{number:08d}",
                 "image": image,

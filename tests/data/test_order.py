@@ -1,0 +1,64 @@
+"""Data order: every sample once an epoch, and the same global batches at any world size."""
+
+import numpy as np
+import pytest
+import torch
+
+from rayproj.data import watermark
+from rayproj.data.loader import Batches, Streamed
+from rayproj.data.order import Shuffled, epoch_order
+from rayproj.data.reader import Reader
+from tests.support import images
+
+
+@pytest.mark.parametrize(("num_samples", "shard_size"), [(1, 1), (7, 3), (64, 8), (1000, 7), (1000, 2000), (129, 128)])
+def test_an_epoch_is_a_permutation(num_samples: int, shard_size: int) -> None:
+    for epoch in range(3):
+        assert sorted(epoch_order(num_samples, shard_size, 5, epoch)) == list(range(num_samples))
+    if num_samples > 20:
+        assert not np.array_equal(epoch_order(num_samples, shard_size, 5, 0), epoch_order(num_samples, shard_size, 5, 1))
+        assert not np.array_equal(epoch_order(num_samples, shard_size, 5, 0), epoch_order(num_samples, shard_size, 6, 0))
+
+
+def test_reads_stay_within_windows_of_shards() -> None:
+    order = epoch_order(1000, 10, 0, 0, window_shards=4)
+    for begin in range(0, 1000, 40):
+        assert len(set(order[begin : begin + 40] // 10)) <= 4
+
+
+def test_batches_are_consecutive_parts_of_the_stream_of_epochs() -> None:
+    order = Shuffled(10, 4, 4, seed=3)
+    stream = np.concatenate([order.indices(step) for step in range(10)])
+    assert np.array_equal(stream[:10], epoch_order(10, 4, 3, 0))
+    assert np.array_equal(stream[10:20], epoch_order(10, 4, 3, 1))
+    assert np.array_equal(order.indices(7), stream[28:32])
+
+
+def test_a_dataset_in_the_making_is_first_read_in_order() -> None:
+    order = Shuffled(10, 4, 5, seed=3, first_epoch_in_order=True)
+    assert np.array_equal(np.concatenate([order.indices(0), order.indices(1)]), np.arange(10))
+    assert np.array_equal(np.concatenate([order.indices(2), order.indices(3)]), epoch_order(10, 4, 3, 1))
+
+
+def test_ranks_share_the_same_global_batch_at_any_world_size(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    dataset = images.write(str(tmp_path))
+    sampling = Shuffled(50, 16, 12, seed=1)
+    for step in (0, 3, 4):
+        whole = Batches(Reader(dataset), sampling, 0, 1).at(step)
+        assert torch.equal(whole["row"][:, 0], torch.from_numpy(sampling.indices(step)))
+        assert (whole["row"][:, 1] == step).all() and (whole["row"][:, 2] == 0).all()
+        for world_size in (2, 3, 5):
+            parts = [Batches(Reader(dataset), sampling, rank, world_size).at(step) for rank in range(world_size)]
+            for name, tensor in whole.items():
+                assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
+
+
+def test_a_streaming_consumer_says_how_far_it_is(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    dataset = images.write(str(tmp_path))
+    order = Shuffled(50, 16, 10, seed=1, first_epoch_in_order=True)
+    stream = Streamed(Batches(Reader(dataset), order, 0, 1), dataset, "c")
+    told = []
+    for step in range(6):
+        stream.at(step)
+        told.append(watermark.watermarks(dataset)["c"])
+    assert told == [0, 0, 1, 1, 2, 4]

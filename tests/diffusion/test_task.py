@@ -1,0 +1,121 @@
+"""The diffusion and autoencoder tasks keep the promises that private training and caching stand on."""
+
+import numpy as np
+import pytest
+import torch
+
+from rayproj import keyed
+from rayproj.classifiers.model import ClassifierConfig
+from rayproj.classifiers.task import ClassificationTask, shifted_and_flipped
+from rayproj.data.dataset import Field, Header
+from rayproj.diffusion.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderTask, Codec, measure, to_uint8
+from rayproj.diffusion.denoiser import DenoiserConfig
+from rayproj.diffusion.flow import SamplerConfig
+from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, draw
+from rayproj.errors import UserError
+
+LATENTS = Header("x", {"moments": Field("npy", (8, 4, 4)), "label": Field("int")}, 10, 5, tuple("abc"))
+IMAGES = Header("x", {"image": Field("png", (1, 16, 16)), "label": Field("int")}, 10, 5, tuple("abc"))
+SMALL = DiffusionConfig(latents="x", denoiser=DenoiserConfig(channels=(16, 32), head_dim=16, norm_groups=8))
+TINY_AE = AutoencoderConfig(channels=(8, 8, 8), norm_groups=4)
+
+
+def rows(size: int) -> torch.Tensor:
+    return torch.stack([torch.arange(size), torch.full((size,), 2), torch.zeros(size, dtype=torch.long)], 1)
+
+
+def batch_of(kind: str, size: int = 4) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (size, 1, 16, 16), dtype=torch.uint8)
+    data = {"moments": torch.randn(size, 8, 4, 4).abs()} if kind == "diffusion" else {"image": images}
+    return {**data, "label": torch.arange(size) % 3, "row": rows(size)}
+
+
+TASKS = {
+    "diffusion": DiffusionTask(SMALL, LATENTS, seed=0),
+    "autoencoder": AutoencoderTask(TINY_AE, (1, 16, 16), seed=0),
+    "classifier": ClassificationTask(ClassifierConfig(channels=(8, 16), dropout=0.0), IMAGES, seed=0),
+}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_loss_depends_on_its_own_example_alone(kind: str) -> None:
+    task = TASKS[kind]
+    model, batch = task.build(), batch_of(kind)
+    whole = task.losses(model, batch)
+    assert whole.shape == (4,) and whole.dtype == torch.float32
+    alone = torch.cat([task.losses(model, {n: t[i : i + 1] for n, t in batch.items()}) for i in range(4)])
+    torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_model_is_a_function_of_the_seed(kind: str) -> None:
+    first, second = TASKS[kind].build(), TASKS[kind].build()
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_diffusion_loss_written_out() -> None:
+    task, batch = TASKS["diffusion"], batch_of("diffusion")
+    assert isinstance(task, DiffusionTask)
+    model = task.build()
+    mean, std = batch["moments"][:, :4], batch["moments"][:, 4:]
+    x0 = mean + std * keyed.normal(0, "posterior", batch["row"], (4, 4, 4))
+    noise = keyed.normal(0, "noise", batch["row"], (4, 4, 4))
+    t = torch.sigmoid(keyed.normal(0, "time", batch["row"]))
+    dropped = keyed.uniform(0, "label_dropout", batch["row"]) < 0.1
+    label = torch.where(dropped, 3, batch["label"])
+    x = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * noise
+    expected = ((model(x, t, label) - (noise - x0)) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(task.losses(model, batch), expected)
+
+
+def test_labels_are_dropped_at_the_configured_rate() -> None:
+    draws = keyed.uniform(0, "label_dropout", rows(20000)) < 0.1
+    assert abs(draws.float().mean() - 0.1) < 4 * (0.09 / 20000) ** 0.5
+
+
+def test_an_image_does_not_depend_on_its_batch_mates() -> None:
+    torch.manual_seed(0)
+    codec = Codec(Autoencoder(TINY_AE, 1), [0.0] * 4, [1.0] * 4, "cpu")
+    model = TASKS["diffusion"].build().eval()
+    labels, ids = torch.tensor([0, 1, 2, 0]), torch.tensor([5, 6, 7, 8])
+    with torch.no_grad():
+        whole = draw(model, codec, labels, (4, 4, 4), 3, SamplerConfig(steps=3, guidance=2.0), ids)
+        alone = draw(model, codec, labels[2:3], (4, 4, 4), 3, SamplerConfig(steps=3, guidance=2.0), ids[2:3])
+    assert (whole[2].int() - alone[0].int()).abs().max() <= 1
+
+
+def test_the_codec_scales_latents_to_unit_variance_and_back() -> None:
+    torch.manual_seed(0)
+    model = Autoencoder(TINY_AE, 1)
+    images = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        measured = measure(model, images)
+    codec = Codec(model, measured["latent_mean"], measured["latent_std"], "cpu")
+    mean, _ = codec.encode(images)
+    flat = mean.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(flat.mean(1), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(flat.std(1), torch.ones(4), atol=1e-4, rtol=0)
+    direct = to_uint8(model.decode(model.encode(images.float() / 127.5 - 1)[0]))
+    assert (codec.decode(mean).int() - direct.int()).abs().max() <= 1
+    mse = np.mean((direct.numpy().astype(float) - images.numpy()) ** 2)
+    assert measured["psnr"] == pytest.approx(10 * np.log10(255**2 / mse), abs=1e-3)
+
+
+def test_shifts_and_flips_written_out() -> None:
+    images, row = torch.randint(0, 256, (40, 2, 9, 7), dtype=torch.uint8), rows(40)
+    found = shifted_and_flipped(images, row, 5, 2, True)
+    draws = keyed.uniform(5, "augment", row, (3,))
+    for i in range(40):
+        dy, dx = (int(u * 5) - 2 for u in draws[i, :2])
+        y = np.clip(np.arange(9) + dy, 0, 8)
+        x = np.clip(np.arange(7) + dx, 0, 6)
+        x = x[::-1] if draws[i, 2] < 0.5 else x
+        assert np.array_equal(found[i].numpy(), images[i].numpy()[:, y][:, :, x])
+    assert torch.equal(shifted_and_flipped(images, row, 5, 0, False), images)
+
+
+def test_image_sides_that_do_not_halve_are_refused() -> None:
+    with pytest.raises(UserError, match="30x30 do not divide by 4"):
+        AutoencoderTask(TINY_AE, (1, 30, 30), 0)

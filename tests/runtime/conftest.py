@@ -1,0 +1,47 @@
+"""One embedded Ray for the tests of the runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayproj.runtime.group import GroupConfig
+from rayproj.runtime.run import Run, RunConfig
+from rayproj.tracking.tracker import TrackingConfig, WandbMode
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: GroupConfig = field(default_factory=GroupConfig)
+    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(wandb=WandbMode.disabled))
+    steps: int = 1
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    import ray
+
+    from rayproj.runtime.cluster import connect
+
+    # Workers import `tests.support`, which only a checkout has.
+    os.environ["PYTHONPATH"] = str(ROOT)
+    connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def open_run(tmp_path: Path) -> Any:
+    def make(ranks: int = 2, **group: Any) -> Any:
+        config = Config(run=RunConfig(dir=str(tmp_path / "run")), cluster=GroupConfig(ranks=ranks, **group))
+        return Run.open("test", config)
+
+    return make

@@ -1,0 +1,73 @@
+"""What the ranks and makers of the runtime's tests do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rayproj.engine.training import Link
+from rayproj.engine.world import World
+from rayproj.errors import UserError
+from tests.support import images, regression
+
+
+def sum_of_ranks(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    value = torch.tensor([float(world.rank + 1)])
+    dist.all_reduce(value)
+    return {"sum": value.item(), "world_size": world.world_size, "cwd": os.getcwd()}
+
+
+def train_regression(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    """Train; in the first attempt, rank 1 is killed as the environment says."""
+    found = regression.run(world, config["run"]["dir"], regression.config(10), link.attempt)
+    for event in found["events"]:
+        link.report(event)
+    weights = {name: tensor.tolist() for name, tensor in found["weights"].items()}
+    return {"step": found["step"], "weights": weights, "attempt": link.attempt}
+
+
+def user_error(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    (Path(config["run"]["dir"]) / f"called-{world.rank}-{link.attempt}").touch()
+    if world.rank == 1:
+        raise UserError("The learning rate is a fish; give a number.")
+    dist.barrier()
+    return {}
+
+
+def always_dies(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def runs_until_stopped(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    link.report({"type": "metrics", "step": 1, "loss": 1.0})
+    while not link.stop_requested():
+        time.sleep(0.05)
+    (Path(config["run"]["dir"]) / f"stopped-{world.rank}").touch()
+    return {"stopped": True}
+
+
+class Maker:
+    """Makes shards of `images`; dies once, at a given shard, if told to."""
+
+    def __init__(self, config: dict[str, Any], device: str) -> None:
+        self.config, self.header = config, images.header()
+
+    def make(self, shard: int) -> list[dict[str, Any]]:
+        with open(Path(self.config["log"]), "a") as file:
+            file.write(f"{shard}\n")
+        once = Path(self.config["log"]).with_suffix(".died")
+        if shard == self.config.get("die_at") and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if shard == self.config.get("poison"):
+            raise ValueError("this shard cannot be made")
+        if shard == self.config.get("user_error"):
+            raise UserError("The model is gone; train it again.")
+        return [images.sample(i) for i in self.header.shard_range(shard)]
