@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayproj.engine.engine import Engine
 from rayproj.engine.task import Batch, Task
 from rayproj.errors import UserError
 from rayproj.privacy import accounting
-from rayproj.privacy.clipping import clip_factor, clipped_sum, refuse_cross_example_layers
+from rayproj.privacy.clipping import clipped_sum, refuse_cross_example_layers
 from rayproj.privacy.ledger import Ledger, next_start, spent
 from rayproj.privacy.noise import gaussian
 from rayproj.privacy.plan import PrivacyPlan
@@ -57,7 +56,7 @@ class PrivateStep:
         self.ledger = Ledger(self.store, self.plan, self.key, start[0])
         # Releases so far, by (sample rate, noise multiplier): charged to ε whether or not they survived a crash.
         self.segments = [(r["sample_rate"], r["noise_multiplier"], 1) for r in start[1]]
-        self_test(engine, self.plan, self.privatise)
+        self_test(engine, self)
 
     def __call__(self, engine: Engine, task: Task, batch: Batch) -> dict[str, float]:
         plan, step = self.plan, engine.step
@@ -97,35 +96,72 @@ def reduce_to_partition(engine: Engine, flat: Tensor) -> Tensor:
     return padded[engine.partition.start : engine.partition.stop]
 
 
-def self_test(engine: Engine, plan: PrivacyPlan, privatise: Callable[[Engine, Tensor, int], Tensor]) -> None:
+def self_test(engine: Engine, step: PrivateStep) -> None:
     """Send known gradients through the real path and look at what the optimizer is given. Collective.
 
-    Every rank contributes an example whose gradient is known and longer than the clip norm. What reaches the optimizer
-    must be their clipped sum over the ranks plus noise of the planned size, over the normaliser. Nothing is updated, and
-    the noise is of a step that no run reaches.
+    Every rank has one example whose gradient is ten times the clip norm long and one of half of it. With and without
+    them, at the same noise, what reaches the optimizer must differ by their clipped sum over the ranks; and what is left
+    must be noise of the planned size. Nothing is updated, and the noise is of steps that no run reaches.
+
+    Raises:
+        RuntimeError: it is not so.
     """
-    total = sum(p.numel() for _, p in engine.parameters)
-    rank, world_size, device = engine.world.rank, engine.world.world_size, engine.world.device
-    position = torch.arange(total, device=device)
+    plan, world = step.plan, engine.world
+    direction = _direction(engine, world.rank)
+    unit = direction / direction.norm()
+    batch = {
+        "row": torch.zeros(2, 3, dtype=torch.int64, device=world.device),
+        "scale": torch.tensor([10.0, 0.5], device=world.device) * plan.clip_norm,
+    }
 
-    def example(of_rank: int) -> Tensor:
-        gradient = torch.where(position % (world_size + 1) == of_rank, 2.0, 0.5) * plan.clip_norm
-        return gradient * clip_factor(gradient.norm(), plan.clip_norm)
+    def losses(model: nn.Module, rows: Batch) -> Tensor:
+        """Linear in the parameters, so that the gradient of example b is scale_b times the unit vector."""
+        held, total, begin = dict(model.named_parameters()), torch.zeros((), device=world.device), 0
+        for name, parameter in engine.parameters:
+            part = unit[begin : begin + parameter.numel()].view_as(parameter)
+            total = total + (held[name] * part).float().sum()
+            begin += parameter.numel()
+        return rows["scale"] * total
 
-    given = engine.gradient_that_reaches_the_optimizer(
-        privatise(engine, reduce_to_partition(engine, example(rank)), SELF_TEST_STEP)
+    flat, _, _ = clipped_sum(
+        engine.module, losses, engine.parameters, batch, plan.multiplicity, plan.clip_norm, step.chunk
     )
-    padded = torch.zeros(len(engine.partition) * world_size, device=device)
-    padded[:total] = torch.stack([example(r) for r in range(world_size)]).sum(0)
-    expected = padded[engine.partition.start : engine.partition.stop]
-    held = max(0, min(len(engine.partition), total - engine.partition.start))
-    noise = (given * plan.normaliser - expected)[:held] / plan.noise_std
-    # Six standard errors: a false alarm in 500 million starts.
-    sound = held == 0 or (
-        abs(noise.mean()) <= 6 / math.sqrt(held) and abs(noise.square().mean() - 1) <= 6 * math.sqrt(2 / held)
+    nothing = torch.zeros_like(flat)
+    signal, noise = (
+        engine.gradient_that_reaches_the_optimizer(
+            step.privatise(engine, reduce_to_partition(engine, vector), SELF_TEST_STEP)
+        )
+        for vector in (flat, nothing)
     )
-    if not sound or given[held:].abs().sum() > 0:
+    expected = torch.zeros(len(engine.partition) * world.world_size, device=world.device)
+    for rank in range(world.world_size):
+        other = _direction(engine, rank)
+        expected[: len(other)] += 1.5 * plan.clip_norm * other / other.norm() / plan.normaliser
+    difference = signal - noise - expected[engine.partition.start : engine.partition.stop]
+    rounding = 1e-5 * (plan.noise_std / plan.normaliser + expected.abs().max())
+    if difference.abs().max() > rounding or not _is_noise(engine, step):
         raise RuntimeError(
             "The gradient that reaches DeepSpeed's optimizer is not the clipped noisy sum that privacy is accounted for; "
             "nothing was trained. Use a DeepSpeed version that this project names."
         )
+
+
+def _direction(engine: Engine, rank: int) -> Tensor:
+    position = torch.arange(sum(p.numel() for _, p in engine.parameters), device=engine.world.device)
+    return torch.where(position % (engine.world.world_size + 1) == rank, 2.0, 0.5)
+
+
+def _is_noise(engine: Engine, step: PrivateStep) -> bool:
+    """Whether the noise over all ranks, of enough steps for 20,000 draws, has mean 0 and the planned variance."""
+    total = sum(p.numel() for _, p in engine.parameters)
+    held = max(0, min(len(engine.partition), total - engine.partition.start))
+    zeros = torch.zeros(len(engine.partition), device=engine.world.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=engine.world.device)
+    for k in range(-(-20_000 // total)):
+        noise = step.privatise(engine, zeros, SELF_TEST_STEP - k)[:held].double() * step.plan.normaliser
+        sums += torch.stack([noise.sum(), noise.square().sum(), torch.full_like(noise.sum(), held)])
+    dist.all_reduce(sums)
+    mean, square = (sums[:2] / sums[2] / torch.tensor([step.plan.noise_std, step.plan.noise_std**2]).to(sums)).tolist()
+    # Six standard errors: a false alarm in 500 million starts.
+    n = sums[2].item()
+    return abs(mean) <= 6 / math.sqrt(n) and abs(square - 1) <= 6 * math.sqrt(2 / n)

@@ -24,10 +24,8 @@ def sum_of_ranks(config: dict[str, Any], world: World, link: Link) -> dict[str, 
 
 
 def train_regression(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
-    """Train; in the first attempt, rank 1 is killed as the environment says."""
-    found = regression.run(world, config["run"]["dir"], regression.config(10), link.attempt)
-    for event in found["events"]:
-        link.report(event)
+    (Path(config["run"]["dir"]) / f"pid-{world.rank}").write_text(str(os.getpid()))
+    found = regression.run(world, config["run"]["dir"], regression.config(10), link.attempt, link=link)
     weights = {name: tensor.tolist() for name, tensor in found["weights"].items()}
     return {"step": found["step"], "weights": weights, "attempt": link.attempt}
 

@@ -11,6 +11,7 @@ from rayproj import keyed
 from rayproj.engine.task import Batch
 from rayproj.engine.training import Recipe, train
 from rayproj.engine.world import World
+from rayproj.privacy import clipping
 from rayproj.privacy import step as step_module
 from rayproj.privacy.ledger import epsilon_spent, spent
 from rayproj.privacy.plan import PrivacyConfig, PrivacyPlan, plan
@@ -62,7 +63,7 @@ def run(world: World, uri: str, config: Any, attempt: str, fault: str = "") -> d
     elif fault == "sum of one rank only":
         step_module.reduce_to_partition = lambda engine, flat: _pad(engine, flat)  # type: ignore[assignment]
     elif fault == "no clipping":
-        step_module.clip_factor = lambda norm, c: torch.ones_like(norm)  # type: ignore[assignment]
+        clipping.clip_factor = lambda norm, c: torch.ones_like(norm)  # type: ignore[assignment]
     plan_ = mechanism(config.steps)
     link, store = regression.Recorder(attempt), Store(uri)
     sampling = PoissonSampling(plan_.num_samples, plan_.sample_rate, KEY)
@@ -88,7 +89,6 @@ def _pad(engine: Any, flat: torch.Tensor) -> torch.Tensor:
 
 def _deaf(prepare: Any) -> Any:
     def wrapped(engine: Any) -> None:
-        engine.optimizer.get_flat = None
         original = engine.gradient_that_reaches_the_optimizer
         engine.gradient_that_reaches_the_optimizer = lambda g: original(torch.zeros_like(g))
         prepare(engine)

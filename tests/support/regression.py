@@ -77,10 +77,10 @@ def config(
 
 
 def run(
-    world: World, uri: str, settings: TrainConfig, attempt: str, task: Any = None, stop_after: int | None = None
+    world: World, uri: str, settings: TrainConfig, attempt: str, task: Any = None, stop_after: int | None = None, link: Any = None
 ) -> dict[str, Any]:
     """Train; returns what this rank holds at the end."""
-    link = Recorder(attempt, stop_after)
+    link = link or Recorder(attempt, stop_after)
     step = PlainStep(settings.batch, settings.micro_batch, world.world_size)
     recipe = Recipe(task or Regression(), step, KeyedBatches(world.rank, world.world_size), settings)
     engine = train(recipe, world, Store(uri), link)
@@ -88,6 +88,6 @@ def run(
         "step": engine.step,
         "weights": {name: p.detach().clone() for name, p in engine.parameters},
         "ema": engine.ema.clone(),
-        "events": link.events,
+        "events": getattr(link, "events", []),
         "partition": engine.partition,
     }
