@@ -134,7 +134,13 @@ def test_a_member_that_is_missing_or_does_not_decode_is_named(tmp_path: Path) ->
         from rayproj.storage.store import sha256_hex, to_json
 
         dataset.store.put_once("shards/x.tar", buffer.getvalue())
-        record = {"shard": 0, "object": "shards/x.tar", "sha256": sha256_hex(buffer.getvalue()), "size": 0, "samples": 5}
+        record = {
+            "shard": 0,
+            "object": "shards/x.tar",
+            "sha256": sha256_hex(buffer.getvalue()),
+            "size": 0,
+            "samples": 5,
+        }
         record |= {"class_counts": {}, "made_by": "test", "seconds": 0.0, "committed_at": 0.0}
         dataset.store.put_once("commits/000000.json", to_json(record))
         with pytest.raises(IntegrityError, match=match):

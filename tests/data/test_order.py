@@ -16,8 +16,12 @@ def test_an_epoch_is_a_permutation(num_samples: int, shard_size: int) -> None:
     for epoch in range(3):
         assert sorted(epoch_order(num_samples, shard_size, 5, epoch)) == list(range(num_samples))
     if num_samples > 20:
-        assert not np.array_equal(epoch_order(num_samples, shard_size, 5, 0), epoch_order(num_samples, shard_size, 5, 1))
-        assert not np.array_equal(epoch_order(num_samples, shard_size, 5, 0), epoch_order(num_samples, shard_size, 6, 0))
+        assert not np.array_equal(
+            epoch_order(num_samples, shard_size, 5, 0), epoch_order(num_samples, shard_size, 5, 1)
+        )
+        assert not np.array_equal(
+            epoch_order(num_samples, shard_size, 5, 0), epoch_order(num_samples, shard_size, 6, 0)
+        )
 
 
 def test_reads_stay_within_windows_of_shards() -> None:

@@ -87,7 +87,9 @@ def test_a_folder_with_a_csv(folder: Path) -> None:
 
 
 def test_patients_are_never_torn_apart(folder: Path) -> None:
-    config = SourceConfig(kind=SourceKind.image_folder, path=str(folder), group_column="patient", attributes=["patient"])
+    config = SourceConfig(
+        kind=SourceKind.image_folder, path=str(folder), group_column="patient", attributes=["patient"]
+    )
     import_dataset(ImportConfig(source=config, out=str(folder / "out"), fractions={"a": 0.5, "b": 0.5}), lambda e: None)
     patients = []
     for part in ("a", "b"):

@@ -39,9 +39,13 @@ def test_renyi_accounting_never_says_less() -> None:
 
 def test_the_unknown_is_solved_for_and_the_target_kept() -> None:
     solved = plan(PrivacyConfig(epsilon=8.0, delta=1e-5, expected_batch=100), 5000, 40)
-    assert solved.epsilon() <= 8.0 < plan(
-        PrivacyConfig(noise_multiplier=solved.noise_multiplier * 0.99, delta=1e-5, expected_batch=100), 5000, 40
-    ).epsilon()
+    assert (
+        solved.epsilon()
+        <= 8.0
+        < plan(
+            PrivacyConfig(noise_multiplier=solved.noise_multiplier * 0.99, delta=1e-5, expected_batch=100), 5000, 40
+        ).epsilon()
+    )
     assert solved.sample_rate == 0.02 and solved.normaliser == 100
     assert solved.epsilon(10) < solved.epsilon(20) < solved.epsilon()
 

@@ -68,9 +68,7 @@ def test_a_broken_mechanism_never_trains(tmp_path, fault: str) -> None:  # type:
 def test_a_crashed_start_is_charged_for_what_it_recorded(tmp_path, point: str, charged: int) -> None:  # type: ignore[no-untyped-def]
     """Killed in its fourth step, with a commit at step 2: the next start does steps 2 and 3 again, with other noise."""
     config = private.settings(5, every_steps=2)
-    died = run_ranks(
-        private.run, 2, str(tmp_path), config, "first", env={"RAYPROJ_FAULT": f"{point}:0:4"}, check=False
-    )
+    died = run_ranks(private.run, 2, str(tmp_path), config, "first", env={"RAYPROJ_FAULT": f"{point}:0:4"}, check=False)
     assert died[0] == -signal.SIGKILL
     done = run_ranks(private.run, 2, str(tmp_path), config, "second")[0]
     first = [(step, 0) for step in range(charged)]

@@ -11,7 +11,12 @@ from rayproj.data.writer import commit_shard
 def header(num_samples: int = 50, shard_size: int = 16, name: str = "test") -> Header:
     return Header(
         name=name,
-        fields={"image": Field("png", (1, 8, 8)), "label": Field("int"), "note": Field("str"), "z": Field("npy", (2, 3))},
+        fields={
+            "image": Field("png", (1, 8, 8)),
+            "label": Field("int"),
+            "note": Field("str"),
+            "z": Field("npy", (2, 3)),
+        },
         num_samples=num_samples,
         shard_size=shard_size,
         classes=("a", "b", "c"),

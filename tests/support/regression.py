@@ -77,7 +77,13 @@ def config(
 
 
 def run(
-    world: World, uri: str, settings: TrainConfig, attempt: str, task: Any = None, stop_after: int | None = None, link: Any = None
+    world: World,
+    uri: str,
+    settings: TrainConfig,
+    attempt: str,
+    task: Any = None,
+    stop_after: int | None = None,
+    link: Any = None,
 ) -> dict[str, Any]:
     """Train; returns what this rank holds at the end."""
     link = link or Recorder(attempt, stop_after)

@@ -1,0 +1,106 @@
+"""Job scripts on the command line: one clear sentence for what the user can put right, and a stop that loses nothing."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayproj.engine.checkpoint import commits, load_ema
+from rayproj.storage.store import Store
+from tests.support.commands import ROOT, environment, job, run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small imported dataset."""
+    folder = tmp_path_factory.mktemp("data")
+    source = ["data.source.kind=fashion_mnist", "data.source.path=", "data.fractions={public: 0.1, rest: 0.9}"]
+    done = job("import_data", "configs/import_data.yaml", *source, f"data.out={folder}", f"run.dir={folder}/run")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def autoencoder(data: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        f"data={data}/public", f"run.dir={run_dir}", "autoencoder.channels=[8,8,8]", "train.steps=30", "train.batch=16",
+        "train.preview_every=0", "train.log_every=5", "train.checkpoint.every_steps=10", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.stepz=3"], "did you mean 'train.steps'?"),
+        (["train.steps=many", "train.batch=0.5x"], "these problems"),
+        (["data=/nowhere/at/all"], "There is no dataset at '/nowhere/at/all'"),
+        (["train.batch=15"], "does not divide over 2 ranks"),
+        (["cluster.ranks=64", "cluster.start_timeout=1"], "needs 64 ranks"),
+    ],
+)
+def test_what_the_user_can_put_right(data: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
+    done = job("train_autoencoder", "configs/train_autoencoder.yaml", *autoencoder(data, tmp_path / "run"), *overrides)
+    assert done.returncode == 2
+    assert says in done.stderr and "Traceback" not in done.stderr + done.stdout
+    assert "error: " in done.stderr
+
+
+def test_a_missing_config(tmp_path: Path) -> None:
+    done = job("train_autoencoder", tmp_path / "no.yaml")
+    assert done.returncode == 2 and "no.yaml' does not exist" in done.stderr
+
+
+def test_an_undecodable_image_is_named_and_the_traceback_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("file,label\nx.png,a\n")
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    source = ["data.source.kind=image_folder", f"data.source.path={tmp_path}", "data.fractions={a: 1.0}"]
+    done = job("import_data", "configs/import_data.yaml", *source, f"data.out={tmp_path}/o", f"run.dir={tmp_path}/run")
+    assert done.returncode == 2 and "'x.png' cannot be decoded" in done.stderr and "Traceback" not in done.stderr
+    assert "Traceback" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_run_dir_of_another_config_and_a_stop_that_loses_nothing(data: Path, tmp_path: Path) -> None:
+    """SIGINT in the middle: exit 0 after a commit, with the command to go on; and that gives what an undisturbed run
+    gives, bit for bit. Another config for the same run dir is refused meanwhile."""
+    script, config = "jobs/train_autoencoder.py", "configs/train_autoencoder.yaml"
+    words = autoencoder(data, tmp_path / "run")
+    process = subprocess.Popen(
+        [sys.executable, script, config, *words], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    store = Store(str(tmp_path / "run"))
+    deadline = time.monotonic() + 90
+    while not commits(store) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "To go on: python" in stderr and script in stderr
+    stopped_at = commits(store)[-1].step
+    assert 10 <= stopped_at < 30 and not store.exists("result.json")
+
+    other = job("train_autoencoder", config, *words, "train.batch=32")
+    assert other.returncode == 2 and "train.batch was 16, now 32" in other.stderr
+
+    resumed = job("train_autoencoder", config, *words)
+    assert resumed.returncode == 0 and re.search(rf"going on from step {stopped_at}", resumed.stderr)
+    undisturbed = job("train_autoencoder", config, *autoencoder(data, tmp_path / "other"))
+    assert undisturbed.returncode == 0
+    first, second = load_ema(store)[0], load_ema(Store(str(tmp_path / "other")))[0]
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_doctor_says_what_is_fine() -> None:
+    done = run(sys.executable, "-m", "rayproj.cli", "doctor")
+    assert done.returncode == 0, done.stdout
+    assert all(line.startswith("ok ") for line in done.stdout.splitlines())
+    bad = run(sys.executable, "-m", "rayproj.cli", "doctor", WANDB_MODE="online", HOME="/nonexistent")
+    assert bad.returncode == 1 and "set WANDB_API_KEY" in bad.stdout
+
+
+def test_status_of_nothing(tmp_path: Path) -> None:
+    done = run(sys.executable, "-m", "rayproj.cli", "status", str(tmp_path))
+    assert done.returncode == 2 and "There is no run below" in done.stderr
