@@ -33,11 +33,10 @@ def load(schema: type[T], path: str | Path | None = None, overrides: list[str] |
     """
     config = OmegaConf.structured(schema)
     problems = []
-    for source, given in _sources(path, overrides or []):
-        for key, value in _leaves(given):
-            problem = _set(config, key, value)
-            if problem:
-                problems.append(f"{source}: {problem}")
+    for source, key, value in _given(config, path, overrides or []):
+        problem = _set(config, key, value)
+        if problem:
+            problems.append(f"{source}: {problem}")
     if not problems:
         problems = [f"'{key}' must be given a value." for key in sorted(OmegaConf.missing_keys(config))]
     if problems:
@@ -67,41 +66,48 @@ def from_dict(schema: type[T], values: dict[str, Any]) -> T:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))  # type: ignore[return-value]
 
 
-def _sources(path: str | Path | None, overrides: list[str]) -> Iterator[tuple[str, DictConfig]]:
+def _given(schema: DictConfig, path: str | Path | None, overrides: list[str]) -> Iterator[tuple[str, str, Any]]:
+    """What the user gave: (where, dotted key, value), the file before the overrides."""
     if path is not None:
-        try:
-            given = OmegaConf.load(path)
-        except FileNotFoundError:
-            raise UserError(f"The config file '{path}' does not exist; check the path.") from None
-        except IsADirectoryError:
-            raise UserError(f"'{path}' is a folder; give the path of a YAML file.") from None
-        except Exception as error:
-            raise UserError(f"The config file '{path}' is not valid YAML: {_first_line(error)}") from error
-        if not isinstance(given, DictConfig):
-            raise UserError(f"The config file '{path}' must hold 'key: value' lines.")
-        yield str(path), given
+        for key, value in _leaves(_read(path), schema):
+            yield str(path), key, value
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator or not key:
             raise UserError(f"'{override}' is not an override; write key.sub=value.")
         try:
-            yield override, OmegaConf.from_dotlist([override])
+            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
         except Exception as error:
             raise UserError(f"The override '{override}' cannot be read: {_first_line(error)}") from error
+        inside = OmegaConf.select(schema, key, throw_on_missing=False)
+        for leaf, leaf_value in _leaves(value, inside, key):
+            yield override, leaf, leaf_value
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a nested mapping as (dotted key, raw value); interpolations stay unresolved."""
-    if (
-        isinstance(node, DictConfig)
-        and not node._is_none()
-        and not node._is_interpolation()
-        and (len(node) or not prefix)
-    ):
+def _read(path: str | Path) -> DictConfig:
+    try:
+        given = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"The config file '{path}' does not exist; check the path.") from None
+    except IsADirectoryError:
+        raise UserError(f"'{path}' is a folder; give the path of a YAML file.") from None
+    except Exception as error:
+        raise UserError(f"The config file '{path}' is not valid YAML: {_first_line(error)}") from error
+    if not isinstance(given, DictConfig):
+        raise UserError(f"The config file '{path}' must hold 'key: value' lines.")
+    return given
+
+
+def _leaves(node: Any, schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value as (dotted key, value), down to where the schema's sections end: a mapping given for a plain dict is
+    one value, and replaces what was there. Interpolations stay unresolved."""
+    is_section = isinstance(schema, DictConfig) and OmegaConf.get_type(schema) is not dict
+    if isinstance(node, DictConfig) and is_section:
         for name in node:
-            child = node._get_node(name)
-            yield from _leaves(child, f"{prefix}.{name!s}" if prefix else str(name))
-    elif isinstance(node, ListConfig):
+            child = f"{prefix}.{name!s}" if prefix else str(name)
+            inside = schema._get_node(name) if name in list(schema.keys()) else None
+            yield from _leaves(node._get_node(name), inside, child)
+    elif isinstance(node, (DictConfig, ListConfig)):
         yield prefix, OmegaConf.to_container(node)
     else:
         yield prefix, node._value() if hasattr(node, "_value") else node
@@ -119,7 +125,7 @@ def _set(config: DictConfig, key: str, value: Any) -> str | None:
         walked.append(name)
         node = node._get_node(name) if name in known else None
     try:
-        OmegaConf.update(config, key, value)
+        OmegaConf.update(config, key, value, merge=False)
     except OmegaConfBaseException as error:
         return f"'{key}' cannot be {value!r}: {_first_line(error)}."
     return None

@@ -49,6 +49,13 @@ def test_interpolation_reaches_across_sections(tmp_path: Path) -> None:
     assert config.load(Schema, path, ["steps=9"]).data == "runs/9"
 
 
+def test_a_mapping_replaces_a_dict_and_a_dotted_key_adds_to_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "data: x\nparts: {a: 0.5, b: 0.5}\n")
+    assert config.load(Schema, path, ["parts={c: 1.0}"]).parts == {"c": 1.0}
+    assert config.load(Schema, path, ["parts.c=1.0"]).parts == {"a": 0.5, "b": 0.5, "c": 1.0}
+    assert config.load(Schema, path, ["inner={lr: 2}"]).inner == Inner(2.0)
+
+
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", "stepz: 1\ninner:\n  lr: fast\n")
     with pytest.raises(UserError) as error:

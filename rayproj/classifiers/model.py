@@ -12,6 +12,7 @@ from rayproj import config as configuration
 from rayproj.data.dataset import Dataset
 from rayproj.engine.checkpoint import load_ema
 from rayproj.engine.engine import load_flat
+from rayproj.errors import UserError
 from rayproj.storage.store import Store
 
 
@@ -65,6 +66,8 @@ def load(run_dir: str, device: str) -> nn.Module:
         UserError: the run has no commit, or its data are gone.
     """
     store = Store(run_dir)
+    if not store.exists("config.yaml"):
+        raise UserError(f"There is no run at '{run_dir}'; give the run dir of jobs/train_classifier.py.")
     text = store.read("config.yaml")
     header = Dataset.open(configuration.value(text, "data")).header
     model = ConvNet(

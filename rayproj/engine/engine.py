@@ -242,6 +242,8 @@ class Engine:
         self.deepspeed.save_checkpoint(
             str(folder), tag="ds", client_state={"universal_checkpoint_info": {}}, save_latest=False
         )
+        for script in folder.glob("*.py"):  # DeepSpeed leaves copies of its conversion scripts
+            script.unlink()
         (folder / "ema").mkdir(exist_ok=True)
         parts = {f"{p.name}@{p.start}": self.ema[p.offset : p.offset + p.length].contiguous() for p in self.pieces}
         if rank == 0:  # what the optimizer does not hold: frozen parameters and buffers

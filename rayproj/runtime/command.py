@@ -51,7 +51,8 @@ def run_guarded(load: Callable[[], T], main: Callable[[T], dict[str, Any]]) -> i
         print(f"Stopped; everything is committed. To go on: {again}", file=sys.stderr)
         return 0
     except UserError as error:
-        _log(config)
+        if config is not None:
+            _log(config)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:

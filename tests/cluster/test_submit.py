@@ -53,7 +53,7 @@ def head() -> Iterator[str]:
     yield address
     os.killpg(process.pid, signal.SIGTERM)
     try:
-        process.wait(20)
+        process.wait(10)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
@@ -61,7 +61,7 @@ def head() -> Iterator[str]:
 
 @pytest.mark.timeout(280)
 def test_rayproj_submit_and_ray_job_submit(head: str, tmp_path: Path) -> None:
-    source = ["data.source.kind=fashion_mnist", "data.source.path=", "data.fractions={public: 0.1, rest: 0.9}"]
+    source = ["data.source.kind=fashion_mnist", 'data.source.path=""', "data.fractions={public: 0.1, rest: 0.9}"]
     words = [*source, f"data.out={tmp_path}/data", f"run.dir={tmp_path}/import"]
     job = [*RAYPROJ, "submit", "jobs/import_data.py", "configs/import_data.yaml", *words, "--address", head, "--follow"]
     done = run(*job)

@@ -75,7 +75,7 @@ def test_a_shard_is_committed_once(tmp_path: Path) -> None:
 def test_another_plan_for_the_same_place_is_refused(tmp_path: Path) -> None:
     Dataset.create(str(tmp_path), images.header())
     Dataset.create(str(tmp_path), images.header())
-    with pytest.raises(UserError, match="already holds another dataset.*num_samples"):
+    with pytest.raises(UserError, match=r"already holds another dataset.*num_samples"):
         Dataset.create(str(tmp_path), images.header(num_samples=51))
     with pytest.raises(UserError, match="There is no dataset at"):
         Dataset.open(str(tmp_path / "elsewhere"))
@@ -153,5 +153,5 @@ def test_a_reader_waits_for_a_shard_that_is_still_being_made(tmp_path: Path) -> 
     thread.start()
     assert Reader(dataset, wait_seconds=20).gather(np.array([49]))["label"][0] == 49 % 3
     thread.join()
-    with pytest.raises(ShardTimeout, match="Shard 0 of .* was not committed within 0.1 s"):
+    with pytest.raises(ShardTimeout, match=r"Shard 0 of .* was not committed within 0.1 s"):
         Reader(dataset, wait_seconds=0.1).gather(np.array([0]))

@@ -137,7 +137,7 @@ def test_any_idx_folder(tmp_path: Path) -> None:
         open_source(SourceConfig(kind=SourceKind.idx, path=str(tmp_path), image_size=16))
     path = tmp_path / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match="t10k-labels.* cannot be read"):
+    with pytest.raises(UserError, match=r"t10k-labels.* cannot be read"):
         open_source(config)
     with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):
         open_source(SourceConfig(kind=SourceKind.idx, path=str(tmp_path / "none")))

@@ -1,6 +1,7 @@
 """Rectified flow where the exact answer is known."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def error(solver: Solver, steps: int) -> float:
 @pytest.mark.parametrize(("solver", "low", "high"), [(Solver.euler, 0.9, 1.1), (Solver.heun, 1.9, 2.4)])
 def test_solvers_converge_at_their_order(solver: Solver, low: float, high: float) -> None:
     errors = [error(solver, steps) for steps in (40, 80, 160)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert low < math.log2(coarse / fine) < high
 
 

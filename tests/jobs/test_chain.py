@@ -212,5 +212,5 @@ def test_status_lists_the_runs(chain: Path) -> None:
     found = run(sys.executable, "-m", "rayproj.cli", "status", str(chain))
     assert found.returncode == 0
     lines = {line.split()[0]: line.split()[1:] for line in found.stdout.splitlines()[1:]}
-    assert STAGES <= lines.keys() and all(lines[stage][0] == "done" for stage in STAGES)
+    assert lines.keys() >= STAGES and all(lines[stage][0] == "done" for stage in STAGES)
     assert lines["train_diffusion"][1:3] == ["12", "12"]

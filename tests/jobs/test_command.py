@@ -19,7 +19,7 @@ from tests.support.commands import ROOT, environment, job, run
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small imported dataset."""
     folder = tmp_path_factory.mktemp("data")
-    source = ["data.source.kind=fashion_mnist", "data.source.path=", "data.fractions={public: 0.1, rest: 0.9}"]
+    source = ["data.source.kind=fashion_mnist", 'data.source.path=""', "data.fractions={public: 0.1, rest: 0.9}"]
     done = job("import_data", "configs/import_data.yaml", *source, f"data.out={folder}", f"run.dir={folder}/run")
     assert done.returncode == 0, done.stderr
     return folder

@@ -29,9 +29,9 @@ def test_a_run_is_opened_finished_and_found_again(tmp_path: Path) -> None:
 def test_another_config_is_refused_with_the_differences(tmp_path: Path) -> None:
     with Run.open("job", config(tmp_path)):
         pass
-    with pytest.raises(UserError, match=r"belongs to another config \(steps was 1, now 2\); set another run\.dir"):
-        with Run.open("job", config(tmp_path, steps=2)):
-            pass
+    says = r"belongs to another config \(steps was 1, now 2\); set another run\.dir"
+    with pytest.raises(UserError, match=says), Run.open("job", config(tmp_path, steps=2)):
+        pass
 
 
 def test_where_it_runs_may_change(tmp_path: Path) -> None:

@@ -73,11 +73,11 @@ def test_a_run_that_dies_again_and_again_is_given_up(open_run, tmp_path: Path) -
 
 def test_too_few_workers_are_explained(open_run) -> None:  # type: ignore[no-untyped-def]
     began = time.monotonic()
-    with pytest.raises(
-        UserError, match=r"needs 50 ranks of 1 CPU each.*2 of 2 CPU free on 1 node.*lower cluster.ranks"
+    with (
+        pytest.raises(UserError, match=r"needs 50 ranks of 1 CPU each.*2 of 2 CPU free on 1 node.*lower cluster.ranks"),
+        open_run(50, start_timeout=1.0) as run,
     ):
-        with open_run(50, start_timeout=1.0) as run:
-            fit(run, "tests.support.entries:sum_of_ranks", run_cluster(run))
+        fit(run, "tests.support.entries:sum_of_ranks", run_cluster(run))
     assert time.monotonic() - began < 20
 
 

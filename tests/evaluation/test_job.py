@@ -1,0 +1,114 @@
+"""The evaluation job on several ranks equals one process, and bias by a group attribute is found."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rayproj import config as configuration
+from rayproj.classifiers.model import ClassifierConfig
+from rayproj.classifiers.task import ClassificationTask
+from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.data.loader import Batches
+from rayproj.data.order import Shuffled
+from rayproj.data.reader import Reader
+from rayproj.data.writer import commit_shard
+from rayproj.engine.checkpoint import CheckpointConfig
+from rayproj.engine.engine import EngineConfig, OptimizerConfig
+from rayproj.engine.steps import PlainStep
+from rayproj.engine.training import Recipe, TrainConfig, train
+from rayproj.engine.world import World
+from rayproj.errors import UserError
+from rayproj.evaluation.job import EvaluateConfig, evaluate
+from rayproj.storage.store import Store
+from tests.support import regression
+from tests.support.ranks import run_ranks
+
+CLASSES = ("zero", "one", "two", "three")
+SMALL = ClassifierConfig(channels=(8, 16), dropout=0.0)
+
+
+@dataclass
+class _Run:
+    data: str = "???"
+    classifier: ClassifierConfig = field(default_factory=lambda: SMALL)
+
+
+def write_bars(uri: str, seed: int, size: int = 400) -> Dataset:
+    """Class = quarter of the image that is bright; in the group "dark" class three's bar is too dim to be seen."""
+    header = Header(
+        "bars", {"image": Field("png", (1, 16, 16)), "label": Field("int"), "tone": Field("str")}, size, 100, CLASSES
+    )
+    dataset, rng = Dataset.create(uri, header), np.random.default_rng(seed)
+    for shard in range(header.num_shards):
+        samples = []
+        for i in header.shard_range(shard):
+            label, tone = i % 4, "light" if rng.random() < 0.5 else "dark"
+            image = rng.integers(0, 60, (1, 16, 16))
+            if not (label == 3 and tone == "dark"):
+                image[:, 4 * label : 4 * label + 4] += 150
+            samples.append({"key": f"{i:08d}", "image": image.astype(np.uint8), "label": label, "tone": tone})
+        commit_shard(dataset, shard, samples, "test", 0.0)
+    return dataset
+
+
+def train_and_evaluate(world: World, root: str) -> dict[str, Any]:
+    if world.rank == 0:
+        write_bars(f"{root}/train", 0)
+        write_bars(f"{root}/test", 1)
+        text = configuration.to_yaml(configuration.load(_Run, None, [f"data={root}/train"]))
+        Store(f"{root}/classifier").put_once("config.yaml", text.encode())
+    torch.distributed.barrier()
+    train_set = Dataset.open(f"{root}/train")
+    settings = TrainConfig(
+        steps=60,
+        batch=60,
+        engine=EngineConfig(ema=0.5, optimizer=OptimizerConfig(lr=5e-3)),
+        checkpoint=CheckpointConfig(every_seconds=0),
+    )
+    batches = Batches(Reader(train_set, ["image", "label"]), Shuffled(400, 100, 60, 0), world.rank, world.world_size)
+    task = ClassificationTask(SMALL, train_set.header, 0, shift=0, flip=False)
+    link = regression.Recorder("a")
+    train(Recipe(task, PlainStep(60, 0, world.world_size), batches, settings), world, Store(f"{root}/classifier"), link)
+    return evaluate(config(root), world, link)
+
+
+def evaluate_only(world: World, root: str) -> dict[str, Any]:
+    return evaluate(config(root), world, regression.Recorder("b"))
+
+
+def config(root: str) -> EvaluateConfig:
+    return EvaluateConfig(
+        test=f"{root}/test",
+        reference=f"{root}/train",
+        classifiers={"real": f"{root}/classifier"},
+        synthetic={"same": f"{root}/train"},
+        samples=120,
+        feature_size=32,
+        batch=50,
+        group="tone",
+    )
+
+
+def test_ranks_share_the_work_and_the_planted_bias_is_found(tmp_path: Path) -> None:
+    alone = run_ranks(train_and_evaluate, 1, str(tmp_path))[0]
+    shared = run_ranks(evaluate_only, 2, str(tmp_path))
+    for found in shared:
+        assert found["confusion"] == alone["confusion"] and found["skewsize"] == alone["skewsize"]
+        for name, value in alone["quality"]["frechet_distance"].items():
+            assert found["quality"]["frechet_distance"][name] == pytest.approx(value, rel=1e-6, abs=1e-6)
+    assert 0.8 < alone["accuracy"]["real"]["value"] < 1 and alone["accuracy"]["real"]["n"] == 400
+    distance = alone["quality"]["frechet_distance"]
+    assert distance["same"] == pytest.approx(0, abs=1e-3) and distance["real"] > 1
+    bias = alone["skewsize"]["real"]
+    assert max(bias["effects"], key=bias["effects"].get) == "three" and bias["effects"]["three"] > 0.5
+    assert bias["value"] > 0
+
+
+def test_what_cannot_be_evaluated_is_said(tmp_path: Path) -> None:
+    write_bars(f"{tmp_path}/test", 1, 40)
+    with pytest.raises(UserError, match="There is no run at"):
+        evaluate(config(str(tmp_path)), World(0, 1, 0, "cpu"), regression.Recorder("c"))
