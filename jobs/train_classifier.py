@@ -42,15 +42,15 @@ class Config:
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     config = configuration.from_dict(Config, values)
-    dataset = Dataset.open(config.data, config.wait_seconds)
+    dataset = Dataset.open(config.data, config.wait_seconds, link.stop_requested)
     header = dataset.header
     task = ClassificationTask(config.classifier, header, config.run.seed, config.shift, config.flip)
     streams = bool(config.consumer)
     order = Shuffled(header.num_samples, header.shard_size, config.train.batch, config.run.seed, streams)
-    reader = Reader(dataset, fields=["image", "label"], wait_seconds=config.wait_seconds)
+    reader = Reader(dataset, fields=["image", "label"], wait_seconds=config.wait_seconds, stop=link.stop_requested)
     batches: Any = Batches(reader, order, world.rank, world.world_size)
     if streams:
-        batches = Streamed(batches, dataset, config.consumer)
+        batches = Streamed(batches, order, dataset, config.consumer)
     step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)
     engine = train(Recipe(task, step, batches, config.train), world, Store(config.run.dir), link)
     if streams:

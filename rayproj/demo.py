@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from rayproj.jobs import (
     train_classifier,
     train_diffusion,
 )
+from rayproj.runtime import interrupt
 
 
 @dataclass
@@ -64,5 +65,10 @@ def main(config: Config) -> dict[str, Any]:
     for together in chain(config):
         with ThreadPoolExecutor(len(together)) as pool:
             running = [pool.submit(job, stage) for job, stage in together]
-            result = [future.result() for future in running][-1]
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+            failed = [future.exception() for future in done if future.exception()]
+            if failed:
+                interrupt.request()  # what waits for the failed stage would wait for ever
+                raise failed[0]  # type: ignore[misc]
+            result = running[-1].result()
     return result

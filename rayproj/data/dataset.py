@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rayproj.errors import UserError
+from rayproj.errors import Interrupted, UserError
 from rayproj.storage.store import Store, from_json, to_json
 
 
@@ -104,8 +105,8 @@ class Dataset:
         return cls(uri, header)
 
     @classmethod
-    def open(cls, uri: str, wait_seconds: float = 0.0) -> Dataset:
-        """Open a dataset, waiting for its header if it is not there yet.
+    def open(cls, uri: str, wait_seconds: float = 0.0, stop: Callable[[], bool] = lambda: False) -> Dataset:
+        """Open a dataset, waiting for its header if it is not there yet; `stop` ends the wait with Interrupted.
 
         Raises:
             UserError: there is none after waiting.
@@ -115,6 +116,8 @@ class Dataset:
             try:
                 return cls(uri, Header.from_json(store.read("dataset.json")))
             except FileNotFoundError:
+                if stop():
+                    raise Interrupted from None
                 if time.monotonic() >= deadline:
                     raise UserError(f"There is no dataset at '{uri}'; run the job that writes it first.") from None
                 time.sleep(min(0.2, wait_seconds))

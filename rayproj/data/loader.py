@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rayproj.data import watermark
 from rayproj.data.dataset import Dataset
+from rayproj.data.order import Shuffled
 from rayproj.data.reader import Reader
 
 
@@ -48,24 +49,21 @@ class Batches:
 
 
 class Streamed:
-    """Batches of a dataset in the making: tells the producer how far the first epoch was read."""
+    """Batches of a dataset in the making, whose first epoch is in order: tells the producer how far that was read."""
 
-    def __init__(self, batches: Batches, dataset: Dataset, consumer: str) -> None:
-        self.batches, self.dataset, self.consumer = batches, dataset, consumer
+    def __init__(self, batches: Batches, order: Shuffled, dataset: Dataset, consumer: str) -> None:
+        assert order.first_epoch_in_order
+        self.batches, self.order, self.dataset, self.consumer = batches, order, dataset, consumer
         self._told = -1
 
     def at(self, step: int) -> dict[str, Tensor]:
-        first = int(self.batches.sampling.indices(step).min()) if not self._finished(step) else None
-        shards = self.dataset.header.num_shards if first is None else first // self.dataset.header.shard_size
-        self._tell(shards)
+        header, position = self.dataset.header, step * self.order.global_batch
+        self._tell(header.num_shards if position >= header.num_samples else position // header.shard_size)
         return self.batches.at(step)
 
     def finish(self) -> None:
         """Nothing more will be read: the producer need not wait."""
         self._tell(self.dataset.header.num_shards)
-
-    def _finished(self, step: int) -> bool:
-        return step * getattr(self.batches.sampling, "global_batch", 1) >= self.dataset.header.num_samples
 
     def _tell(self, shards: int) -> None:
         if shards > self._told and self.batches.rank == 0:

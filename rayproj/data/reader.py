@@ -7,12 +7,14 @@ import json
 import tarfile
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from threading import RLock
 
 import numpy as np
 from PIL import Image
 
 from rayproj.data.dataset import Dataset
+from rayproj.errors import Interrupted
 from rayproj.storage.store import IntegrityError, sha256_hex
 
 Columns = dict[str, np.ndarray]
@@ -38,6 +40,7 @@ class Reader:
         fields: which fields to decode; None for all.
         cache_bytes: bound on the decoded shards kept.
         wait_seconds: how long to wait for a shard.
+        stop: asked while waiting; True ends the wait with Interrupted.
     """
 
     def __init__(
@@ -46,10 +49,11 @@ class Reader:
         fields: list[str] | None = None,
         cache_bytes: int = 1 << 30,
         wait_seconds: float = 600.0,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.dataset = dataset
         self.fields = list(dataset.header.fields) if fields is None else fields
-        self.cache_bytes, self.wait_seconds = cache_bytes, wait_seconds
+        self.cache_bytes, self.wait_seconds, self.stop = cache_bytes, wait_seconds, stop
         self._cache: OrderedDict[int, Columns] = OrderedDict()
         self._lock = RLock()
 
@@ -91,6 +95,8 @@ class Reader:
     def _fetch(self, shard: int) -> bytes:
         deadline, pause = time.monotonic() + self.wait_seconds, 0.02
         while (record := self.dataset.record(shard)) is None:
+            if self.stop():
+                raise Interrupted
             if time.monotonic() >= deadline:
                 raise ShardTimeout(
                     f"Shard {shard} of {self.dataset.uri} was not committed within {self.wait_seconds:g} s; "

@@ -42,7 +42,7 @@ class TrainConfig:
     """One run of the loop."""
 
     steps: int = 1000
-    batch: int = 256  # examples in one update, over all ranks
+    batch: int = 256  # examples in one update, over all ranks; private training has privacy.expected_batch instead
     micro_batch: int = 0  # examples in one forward and backward of a rank; 0: the rank's whole slice
     log_every: int = 10
     preview_every: int = 0  # 0: none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import shlex
 import sys
 import traceback
@@ -50,15 +51,23 @@ def run_guarded(load: Callable[[], T], main: Callable[[T], dict[str, Any]]) -> i
             again = " ".join(map(shlex.quote, ["rayproj", *sys.argv[1:]]))
         print(f"Stopped; everything is committed. To go on: {again}", file=sys.stderr)
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            return _failed(config, error)
+        print(f"error: There is no space left ({error}); free some, and run the same command again.", file=sys.stderr)
+        return 2
     except UserError as error:
         if config is not None:
             _log(config)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        where = _log(config)
-        print(f"error: {type(error).__name__}: {error}{where}", file=sys.stderr)
-        return 1
+        return _failed(config, error)
+
+
+def _failed(config: Any, error: Exception) -> int:
+    print(f"error: {type(error).__name__}: {error}{_log(config)}", file=sys.stderr)
+    return 1
 
 
 def _log(config: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import queue
-import socket
 import threading
 import uuid
 from collections.abc import Callable
@@ -123,10 +122,6 @@ class _Rank:
     @ray.method(concurrency_group="control")
     def request_stop(self) -> None:
         self.link.stop.set()
-
-    @ray.method(concurrency_group="control")
-    def where(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 class RankGroup:

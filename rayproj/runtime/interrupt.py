@@ -28,6 +28,11 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     print("Stopping after a commit; once more to leave at once.", file=sys.stderr, flush=True)
 
 
+def request() -> None:
+    """Ask this process's loops to stop, as the first Ctrl-C does."""
+    _wish.set()
+
+
 def requested() -> bool:
     return _wish.is_set()
 

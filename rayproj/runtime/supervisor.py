@@ -41,8 +41,12 @@ def fit(run: Run, entry: str, config: GroupConfig) -> dict[str, Any]:
         if not isinstance(outcome, BaseException):
             interrupt.check()
             return outcome
+        if isinstance(outcome, Interrupted):
+            raise Interrupted  # a rank was waiting for data when it was asked to stop; its last commit stands
         if isinstance(outcome, (UserError, NonFiniteLoss)):
             raise outcome
+        if "No space left on device" in str(outcome):
+            raise UserError(f"There is no space left for {run.store.uri}; free some, and run the same command again.")
         failures = 0 if step > committed else failures
         failures, committed = failures + 1, max(committed, step)
         what = _one_line(outcome)

@@ -35,9 +35,8 @@ def head() -> Iterator[str]:
     gcs = free_port()
     dashboard, client = free_port(gcs + 1), free_port(gcs + 10)
     folder = tempfile.mkdtemp(prefix="rp", dir="/tmp")  # Ray's sockets need a short path
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
-    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    command += [f"--temp-dir={folder}", "--include-dashboard=true", "--disable-usage-stats"]
+    command = [str(ROOT / "cluster" / "local.sh"), str(gcs), str(dashboard), "--num-cpus=2"]
+    command += [f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
     # An empty PYTHONPATH: the job's working directory alone must be enough.
     process = subprocess.Popen(
         command, env=environment(PYTHONPATH=""), start_new_session=True, stdout=subprocess.DEVNULL,

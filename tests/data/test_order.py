@@ -60,7 +60,7 @@ def test_ranks_share_the_same_global_batch_at_any_world_size(tmp_path) -> None: 
 def test_a_streaming_consumer_says_how_far_it_is(tmp_path) -> None:  # type: ignore[no-untyped-def]
     dataset = images.write(str(tmp_path))
     order = Shuffled(50, 16, 10, seed=1, first_epoch_in_order=True)
-    stream = Streamed(Batches(Reader(dataset), order, 0, 1), dataset, "c")
+    stream = Streamed(Batches(Reader(dataset), order, 0, 1), order, dataset, "c")
     told = []
     for step in range(6):
         stream.at(step)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from rayproj.engine.checkpoint import commits, load_ema
 from rayproj.storage.store import Store
 from tests.support.commands import ROOT, environment, job, run
 
+SOURCE = ["data.source.kind=fashion_mnist", 'data.source.path=""', "data.fractions={public: 0.1, rest: 0.9}"]
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small imported dataset."""
     folder = tmp_path_factory.mktemp("data")
-    source = ["data.source.kind=fashion_mnist", 'data.source.path=""', "data.fractions={public: 0.1, rest: 0.9}"]
-    done = job("import_data", "configs/import_data.yaml", *source, f"data.out={folder}", f"run.dir={folder}/run")
+    done = job("import_data", "configs/import_data.yaml", *SOURCE, f"data.out={folder}", f"run.dir={folder}/run")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -104,3 +106,32 @@ def test_doctor_says_what_is_fine() -> None:
 def test_status_of_nothing(tmp_path: Path) -> None:
     done = run(sys.executable, "-m", "rayproj.cli", "status", str(tmp_path))
     assert done.returncode == 2 and "There is no run below" in done.stderr
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name", ["import_data", "train_autoencoder"])
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_space(data: Path, tiny_disk: Path, name: str) -> None:
+    words = {
+        "import_data": [*SOURCE, f"data.out={tiny_disk}/data", f"run.dir={tiny_disk}/run"],
+        "train_autoencoder": [
+            *autoencoder(data, tiny_disk / "run"),
+            "autoencoder.channels=[16,16,16]",
+            "train.steps=12",
+        ],
+    }[name]
+    full = job(name, f"configs/{name}.yaml", *words)
+    assert full.returncode == 2 and "no space left" in full.stderr and "Traceback" not in full.stderr
+    subprocess.run(["mount", "-o", "remount,size=64m", str(tiny_disk)], check=True)
+    again = job(name, f"configs/{name}.yaml", *words)
+    assert again.returncode == 0, again.stderr
+    assert (tiny_disk / "run" / "result.json").exists()

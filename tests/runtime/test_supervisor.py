@@ -83,11 +83,22 @@ def test_too_few_workers_are_explained(open_run) -> None:  # type: ignore[no-unt
 
 def test_a_stop_request_reaches_the_ranks(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     try:
-        threading.Timer(6.0, interrupt._wish.set).start()
+        threading.Timer(6.0, interrupt.request).start()
         with pytest.raises(Interrupted), open_run(2) as run:
             fit(run, "tests.support.entries:runs_until_stopped", run_cluster(run))
         assert (tmp_path / "run" / "stopped-0").exists() and (tmp_path / "run" / "stopped-1").exists()
         assert not (tmp_path / "run" / "result.json").exists()
+    finally:
+        interrupt._wish.clear()
+
+
+def test_a_stop_request_reaches_a_rank_that_waits_for_data(open_run) -> None:  # type: ignore[no-untyped-def]
+    began = time.monotonic()
+    try:
+        threading.Timer(6.0, interrupt.request).start()
+        with pytest.raises(Interrupted), open_run(1) as run:
+            fit(run, "tests.support.entries:waits_for_data", run_cluster(run))
+        assert time.monotonic() - began < 30
     finally:
         interrupt._wish.clear()
 

@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from rayproj.data.dataset import Dataset
+from rayproj.data.reader import Reader
 from rayproj.engine.training import Link
 from rayproj.engine.world import World
 from rayproj.errors import UserError
@@ -49,6 +52,13 @@ def runs_until_stopped(config: dict[str, Any], world: World, link: Link) -> dict
         time.sleep(0.05)
     (Path(config["run"]["dir"]) / f"stopped-{world.rank}").touch()
     return {"stopped": True}
+
+
+def waits_for_data(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    """Reads a shard that nobody makes."""
+    dataset = Dataset.create(f"{config['run']['dir']}/data", images.header())
+    Reader(dataset, stop=link.stop_requested).gather(np.array([0]))
+    return {}
 
 
 class Maker:
