@@ -42,6 +42,7 @@ def run_guarded(load: Callable[[], T], main: Callable[[T], dict[str, Any]]) -> i
         from rayproj.runtime.cluster import connect
 
         connect()
+        interrupt.listen()  # again: Ray puts its own handler of SIGTERM in
         with display():
             main(config)
         return 0

@@ -15,7 +15,6 @@ _wish = threading.Event()
 
 def listen() -> None:
     """Take over SIGINT and SIGTERM: the first asks to stop after a commit, the second leaves at once."""
-    _wish.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _on_signal)
 
