@@ -60,6 +60,29 @@ def normal(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return torch.stack((*normals_from_bits(words[0], words[1]), *normals_from_bits(words[2], words[3])), dim=-1)
 
 
+def flat_normal(words: tuple[int, int, int, int], step: int, attempt: int, interval: range, device: str) -> Tensor:
+    """Standard normals for an interval of a long flat vector, each a pure function of the element.
+
+    Element i is the (i mod 4)-th normal of the counter (i div 4, step, attempt): 2^64 elements and 2^32 steps fit. The
+    last two words of the key are folded into the counter.
+
+    Args:
+        words: the key, four words in [0, 2^32).
+
+    Returns:
+        fp32 [len(interval)].
+    """
+    first, last = interval.start // 4, -(-interval.stop // 4)
+    block = torch.arange(first, last, dtype=torch.int64, device=device)
+    parts = (
+        block & MASK,
+        torch.full_like(block, step & MASK),
+        torch.full_like(block, (attempt & MASK) ^ words[2]),
+        ((block >> 32) & MASK) ^ words[3],
+    )
+    return normal(parts, (words[0], words[1])).flatten()[interval.start - 4 * first : interval.stop - 4 * first]
+
+
 def uniform(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
     """Uniforms in [0, 1), four to a counter: fp32 of shape [*counter.shape, 4]."""
     return torch.stack([uniform_from_bits(word) for word in philox4x32(counter, key)], dim=-1)

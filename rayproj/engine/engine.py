@@ -184,7 +184,8 @@ class Engine:
             self.optimizer.step()
         finally:
             del self.optimizer._optimizer_step
-        return seen[0]
+        # DeepSpeed skips an update that is not finite.
+        return seen[0] if seen else torch.full_like(partition_gradient, torch.nan)
 
     def accumulate(self, loss: Tensor, samples: int) -> None:
         """Backward of one micro-batch's mean loss; the last one of an update takes the optimizer step. Collective."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rayproj.engine.task import Batch
 from rayproj.errors import UserError
@@ -23,11 +24,18 @@ Losses = Callable[[nn.Module, Batch], Tensor]
 def refuse_cross_example_layers(model: nn.Module) -> None:
     """Raise UserError for a layer whose output on one example depends on others: its gradient cannot be clipped alone."""
     for name, layer in model.named_modules():
-        if isinstance(layer, _BatchNorm):
+        if isinstance(layer, _BatchNorm) or (isinstance(layer, _InstanceNorm) and layer.track_running_stats):
             raise UserError(
                 f"The layer '{name}' ({type(layer).__name__}) mixes examples, so no example's gradient is its own; "
                 "use GroupNorm in its place for private training."
             )
+
+
+def _buffers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Identity and version of each saved tensor that is not a parameter."""
+    parameters = {id(p) for p in model.parameters()}
+    saved = model.state_dict(keep_vars=True).items()
+    return {name: (id(t), t._version) for name, t in saved if isinstance(t, Tensor) and id(t) not in parameters}
 
 
 def with_views(batch: Batch, multiplicity: int) -> Batch:
@@ -67,8 +75,11 @@ def clipped_sum(
 
     Returns:
         The flat sum, fp32 [number of parameters]; the examples' losses [B] and gradient norms [B] before clipping.
+
+    Raises:
+        UserError: the forward changed a buffer, which a checkpoint would release without noise.
     """
-    size = len(batch["row"])
+    size, before = len(batch["row"]), _buffers(model)
     first = parameters[0][1]
     total = torch.zeros(sum(p.numel() for _, p in parameters), dtype=torch.float32, device=first.device)
     total = total.double() if first.dtype is torch.float64 else total
@@ -88,6 +99,12 @@ def clipped_sum(
             begin_flat += g.shape[1]
         all_losses.append(values.detach().float().cpu())
         all_norms.append(norms.float().cpu())
+    changed = [name for name, version in _buffers(model).items() if before.get(name) != version]
+    if changed:
+        raise UserError(
+            f"The forward changed the buffer '{changed[0]}', and checkpoints would hold it without noise; "
+            "use a layer without running statistics for private training."
+        )
     return total, torch.cat(all_losses), torch.cat(all_norms)
 
 

@@ -9,7 +9,9 @@ that perhaps never was; the next start charges its own. ε composes all records.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+from collections import Counter
 from typing import Any
 
 from rayproj import faults
@@ -23,10 +25,11 @@ def secret_key(store: Store) -> bytes:
 
     Whoever can read them can undo the protection; on a local store the file is readable by its owner alone.
     """
-    store.put_once("secret/key", os.urandom(16))
     folder = store.local_path()
+    if folder is not None:  # closed before there is anything in it
+        (folder / "secret").mkdir(mode=0o700, parents=True, exist_ok=True)
+    store.put_once("secret/key", os.urandom(16))
     if folder is not None:
-        (folder / "secret").chmod(0o700)
         (folder / "secret" / "key").chmod(0o600)
     return store.read("secret/key")
 
@@ -46,7 +49,16 @@ class Ledger:
     def charge(self, step: int) -> None:
         """Record the release of a step; on return it is durable."""
         faults.maybe("ledger.before_record")
-        record = {
+        path = f"ledger/{step:08d}-{self.start:08d}.json"
+        if not self.store.put_once(path, to_json(self.record(step))):
+            raise RuntimeError(
+                f"Step {step} of start {self.start} is charged already: two drivers run {self.store.uri}."
+            )
+        faults.maybe("ledger.after_record")
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What is recorded of a release."""
+        return {
             "step": step,
             "start": self.start,
             "sample_rate": self.plan.sample_rate,
@@ -54,12 +66,6 @@ class Ledger:
             "plan": self.plan.digest(),
             "key": self.key_id,
         }
-        path = f"ledger/{step:08d}-{self.start:08d}.json"
-        if not self.store.put_once(path, to_json(record)):
-            raise RuntimeError(
-                f"Step {step} of start {self.start} is charged already: two drivers run {self.store.uri}."
-            )
-        faults.maybe("ledger.after_record")
 
 
 def next_start(store: Store) -> int:
@@ -73,6 +79,25 @@ def spent(store: Store) -> list[dict[str, Any]]:
     return [from_json(store.read(path)) for path in store.list("ledger")]
 
 
+def mechanisms(records: list[dict[str, Any]]) -> list[tuple[float, float, int]]:
+    """What the records compose to: (sample rate, noise multiplier, updates) each.
+
+    The examples of a step are drawn from the key and the step alone. Starts that did a step again therefore released the
+    same draw again: one Poisson sample under several Gaussians, which is one with σ = (Σ σᵢ⁻²)^(-1/2), and not several
+    samples, whose ε would be less. (That steps interleave does not matter: concurrent composition, Vadhan and Zhang 2023.)
+    """
+    draws: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for record in records:
+        draws.setdefault((record["step"], record["key"]), []).append(record)
+    counts: Counter[tuple[float, float]] = Counter()
+    for draw in draws.values():
+        rate = min(1.0, sum({r["sample_rate"] for r in draw}))
+        sigmas = [r["noise_multiplier"] for r in draw]
+        sigma = sigmas[0] / math.sqrt(len(sigmas)) if len(set(sigmas)) == 1 else sum(s**-2 for s in sigmas) ** -0.5
+        counts[rate, sigma] += 1
+    return [(rate, sigma, updates) for (rate, sigma), updates in counts.items()]
+
+
 def epsilon_spent(records: list[dict[str, Any]], delta: float) -> float:
     """ε at δ of all that was recorded; a step that was charged twice counts twice."""
-    return accounting.epsilon_of([(r["sample_rate"], r["noise_multiplier"], 1) for r in records], delta)
+    return accounting.epsilon_of(mechanisms(records), delta)

@@ -69,6 +69,13 @@ class PrivacyPlan:
             self.sample_rate, self.noise_multiplier, self.steps if steps is None else steps, self.delta
         )
 
+    def event(self) -> Any:
+        """The whole mechanism as dp-accounting's DpEvent, for any accountant or auditor."""
+        from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+
+        update = PoissonSampledDpEvent(self.sample_rate, GaussianDpEvent(self.noise_multiplier))
+        return SelfComposedDpEvent(update, self.steps)
+
     def digest(self) -> str:
         """Identifies the mechanism in the ledger."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -12,10 +14,9 @@ from torch import Tensor, nn
 from rayproj.engine.engine import Engine
 from rayproj.engine.task import Batch, Task
 from rayproj.errors import UserError
-from rayproj.privacy import accounting
 from rayproj.privacy.clipping import clipped_sum, refuse_cross_example_layers
-from rayproj.privacy.ledger import Ledger, next_start, spent
-from rayproj.privacy.noise import gaussian
+from rayproj.privacy.ledger import Ledger, epsilon_spent, next_start, spent
+from rayproj.privacy.noise import add_noise, gaussian
 from rayproj.privacy.plan import PrivacyPlan
 from rayproj.storage.store import Store
 
@@ -54,8 +55,7 @@ class PrivateStep:
         start: list[Any] = [next_start(self.store), spent(self.store)] if engine.world.rank == 0 else [None, None]
         dist.broadcast_object_list(start, src=0)
         self.ledger = Ledger(self.store, self.plan, self.key, start[0])
-        # Releases so far, by (sample rate, noise multiplier): charged to ε whether or not they survived a crash.
-        self.segments = [(r["sample_rate"], r["noise_multiplier"], 1) for r in start[1]]
+        self.records = start[1]  # releases so far, charged to ε whether or not they survived a crash
         self_test(engine, self)
 
     def __call__(self, engine: Engine, task: Task, batch: Batch) -> dict[str, float]:
@@ -67,22 +67,27 @@ class PrivateStep:
         if engine.world.rank == 0:
             self.ledger.charge(step)
         dist.barrier()  # nobody draws noise for a release that is not on record
-        self.segments.append((plan.sample_rate, plan.noise_multiplier, 1))
+        self.records.append(self.ledger.record(step))
         engine.update(self.privatise(engine, share, step), samples=int(plan.normaliser))
-        metrics = {"epsilon": accounting.epsilon_of(self.segments, plan.delta)}
+        metrics = {"epsilon": epsilon_spent(self.records, plan.delta)}
         if self.unsafe_metrics:
             metrics |= self._private_metrics(engine, losses, norms)
         return metrics
 
     def privatise(self, engine: Engine, share: Tensor, step: int) -> Tensor:
         """(sum + noise) / normaliser on this rank's interval; padding has no noise."""
-        noise = gaussian(self.key, step, self.ledger.start, engine.partition, share.device)
-        held = sum(p.numel() for _, p in engine.parameters) - engine.partition.start
-        noise[max(0, held) :] = 0
-        return (share + self.plan.noise_std * noise) / self.plan.normaliser
+        plan, start, begin = self.plan, self.ledger.start, engine.partition.start
+        noisy = max(0, sum(p.numel() for _, p in engine.parameters) - begin)
+        if share.is_cuda:
+            return add_noise(share, self.key, step, start, begin, noisy, plan.noise_std, plan.normaliser)
+        noise = gaussian(self.key, step, start, engine.partition, str(share.device))
+        noise[noisy:] = 0
+        return (share + plan.noise_std * noise) / plan.normaliser
 
     def _private_metrics(self, engine: Engine, losses: Tensor, norms: Tensor) -> dict[str, float]:
-        sums = [float(len(losses)), float(losses.sum()), float((norms > self.plan.clip_norm).sum())]
+        clipped_or_dropped = ~(norms <= self.plan.clip_norm)
+        # An example whose loss is not finite contributed nothing; it must not stop the training through its metrics either.
+        sums = [float(len(losses)), float(losses.nan_to_num(0, 0, 0).sum()), float(clipped_or_dropped.sum())]
         count, loss, clipped = engine.mean_over_ranks(sums)
         return {"loss": loss / max(count, 1e-9), "clip_fraction": clipped / max(count, 1e-9)}
 
@@ -97,58 +102,80 @@ def reduce_to_partition(engine: Engine, flat: Tensor) -> Tensor:
 
 
 def self_test(engine: Engine, step: PrivateStep) -> None:
-    """Send known gradients through the real path and look at what the optimizer is given. Collective.
+    """Send known gradients and noise through the real path and look at what the optimizer is given. Collective.
 
-    Every rank has one example whose gradient is ten times the clip norm long and one of half of it. With and without
-    them, at the same noise, what reaches the optimizer must differ by their clipped sum over the ranks; and what is left
-    must be noise of the planned size. Nothing is updated, and the noise is of steps that no run reaches.
+    Every rank has one example whose gradient is many times the clip norm long, and one of less than half of it. Without
+    noise, what reaches the optimizer must be their clipped sum over the ranks over the normaliser; and without gradients,
+    noise of the planned size. Nothing is updated, and the noise is of steps that no run reaches.
 
     Raises:
-        RuntimeError: it is not so.
+        RuntimeError: it is not so, on some rank; all of them raise it.
     """
     plan, world = step.plan, engine.world
-    direction = _direction(engine, world.rank)
-    unit = direction / direction.norm()
-    batch = {
-        "row": torch.zeros(2, 3, dtype=torch.int64, device=world.device),
-        "scale": torch.tensor([10.0, 0.5], device=world.device) * plan.clip_norm,
-    }
-
-    def losses(model: nn.Module, rows: Batch) -> Tensor:
-        """Linear in the parameters, so that the gradient of example b is scale_b times the unit vector."""
-        held, total, begin = dict(model.named_parameters()), torch.zeros((), device=world.device), 0
-        for name, parameter in engine.parameters:
-            part = unit[begin : begin + parameter.numel()].view_as(parameter)
-            total = total + (held[name] * part).float().sum()
-            begin += parameter.numel()
-        return rows["scale"] * total
-
-    flat, _, _ = clipped_sum(
-        engine.module, losses, engine.parameters, batch, plan.multiplicity, plan.clip_norm, step.chunk
-    )
-    nothing = torch.zeros_like(flat)
-    signal, noise = (
-        engine.gradient_that_reaches_the_optimizer(
-            step.privatise(engine, reduce_to_partition(engine, vector), SELF_TEST_STEP)
-        )
-        for vector in (flat, nothing)
-    )
+    noiseless = copy.copy(step)
+    noiseless.plan = dataclasses.replace(plan, noise_multiplier=0.0)
+    share = reduce_to_partition(engine, _known_sum(engine, step))
+    signal = engine.gradient_that_reaches_the_optimizer(noiseless.privatise(engine, share, SELF_TEST_STEP))
     expected = torch.zeros(len(engine.partition) * world.world_size, device=world.device)
     for rank in range(world.world_size):
-        other = _direction(engine, rank)
-        expected[: len(other)] += 1.5 * plan.clip_norm * other / other.norm() / plan.normaliser
-    difference = signal - noise - expected[engine.partition.start : engine.partition.stop]
-    rounding = 1e-5 * (plan.noise_std / plan.normaliser + expected.abs().max())
-    if difference.abs().max() > rounding or not _is_noise(engine, step):
+        direction = _direction(engine, rank)
+        _, small = _scales(direction, plan.clip_norm)
+        expected[: len(direction)] += direction * (plan.clip_norm / direction.norm() + small) / plan.normaliser
+    made = step.privatise(engine, torch.zeros_like(share), SELF_TEST_STEP)
+    noise = engine.gradient_that_reaches_the_optimizer(made)
+    wrong = [
+        not _close(signal, expected[engine.partition.start : engine.partition.stop], expected.abs().max()),
+        not _close(noise, made, made.abs().max()),
+        not _is_noise(engine, step),
+    ]
+    votes = torch.tensor(wrong, dtype=torch.float32, device=world.device)
+    dist.all_reduce(votes)
+    if votes.any():
         raise RuntimeError(
             "The gradient that reaches DeepSpeed's optimizer is not the clipped noisy sum that privacy is accounted for; "
             "nothing was trained. Use a DeepSpeed version that this project names."
         )
 
 
+def _close(found: Tensor, expected: Tensor, scale: Tensor) -> bool:
+    """Equal to rounding; NaN is not."""
+    return bool(((found - expected).abs() <= 1e-5 * scale).all())
+
+
+def _known_sum(engine: Engine, step: PrivateStep) -> Tensor:
+    """This rank's clipped sum of two examples whose gradients are known."""
+    plan, device = step.plan, engine.world.device
+    direction = _direction(engine, engine.world.rank)
+    batch = {
+        "row": torch.zeros(2, 3, dtype=torch.int64, device=device),
+        "scale": torch.tensor(_scales(direction, plan.clip_norm), device=device),
+    }
+
+    def losses(model: nn.Module, rows: Batch) -> Tensor:
+        """Linear in the parameters, so that the gradient of example b is scale_b times the direction."""
+        held, total, begin = dict(model.named_parameters()), torch.zeros((), device=device), 0
+        for name, parameter in engine.parameters:
+            part = direction[begin : begin + parameter.numel()].view_as(parameter)
+            total = total + (held[name] * part).float().sum()
+            begin += parameter.numel()
+        return rows["scale"] * total
+
+    return clipped_sum(engine.module, losses, engine.parameters, batch, plan.multiplicity, plan.clip_norm, step.chunk)[
+        0
+    ]
+
+
 def _direction(engine: Engine, rank: int) -> Tensor:
+    """A flat vector of 2 and 1/2, which no two ranks have alike."""
     position = torch.arange(sum(p.numel() for _, p in engine.parameters), device=engine.world.device)
     return torch.where(position % (engine.world.world_size + 1) == rank, 2.0, 0.5)
+
+
+def _scales(direction: Tensor, clip_norm: float) -> tuple[float, float]:
+    """Factors that make a direction at least ten clip norms long, and at most half of one. Powers of two, as is all of
+    the direction, so that the gradients are exact in bf16 too."""
+    ratio = clip_norm / direction.double().norm().item()
+    return 2.0 ** math.ceil(math.log2(10 * ratio)), 2.0 ** math.floor(math.log2(0.5 * ratio))
 
 
 def _is_noise(engine: Engine, step: PrivateStep) -> bool:

@@ -11,9 +11,10 @@ from rayproj.privacy.plan import PrivacyConfig, plan
 
 
 def test_golden_values_of_jax_privacy() -> None:
-    """sigma = 3, T = 512, q = 0.1, delta = 1e-6: epsilon = 3.77; epsilon = 1 needs sigma = 9.66."""
+    """sigma = 3, T = 512, q = 0.1, delta = 1e-6: epsilon = 3.77; epsilon = 1 needs sigma = 9.66; 2 allows T = 155."""
     assert accounting.epsilon(0.1, 3.0, 512, 1e-6) == pytest.approx(3.77, abs=0.01)
     assert accounting.noise_multiplier(1.0, 0.1, 512, 1e-6) == pytest.approx(9.66, rel=2e-3)
+    assert accounting.epsilon(0.1, 3.0, 155, 1e-6) <= 2 < accounting.epsilon(0.1, 3.0, 156, 1e-6)
 
 
 def test_one_gaussian_release_is_the_closed_form() -> None:
@@ -33,8 +34,22 @@ def test_renyi_accounting_never_says_less() -> None:
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    accountant.compose(dp_accounting.PoissonSampledDpEvent(0.02, dp_accounting.GaussianDpEvent(1.0)), 100)
-    assert accounting.epsilon(0.02, 1.0, 100, 1e-5) <= accountant.get_epsilon(1e-5)
+    mechanism = plan(PrivacyConfig(noise_multiplier=1.0, expected_batch=100), 5000, 100)
+    accountant.compose(mechanism.event())
+    assert mechanism.epsilon() <= accountant.get_epsilon(1e-5)
+
+
+def test_kept_distributions_say_what_a_fresh_accountant_says() -> None:
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    def update(rate: float, sigma: float) -> dp_accounting.DpEvent:
+        return dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
+
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(update(0.02, 1.2), 40).compose(update(0.1, 2.0), 7)
+    found = accounting.epsilon_of([(0.1, 2.0, 7), (0.02, 1.2, 15), (0.02, 1.2, 25)], 1e-5)
+    assert found == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-6)
 
 
 def test_the_unknown_is_solved_for_and_the_target_kept() -> None:

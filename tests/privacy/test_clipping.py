@@ -135,4 +135,22 @@ def test_layers_that_mix_examples_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     with pytest.raises(UserError, match=r"'1' \(BatchNorm2d\).*GroupNorm"):
         refuse_cross_example_layers(model)
-    refuse_cross_example_layers(ConvNet())
+    with pytest.raises(UserError, match="InstanceNorm2d"):
+        refuse_cross_example_layers(nn.InstanceNorm2d(2, track_running_stats=True))
+    refuse_cross_example_layers(nn.Sequential(ConvNet(), nn.InstanceNorm2d(2)))
+
+
+def test_a_forward_that_keeps_what_it_saw_is_refused() -> None:
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 1)
+            self.register_buffer("seen", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += x.detach().sum(0)
+            return super().forward(x)
+
+    model = Counting()
+    batch = {"x": torch.ones(2, 3), "row": torch.zeros(2, 3, dtype=torch.long)}
+    with pytest.raises(UserError, match="'seen'"):
+        clipped_sum(model, lambda m, b: m(b["x"])[:, 0], list(model.named_parameters()), batch, 1, 1.0)

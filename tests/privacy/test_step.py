@@ -1,12 +1,16 @@
 """PrivateStep on real ranks against a hand-written DP-SGD; its self-test against broken mechanisms; its ledger against
 kill -9."""
 
+import math
 import signal
+from typing import Any
 
 import pytest
 import torch
 
-from rayproj.privacy import accounting
+from rayproj.engine.world import World
+from rayproj.privacy import accounting, clipping
+from rayproj.privacy import step as step_module
 from rayproj.privacy.noise import gaussian
 from rayproj.privacy.sampling import PoissonSampling
 from rayproj.storage.store import Store
@@ -46,34 +50,83 @@ def reference(steps: int) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 1), (2, 1), (2, 2), (3, 2)])
-def test_any_layout_equals_dp_sgd_written_out(tmp_path, world_size: int, zero_stage: int) -> None:  # type: ignore[no-untyped-def]
+def train_at(world: World, uri: str, stages: tuple[int, ...]) -> list[dict[str, Any]]:
+    return [private.run(world, f"{uri}/{stage}", private.settings(4, stage), "a") for stage in stages]
+
+
+@pytest.mark.parametrize(("world_size", "stages"), [(1, (1,)), (2, (1, 2)), (3, (2,))])
+def test_any_layout_equals_dp_sgd_written_out(tmp_path, world_size: int, stages: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
     expected = reference(4)
-    for rank in run_ranks(private.run, world_size, str(tmp_path), private.settings(4, zero_stage), "a"):
-        for name, tensor in expected.items():
-            torch.testing.assert_close(rank["weights"][name], tensor, rtol=1e-5, atol=1e-6)
-        assert rank["epsilon"] == pytest.approx(private.mechanism(4).epsilon())
+    for results in run_ranks(train_at, world_size, str(tmp_path), stages):
+        for result in results:
+            for name, tensor in expected.items():
+                torch.testing.assert_close(result["weights"][name], tensor, rtol=1e-5, atol=1e-6)
+            assert result["epsilon"] == pytest.approx(private.mechanism(4).epsilon())
 
 
-@pytest.mark.parametrize(
-    "fault", ["noise too small", "sum of one rank only", "no clipping", "engine ignores the gradient"]
+def _bias_outside_the_norm(*args: Any) -> Any:
+    """Clips all parameters but the last, which is summed as it is."""
+    model, losses, parameters, batch, multiplicity, clip_norm, chunk = args
+    rest, *others = clipping.clipped_sum(model, losses, parameters[:-1], batch, multiplicity, clip_norm, chunk)
+    last, _, _ = clipping.clipped_sum(model, losses, parameters[-1:], batch, multiplicity, 1e9, chunk)
+    return torch.cat([rest, last]), *others
+
+
+FAULTS = (
+    "noise too small",
+    "sum of one rank only",
+    "no clipping",
+    "engine ignores the gradient",
+    "a bias outside the norm",
+    "no clipping on rank 1 alone",
 )
-def test_a_broken_mechanism_never_trains(tmp_path, fault: str) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(AssertionError, match="is not the clipped noisy sum"):
-        run_ranks(private.run, 2, str(tmp_path), private.settings(2), "a", fault)
+
+
+def refusals(world: World, uri: str) -> dict[str, str]:
+    """What training says to each broken mechanism, one after another in the same processes."""
+    sound = (step_module.gaussian, step_module.reduce_to_partition, step_module.clipped_sum, clipping.clip_factor)
+    said = {}
+    for fault in FAULTS:
+        if fault == "a bias outside the norm":
+            step_module.clipped_sum = _bias_outside_the_norm
+        elif fault == "no clipping on rank 1 alone" and world.rank == 1:
+            clipping.clip_factor = lambda norm, c: torch.ones_like(norm)
+        try:
+            private.run(world, uri, private.settings(1), "a", fault)
+            said[fault] = "trained"
+        except RuntimeError as error:
+            said[fault] = str(error)
+        step_module.gaussian, step_module.reduce_to_partition, step_module.clipped_sum, clipping.clip_factor = sound
+    return said
+
+
+def test_a_broken_mechanism_never_trains(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    for said in run_ranks(refusals, 2, str(tmp_path)):
+        assert {fault: "is not the clipped noisy sum" in text for fault, text in said.items()} == dict.fromkeys(
+            FAULTS, True
+        )
     assert Store(str(tmp_path)).list("ledger") == []
 
 
-@pytest.mark.parametrize(("point", "charged"), [("ledger.before_record", 3), ("ledger.after_record", 4)])
-def test_a_crashed_start_is_charged_for_what_it_recorded(tmp_path, point: str, charged: int) -> None:  # type: ignore[no-untyped-def]
-    """Killed in its fourth step, with a commit at step 2: the next start does steps 2 and 3 again, with other noise."""
+def test_crashed_starts_are_charged_for_what_they_recorded(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Commits are at steps 2 and 4. The first start dies before it records step 3, the second after: each time the next
+    does steps 2 and 3 again, with the same examples and other noise."""
     config = private.settings(5, every_steps=2)
-    died = run_ranks(private.run, 2, str(tmp_path), config, "first", env={"RAYPROJ_FAULT": f"{point}:0:4"}, check=False)
-    assert died[0] == -signal.SIGKILL
-    done = run_ranks(private.run, 2, str(tmp_path), config, "second")[0]
-    first = [(step, 0) for step in range(charged)]
-    assert sorted(done["releases"], key=lambda r: (r[1], r[0])) == [*first, (2, 1), (3, 1), (4, 1)]
+    for attempt, point in (("first", "ledger.before_record:0:4"), ("second", "ledger.after_record:0:2")):
+        died = run_ranks(private.run, 2, str(tmp_path), config, attempt, env={"RAYPROJ_FAULT": point}, check=False)
+        assert died[0] == -signal.SIGKILL
+    done = run_ranks(private.run, 2, str(tmp_path), config, "third")[0]
+    assert sorted(done["releases"], key=lambda r: (r[1], r[0])) == [
+        *((0, 0), (1, 0), (2, 0)),
+        *((2, 1), (3, 1)),
+        *((2, 2), (3, 2), (4, 2)),
+    ]
     plan = private.mechanism(5)
-    assert done["epsilon"] == accounting.epsilon(plan.sample_rate, plan.noise_multiplier, charged + 3, plan.delta)
+    q, sigma = plan.sample_rate, plan.noise_multiplier
+    drawn_once_each = accounting.epsilon_of(
+        [(q, sigma, 3), (q, sigma / math.sqrt(3), 1), (q, sigma / math.sqrt(2), 1)], plan.delta
+    )
+    assert done["epsilon"] == pytest.approx(drawn_once_each)
+    assert done["epsilon"] > accounting.epsilon(q, sigma, 8, plan.delta) > plan.epsilon()
     reported = [e["epsilon"] for e in done["events"] if e["type"] == "metrics"]
     assert reported[-1] == pytest.approx(done["epsilon"])
