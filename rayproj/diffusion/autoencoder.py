@@ -69,17 +69,19 @@ class Autoencoder(nn.Module):
         )
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance, each [B, latent_channels, h, w], of images in [-1, 1]."""
-        posterior = self.kl.encode(x).latent_dist
-        return posterior.mean, posterior.logvar
+        """Mean and log-variance, fp32, each [B, latent_channels, h, w], of images in [-1, 1]."""
+        posterior = self.kl.encode(x.to(self.kl.dtype)).latent_dist
+        return posterior.mean.float(), posterior.logvar.float()
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.kl.decode(z).sample
+        """fp32 images in about [-1, 1]."""
+        image: Tensor = self.kl.decode(z.to(self.kl.dtype)).sample
+        return image.float()
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction through a sampled latent, and the posterior's mean and log-variance."""
         mean, logvar = self.encode(x)
-        return self.decode(mean + torch.exp(0.5 * logvar) * noise.to(mean)), mean, logvar
+        return self.decode(mean + torch.exp(0.5 * logvar) * noise), mean, logvar
 
 
 class AutoencoderTask:
@@ -113,9 +115,9 @@ class AutoencoderTask:
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         x = to_unit_range(batch["image"])
         reconstruction, mean, logvar = model(x, keyed.normal(self.seed, "posterior", batch["row"], self.latent_shape))
-        error = (reconstruction.float() - x).flatten(1)
+        error = (reconstruction - x).flatten(1)
         # KL(N(mean, var) || N(0, 1)) per element, Kingma and Welling 2014, appendix B.
-        kl = 0.5 * (mean.float().square() + logvar.float().exp() - 1 - logvar.float()).flatten(1).mean(1)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
         return error.abs().mean(1) + error.square().mean(1) + self.config.kl_weight * kl
 
     @torch.no_grad()

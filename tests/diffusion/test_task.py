@@ -49,6 +49,14 @@ def test_a_loss_depends_on_its_own_example_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TASKS)
+def test_a_model_in_bf16_has_nearly_the_same_losses_in_fp32(kind: str) -> None:
+    task, batch = TASKS[kind], batch_of(kind)
+    exact, rounded = (task.losses(model, batch) for model in (task.build(), task.build().bfloat16()))
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", TASKS)
 def test_the_model_is_a_function_of_the_seed(kind: str) -> None:
     first, second = TASKS[kind].build(), TASKS[kind].build()
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
