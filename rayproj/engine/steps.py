@@ -11,6 +11,7 @@ from rayproj.errors import UserError
 
 class Step(Protocol):
     micro_batches: int  # backward passes through DeepSpeed in one update
+    running_totals: tuple[str, ...]  # metrics of which the log wants the last value, not the mean
 
     def prepare(self, engine: Engine) -> None:
         """Once before the first step: checks that must hold before any update. Collective."""
@@ -35,6 +36,8 @@ class PlainStep:
     Raises:
         UserError: the batch does not divide over the ranks and micro-batches.
     """
+
+    running_totals: tuple[str, ...] = ()
 
     def __init__(self, batch: int, micro_batch: int, world_size: int) -> None:
         if batch % world_size:

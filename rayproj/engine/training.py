@@ -80,7 +80,7 @@ def train(
         link.report({"type": "total", "steps": config.steps})
         link.report({"type": "resumed", "step": engine.step})
     recipe.step.prepare(engine)
-    log = _Log(engine, link, config.log_every, clock)
+    log = _Log(engine, link, config.log_every, recipe.step.running_totals, clock)
     saved_at, committed, stop = clock(), resumed, False
 
     while engine.step < config.steps and not stop:
@@ -105,10 +105,13 @@ def train(
 
 
 class _Log:
-    """Means over the steps since the last report; rank 0 speaks."""
+    """Means over the steps since the last report, of running totals the last; rank 0 speaks."""
 
-    def __init__(self, engine: Engine, link: Link, every: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: Engine, link: Link, every: int, running_totals: tuple[str, ...], clock: Callable[[], float]
+    ) -> None:
         self.engine, self.link, self.every, self.clock = engine, link, every, clock
+        self.running_totals = running_totals
         self.began, self.samples = clock(), engine.samples_seen
         self.rows: list[dict[str, float]] = []
 
@@ -120,7 +123,8 @@ class _Log:
         if step % self.every and step != self.engine.steps:
             return
         seconds, wall = self.clock() - self.began, time.time()
-        means = {name: sum(row[name] for row in self.rows) / len(self.rows) for name in self.rows[0]}
+        means = {name: sum(row[name] for row in self.rows) / len(self.rows) for name in metrics}
+        means |= {name: metrics[name] for name in self.running_totals}
         speed = (self.engine.samples_seen - self.samples) / max(seconds, 1e-9)
         if self.engine.world.rank == 0:
             self.link.report({"type": "metrics", "step": step, **means, "images_per_second": speed})

@@ -35,6 +35,7 @@ class PrivateStep:
     """
 
     micro_batches = 1
+    running_totals: tuple[str, ...] = ("epsilon",)
 
     def __init__(
         self, plan: PrivacyPlan, key: bytes, store: Store, chunk: int = 8, unsafe_metrics: bool = False

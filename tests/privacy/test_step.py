@@ -128,5 +128,8 @@ def test_crashed_starts_are_charged_for_what_they_recorded(tmp_path) -> None:  #
     )
     assert done["epsilon"] == pytest.approx(drawn_once_each)
     assert done["epsilon"] > accounting.epsilon(q, sigma, 8, plan.delta) > plan.epsilon()
+    first = run_ranks(private.run, 1, str(tmp_path / "other"), private.settings(4), "only")[0]
+    logged = {e["step"]: e["epsilon"] for e in first["events"] if e["type"] == "metrics"}
+    assert logged == pytest.approx({steps: plan.epsilon(steps) for steps in (2, 4)}), "the last ε, not the mean"
     reported = [e["epsilon"] for e in done["events"] if e["type"] == "metrics"]
     assert reported[-1] == pytest.approx(done["epsilon"])
