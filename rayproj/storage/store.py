@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
-import shutil
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
+from fsspec.asyn import sync
 
-CHUNK = 1 << 20
+from rayproj.errors import UserError
+from rayproj.storage.retry import http_status, persist
+
+PATIENCE = 60.0  # seconds that one change of a store may take, and more by its size:
+SLOWEST = 1 << 20  # bytes per second
+MARK = "rayproj-put"
+
+_log = logging.getLogger("rayproj")
+_exclusive: dict[tuple[int, str], bool] = {}  # by filesystem and bucket
+
+Result = TypeVar("Result")
 
 
 class IntegrityError(RuntimeError):
@@ -46,17 +59,32 @@ def from_json(data: bytes) -> Any:
 class Store:
     """A folder: a local path, file://, memory://, s3://, gs:// or whatever else fsspec knows.
 
-    Nothing is ever appended to, and only `write` replaces. Instances are small and picklable.
+    Nothing is ever appended to, and only `write` replaces. Instances are small, picklable and survive a fork. What is
+    written is seen at once by every other process: nothing is remembered.
+
+    Every operation is tried again while the store is away (`rayproj.storage.retry`), and raises StoreUnavailable if that
+    lasts too long, and UserError where there is no such bucket or no permission.
     """
 
     def __init__(self, uri: str) -> None:
-        self._fs, path = fsspec.url_to_fs(str(uri))
+        try:
+            self._filesystem, path = fsspec.url_to_fs(str(uri), use_listings_cache=False)
+        except ImportError as error:
+            raise UserError(f"'{uri}' needs a package that is not here: {error}.") from error
+        self._pid = os.getpid()
         self._root = path.rstrip("/")
-        self._local = "file" in _protocols(self._fs)
+        protocols = _protocols(self._filesystem)
+        self._local, self._memory, self._s3 = "file" in protocols, "memory" in protocols, "s3" in protocols
+        self.uri = self._root if self._local else str(self._filesystem.unstrip_protocol(self._root))
+        if self._s3:  # its own retries, twice over, have long pauses and say nothing
+            self._filesystem.retries = 1
+            self._filesystem.config_kwargs.setdefault("retries", {"total_max_attempts": 1})
 
     @property
-    def uri(self) -> str:
-        return self._root if self._local else str(self._fs.unstrip_protocol(self._root))
+    def _fs(self) -> Any:
+        if self._pid != os.getpid():  # a filesystem's thread does not survive a fork
+            self.__init__(self.uri)  # type: ignore[misc]
+        return self._filesystem
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -78,80 +106,160 @@ class Store:
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 
+    def _persist(self, operation: Callable[[], Result]) -> Result:
+        return persist(operation, self.uri)
+
+    def _change(self, operation: str, *args: Any, size: int = 0, **kwargs: Any) -> Any:
+        """Call a method of the filesystem that sends something.
+
+        aiohttp has no time limit while it sends, and at times none for the answer to what was sent after a '100
+        Continue': a server that falls silent would hold us for ever.
+        """
+        if not self._fs.async_impl:
+            return getattr(self._fs, operation)(*args, **kwargs)
+        method = getattr(self._fs, f"_{operation}")
+        return sync(self._fs.loop, method, *args, timeout=PATIENCE + size / SLOWEST, **kwargs)
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether exclusive create is exclusive here. Tried out once per process and bucket where it is not known."""
+        if self._local or self._memory:
+            return True
+        bucket = self._root.lstrip("/").split("/")[0]
+        key = (hash(self._fs), bucket)
+        if key not in _exclusive:
+            _exclusive[key] = self._persist(self.probe)
+            if not _exclusive[key]:
+                _log.warning(
+                    "The store %s does not honour conditional writes: of two processes that create the same file at "
+                    "once, both believe to have won. Commits are safe only while one driver works on a run; see to "
+                    "that, or use a store that has them (AWS S3, Google Cloud Storage, a current MinIO or Ceph).",
+                    self.uri,
+                )
+        return _exclusive[key]
+
+    def probe(self) -> bool:
+        """Try out whether the second of two creators is refused and the content of the first is kept."""
+        path = self._path(f".probe-{uuid.uuid4().hex}.tmp")  # in the folder, where we may write; `list` leaves it out
+        try:
+            self._create(path, b"1")
+            self._create(path, b"2")
+            return False
+        except FileExistsError:
+            return bool(self._fs.cat_file(path) == b"1")
+        except (OSError, NotImplementedError, TypeError) as error:
+            if isinstance(error, OSError) and http_status(error) not in (400, 405, 501):
+                raise
+            return False
+        finally:
+            with suppress(FileNotFoundError):
+                self._change("rm_file", path)
+
     def put_once(self, path: str, data: bytes) -> bool:
         """Create a file with its whole content, unless there is one.
 
         Returns:
             False if somebody else already had created it; theirs is untouched.
         """
-        if not self._local:
+        target = self._path(path)
+        if self._local:
+            staged = self._persist(lambda: _stage(Path(target), data))
             try:
-                self._fs.pipe_file(self._path(path), data, mode="create")
-            except FileExistsError:
+                return self._persist(lambda: _link(staged, Path(target)))
+            finally:
+                staged.unlink()
+        exclusive, mark, unsure = self.exclusive, uuid.uuid4().hex, False
+
+        def attempt() -> bool:
+            nonlocal unsure
+            try:
+                if exclusive:
+                    self._create(target, data, mark)
+                elif self._fs.exists(target):
+                    raise FileExistsError(target)
+                else:
+                    self._put(target, data, mark)
+                return True
+            except FileExistsError:  # created by an attempt of ours, perhaps, whose answer was lost
+                with suppress(FileNotFoundError):
+                    # On S3 a mark says so, since aiohttp repeats a PUT without our noticing.
+                    return bool(
+                        self._fs.metadata(target).get(MARK) == mark
+                        if self._s3
+                        else unsure and self._fs.cat_file(target) == data
+                    )
                 return False
-            return True
-        target = Path(self._path(path))
-        staged = self._stage(target, data)
+            except Exception:
+                unsure = True
+                raise
+
+        return self._persist(attempt)
+
+    def _create(self, target: str, data: bytes, mark: str = "") -> None:
+        """Raises FileExistsError."""
         try:
-            os.link(staged, target)  # fails if it exists, and shows the content all at once
-        except FileExistsError:
-            return False
-        finally:
-            staged.unlink()
-        _sync_folder(target.parent)
-        return True
+            self._put(target, data, mark, mode="create")
+        except OSError as error:
+            if http_status(error) == 412:  # s3fs recognises the answer of AWS alone
+                raise FileExistsError(target) from error
+            raise
+
+    def _put(self, target: str, data: bytes, mark: str = "", **kwargs: Any) -> None:
+        if self._s3 and mark:
+            kwargs["Metadata"] = {MARK: mark}
+        self._change("pipe_file", target, data, size=len(data), **kwargs)
 
     def write(self, path: str, data: bytes) -> None:
         """Create or replace a file, all at once; only for what may change, such as a report."""
-        if not self._local:
-            self._fs.pipe_file(self._path(path), data)
-            return
-        target = Path(self._path(path))
-        os.replace(self._stage(target, data), target)
-
-    @staticmethod
-    def _stage(target: Path, data: bytes) -> Path:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        with staged.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return staged
+        target = self._path(path)
+        if self._local:
+            self._persist(lambda: os.replace(_stage(Path(target), data), target))
+        else:
+            self._persist(lambda: self._put(target, data))
 
     def read(self, path: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
-        return bytes(self._fs.cat_file(self._path(path)))
+        return self._persist(lambda: bytes(self._fs.cat_file(self._path(path))))
 
     def exists(self, path: str) -> bool:
-        return bool(self._fs.exists(self._path(path)))
+        # Not the filesystem's `exists`: s3fs' says False to whatever goes wrong with a bucket.
+        try:
+            self._persist(lambda: self._fs.info(self._path(path)))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def list(self, prefix: str = "") -> list[str]:
         """Every file below a folder, relative to this store, sorted."""
-        self._fs.invalidate_cache()
         try:
-            found = self._fs.find(self._path(prefix))
+            found = self._persist(lambda: self._fs.find(self._path(prefix), detail=True))
         except FileNotFoundError:
             return []
-        relative = (str(path)[len(self._root) + 1 :] for path in found)
-        return sorted(path for path in relative if not path.endswith(".tmp"))
+        # Consoles of S3 make folders as empty files with a "/"; a folder that fills just now s3fs finds as itself.
+        files = (str(path)[len(self._root) + 1 :] for path, info in found.items() if info["type"] == "file")
+        return sorted(path for path in files if not path.endswith((".tmp", "/")))
 
     def delete_tree(self, prefix: str) -> None:
         """Delete a file or a folder with all below it; nothing there is fine."""
-        with suppress(FileNotFoundError):
-            self._fs.rm(self._path(prefix), recursive=True)
+
+        def delete() -> None:
+            with suppress(FileNotFoundError):
+                self._change("rm", self._path(prefix), recursive=True)
+            if not self._local and self._fs.find(self._path(prefix)):  # s3fs is silent about what S3 did not delete
+                raise OSError(errno.EBUSY, "still there after its deletion", self._path(prefix))
+
+        self._persist(delete)
 
     def upload(self, local: Path, path: str) -> FileRecord:
-        """Copy a local file here, hashing on the way; `path` is one that nobody else writes."""
-        target = self._path(path)
-        self._fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        digest, size = hashlib.sha256(), 0
-        with local.open("rb") as source, self._fs.open(target, "wb") as sink:
-            while chunk := source.read(CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
-                sink.write(chunk)
-        return FileRecord(path, size, digest.hexdigest())
+        """Copy a local file here and hash it; `path` is one that nobody else writes."""
+        record, target = _record(local, path), self._path(path)
+        if self._local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self._persist(lambda: self._change("put_file", str(local), target, size=record.size))
+        if self._local:  # a record that names this file must not outlive it in a loss of power
+            _sync(Path(target))
+            _sync(Path(target).parent)
+        return record
 
     def download(self, record: FileRecord, local: Path) -> None:
         """Copy a file from here and check it against its record.
@@ -160,10 +268,8 @@ class Store:
             IntegrityError: its size or hash is another; the local copy is gone.
             FileNotFoundError: it is not there.
         """
-        with self._fs.open(self._path(record.path), "rb") as source, local.open("wb") as sink:
-            shutil.copyfileobj(source, sink, CHUNK)
-        with local.open("rb") as file:
-            found = FileRecord(record.path, local.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        self._persist(lambda: self._fs.get_file(self._path(record.path), str(local)))
+        found = _record(local, record.path)
         if found != record:
             local.unlink()
             raise IntegrityError(
@@ -172,14 +278,51 @@ class Store:
             )
 
 
+def _record(file: Path, path: str) -> FileRecord:
+    with file.open("rb") as content:
+        return FileRecord(path, file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest())
+
+
+def _stage(target: Path, data: bytes) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with staged.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:  # a full disk gets no fuller
+        staged.unlink(missing_ok=True)
+        raise
+    return staged
+
+
+def _link(staged: Path, target: Path) -> bool:
+    """Give a staged file its name unless that is taken: the content shows all at once."""
+    try:
+        os.link(staged, target)
+    except FileExistsError:
+        if staged.stat().st_nlink == 1:  # else NFS had made the link and lost the answer
+            return False
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise UserError(
+                f"The filesystem of {target.parent} has no hard links, which commits need; "
+                "use another folder, or the bucket itself (s3://, gs://) where this is one that is mounted."
+            ) from error
+        raise
+    _sync(target.parent)
+    return True
+
+
 def _protocols(filesystem: Any) -> tuple[str, ...]:
     protocol = filesystem.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
-def _sync_folder(folder: Path) -> None:
-    """A created name is durable once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file's content durable, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
