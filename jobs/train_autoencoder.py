@@ -18,7 +18,7 @@ from rayproj.data.order import Shuffled
 from rayproj.data.reader import Reader
 from rayproj.diffusion.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderTask, measure
 from rayproj.engine.steps import PlainStep
-from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
+from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train, whole_model
 from rayproj.engine.world import World
 from rayproj.runtime.command import command
 from rayproj.runtime.group import GroupConfig
@@ -48,9 +48,9 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)
     recipe = Recipe(task, step, Batches(reader, order, world.rank, world.world_size), config.train)
     engine = train(recipe, world, Store(config.run.dir), link)
-    with engine.ema_weights() as model:
-        assert isinstance(model, Autoencoder)
-        measured = measure(model, torch.from_numpy(shown).to(world.device))
+    model = whole_model(task, engine.averaged_weights(), world.device)
+    assert isinstance(model, Autoencoder)
+    measured = measure(model, torch.from_numpy(shown).to(world.device))
     shapes = {"image_shape": list(task.image_shape), "latent_shape": list(task.latent_shape)}
     return {**summary(engine, world), **measured, **shapes}
 

@@ -1,31 +1,47 @@
 """Checkpoints: every rank writes its own files, and whichever rank finishes last commits, once.
 
-    checkpoints/step-00001200/a-<attempt>/...          the ranks' files
-    checkpoints/step-00001200/a-<attempt>/files-*.json what each rank wrote, with sizes and hashes
-    checkpoints/step-00001200/COMMIT.json              all of them: exclusive create; the checkpoint exists when this does
-
+    checkpoints/step-00001200/a-<attempt>/master/part-00000.safetensors   rank 0's pieces of the master weights
+    checkpoints/step-00001200/a-<attempt>/{exp_avg,exp_avg_sq,ema}/...    likewise
+    checkpoints/step-00001200/a-<attempt>/rank-00000.safetensors          rank 0's generator states
+    checkpoints/step-00001200/a-<attempt>/{fixed.safetensors,state.json}  buffers and position, by rank 0
+    checkpoints/step-00001200/a-<attempt>/files-00000.json                what rank 0 wrote, with sizes and hashes
+    checkpoints/step-00001200/COMMIT.json                                 all of them: exclusive create; the checkpoint
+                                                                          exists when this does
 No rank waits for another. A rank that has put its list looks whether the lists are complete; the last to look finds
 them so. Two may find it at once: exclusive create lets one win. A zombie of an earlier attempt writes under another
 name and can at most complete its own attempt.
+
+The pieces bear the names of parameters and not of ranks, so a checkpoint loads at any world size and ZeRO stage, and
+nothing in it is a pickle.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayproj import faults
-from rayproj.engine.engine import Engine, merge_ema
+from rayproj.engine.engine import SHARDED, Engine, Snapshot
+from rayproj.engine.layout import join
 from rayproj.errors import UserError
 from rayproj.storage.store import FileRecord, IntegrityError, Store, from_json, to_json
+
+
+class Best(Enum):
+    lowest = "lowest"
+    highest = "highest"
 
 
 @dataclass
@@ -36,6 +52,10 @@ class CheckpointConfig:
     every_seconds: float = 300.0  # 0: only by steps and at the end
     keep_last: int = 2  # older commits are deleted after a newer one exists
     keep_every: int = 0  # steps divisible by it are kept for ever; 0: none
+    keep_best: int = 0  # as many of the best by `best_metric` are kept too
+    best_metric: str = "loss"  # a logged metric; commits that lack it are never best
+    best: Best = Best.lowest
+    asynchronous: bool = True  # hash and upload beside the training, which then stops for a copy to the host alone
 
     def problems(self) -> list[str]:
         return [] if self.keep_last >= 1 else [f"checkpoint.keep_last must be at least 1, not {self.keep_last}."]
@@ -48,7 +68,9 @@ class Commit:
     step: int
     attempt: str
     world_size: int
+    zero_stage: int
     files: tuple[FileRecord, ...]  # paths relative to the attempt's folder
+    metrics: dict[str, float]  # as last logged before it
     committed_at: float
 
     @property
@@ -62,114 +84,215 @@ def due(config: CheckpointConfig, step: int, seconds_since_last: float) -> bool:
     return by_steps or (config.every_seconds > 0 and seconds_since_last >= config.every_seconds)
 
 
-def expired(config: CheckpointConfig, steps: Iterable[int]) -> list[int]:
+def expired(config: CheckpointConfig, committed: Iterable[Commit]) -> list[int]:
     """Which of the committed steps may be deleted, oldest first."""
-    ordered = sorted(steps)
-    kept = set(ordered[-config.keep_last :])
+    ordered = sorted(committed, key=lambda c: c.step)
+    kept = {c.step for c in ordered[-config.keep_last :]}
     if config.keep_every:
-        kept |= {s for s in ordered if s % config.keep_every == 0}
-    return [s for s in ordered if s not in kept]
+        kept |= {c.step for c in ordered if c.step % config.keep_every == 0}
+    if config.keep_best:
+        sign = 1 if config.best is Best.lowest else -1
+        rated = [c for c in ordered if config.best_metric in c.metrics]
+        # Of equals the newer: it was trained longer.
+        rated.sort(key=lambda c: (sign * c.metrics[config.best_metric], -c.step))
+        kept |= {c.step for c in rated[: config.keep_best]}
+    return [c.step for c in ordered if c.step not in kept]
 
 
-def commits(store: Store) -> list[Commit]:
+def commits(store: Store, name: str = "COMMIT.json") -> list[Commit]:
     """Every committed checkpoint of a run, oldest first."""
     found = []
     for path in store.list("checkpoints"):
-        if re.fullmatch(r"checkpoints/step-\d{8}/COMMIT\.json", path):
+        if re.fullmatch(rf"checkpoints/step-\d{{8}}/{re.escape(name)}", path):
             record = from_json(store.read(path))
             files = tuple(FileRecord(**f) for f in record.pop("files"))
             found.append(Commit(files=files, **record))
     return sorted(found, key=lambda c: c.step)
 
 
-def save(engine: Engine, store: Store, attempt: str, config: CheckpointConfig) -> bool:
-    """Write this rank's files of a checkpoint at the engine's step. Collective.
+class Saver:
+    """Writes one rank's checkpoints of one start, one at a time.
 
-    Returns:
-        Whether this rank's files completed the checkpoint and it was this rank that committed it.
+    Args:
+        attempt: names this start.
+        on_commit: called with the step when this rank was the one to commit; perhaps from another thread.
     """
-    rank, world_size = engine.world.rank, engine.world.world_size
-    folder = f"checkpoints/step-{engine.step:08d}/a-{attempt}"
-    faults.maybe("checkpoint.before_write", rank)
-    with tempfile.TemporaryDirectory(prefix="rayproj-") as scratch:
-        engine.write_state(Path(scratch))
-        faults.maybe("checkpoint.before_upload", rank)
-        files = sorted(p for p in Path(scratch).rglob("*") if p.is_file())
-        records = [store.at(folder).upload(p, p.relative_to(scratch).as_posix()) for p in files]
-    faults.maybe("checkpoint.before_list", rank)
-    store.put_once(f"{folder}/files-{rank:05d}.json", to_json([asdict(r) for r in records]))
-    faults.maybe("checkpoint.before_commit", rank)
-    won = _commit_if_complete(store, folder, engine.step, attempt, world_size)
-    faults.maybe("checkpoint.after_commit", rank)
-    if won:
-        done = commits(store)
-        for step in expired(config, [c.step for c in done]):
-            # The record goes first: what has no record is not a checkpoint, however much of it is left.
-            store.delete_tree(f"checkpoints/step-{step:08d}/COMMIT.json")
-            store.delete_tree(f"checkpoints/step-{step:08d}")
-    return won
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        attempt: str,
+        config: CheckpointConfig,
+        on_commit: Callable[[int], Any] = lambda step: None,
+    ) -> None:
+        self.engine, self.store, self.attempt, self.config, self.on_commit = engine, store, attempt, config, on_commit
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, metrics: dict[str, float]) -> None:
+        """Write this rank's part of a checkpoint at the engine's step; returns once the state is copied, if asynchronous.
+
+        Collective. Waits for the one before; raises what that one failed with.
+        """
+        self.wait()
+        faults.maybe("checkpoint.before_snapshot", self.engine.world.rank)
+        snapshot = self.engine.snapshot()
+        self._pending = self._thread.submit(self._write, snapshot, metrics)
+        if not self.config.asynchronous:
+            self.wait()
+
+    def check(self) -> None:
+        """Raise what a save failed with, if one did; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until this rank's files are up. The commit may be another rank's."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
+        rank, step = self.engine.world.rank, snapshot.position["step"]
+        folder = f"checkpoints/step-{step:08d}/a-{self.attempt}"
+        faults.maybe("checkpoint.before_write", rank)
+        with tempfile.TemporaryDirectory(prefix="rayproj-") as scratch:
+            _to_files(snapshot, rank, Path(scratch))
+            faults.maybe("checkpoint.before_upload", rank)
+            files = sorted(p for p in Path(scratch).rglob("*") if p.is_file())
+            records = []
+            for file in files:
+                records.append(self.store.at(folder).upload(file, file.relative_to(scratch).as_posix()))
+                faults.maybe("checkpoint.after_file", rank)
+        faults.maybe("checkpoint.before_list", rank)
+        self.store.put_once(f"{folder}/files-{rank:05d}.json", to_json([asdict(r) for r in records]))
+        faults.maybe("checkpoint.before_commit", rank)
+        if _commit_if_complete(self.store, folder, snapshot.position, self.attempt, metrics):
+            faults.maybe("checkpoint.after_commit", rank)
+            self.on_commit(step)
+            tidy(self.store, self.config, self.attempt, faults_of=rank)
+        faults.maybe("checkpoint.after_all", rank)
 
 
-def _commit_if_complete(store: Store, folder: str, step: int, attempt: str, world_size: int) -> bool:
-    lists = [f"{folder}/files-{rank:05d}.json" for rank in range(world_size)]
+def _to_files(snapshot: Snapshot, rank: int, folder: Path) -> None:
+    for kind, parts in snapshot.sharded.items():
+        (folder / kind).mkdir()
+        save_file(parts, str(folder / kind / f"part-{rank:05d}.safetensors"))
+    save_file(snapshot.generators, str(folder / f"rank-{rank:05d}.safetensors"))
+    if rank == 0:
+        save_file(snapshot.fixed, str(folder / "fixed.safetensors"))
+        (folder / "state.json").write_text(json.dumps(snapshot.position, indent=1))
+
+
+def _from_files(folder: Path, rank: int) -> Snapshot:
+    sharded: dict[str, dict[str, Tensor]] = {kind: {} for kind in SHARDED}
+    for kind, parts in sharded.items():
+        for file in sorted((folder / kind).glob("part-*.safetensors")):
+            parts |= load_file(str(file))
+    generators = folder / f"rank-{rank:05d}.safetensors"
+    return Snapshot(
+        sharded,
+        load_file(str(folder / "fixed.safetensors")),
+        load_file(str(generators)) if generators.exists() else {},
+        json.loads((folder / "state.json").read_text()),
+    )
+
+
+def _commit_if_complete(
+    store: Store, folder: str, position: dict[str, Any], attempt: str, metrics: dict[str, float]
+) -> bool:
+    lists = [f"{folder}/files-{rank:05d}.json" for rank in range(position["world_size"])]
     if not all(store.exists(path) for path in lists):
         return False
-    files = [entry for path in lists for entry in from_json(store.read(path))]
     record = {
-        "step": step,
+        "step": position["step"],
         "attempt": attempt,
-        "world_size": world_size,
-        "files": files,
+        "world_size": position["world_size"],
+        "zero_stage": position["zero_stage"],
+        "files": [entry for path in lists for entry in from_json(store.read(path))],
+        "metrics": metrics,
         "committed_at": time.time(),
     }
-    return store.put_once(f"checkpoints/step-{step:08d}/COMMIT.json", to_json(record))
+    return store.put_once(f"checkpoints/step-{position['step']:08d}/COMMIT.json", to_json(record))
+
+
+def tidy(store: Store, config: CheckpointConfig, attempt: str, faults_of: int = 0) -> None:
+    """After a commit: delete what has expired, and what earlier starts left uncommitted up to it."""
+    done = commits(store)
+    for step in expired(config, done):
+        # The record goes first: what has no record is not a checkpoint, however much of it is left.
+        store.delete_tree(f"checkpoints/step-{step:08d}/COMMIT.json")
+        faults.maybe("checkpoint.half_deleted", faults_of)
+        store.delete_tree(f"checkpoints/step-{step:08d}")
+    for folder in orphans(store):
+        if not folder.endswith(f"/a-{attempt}") and int(folder.split("/step-")[1][:8]) <= done[-1].step:
+            discard(store, folder)
+
+
+def orphans(store: Store) -> list[str]:
+    """Folders of attempts that no record holds, below a run."""
+    files = store.list("checkpoints")
+    attempts = {m[0] for path in files if (m := re.match(r"checkpoints/step-\d{8}/a-[^/]+", path))}
+    held = {c.folder for c in commits(store)} | {c.folder for c in commits(store, "DAMAGED.json")}
+    return sorted(attempts - held)
+
+
+def discard(store: Store, folder: str) -> None:
+    """Delete an attempt, its lists first, so that nobody can commit it on the way."""
+    for path in store.list(folder):
+        if re.search(r"/files-\d{5}\.json$", path):
+            store.delete_tree(path)
+    store.delete_tree(folder)
 
 
 def restore(engine: Engine, store: Store, warn: Callable[[str], Any]) -> int | None:
-    """Load the newest commit whose every file is sound. Collective.
+    """Load the newest commit whose every file is sound, whatever world size and ZeRO stage wrote it. Collective.
 
-    Files are verified before any byte of them is unpickled. Rank 0 chooses for all: it names a damaged commit, sets its
-    record aside as `DAMAGED.json` so that its step can be committed anew, and tries the one before it.
+    Every rank fetches what it needs, its own files if the shape is the same and all of them if not, and checks them
+    against the record before it opens one. If a file is damaged or missing for any rank, rank 0 says so, sets the record
+    aside as `DAMAGED.json` so that the step can be committed anew, and all try the commit before it.
 
     Returns:
         The step resumed from, or None where there is no commit.
 
     Raises:
-        UserError: there are commits but none is sound, or the newest sound one has another shape.
+        UserError: there are commits but none is sound, or they are of another model.
     """
-    with tempfile.TemporaryDirectory(prefix="rayproj-") as scratch:
-        choice: list[Any] = [None]
+    known: list[Any] = [commits(store) if engine.world.rank == 0 else None]
+    dist.broadcast_object_list(known, src=0)
+    for commit in reversed(known[0]):
+        with tempfile.TemporaryDirectory(prefix="rayproj-") as scratch:
+            wrong = _fetch(store, commit, needed(commit, engine), Path(scratch))
+            found: list[Any] = [None] * engine.world.world_size
+            dist.all_gather_object(found, wrong)
+            if not any(found):
+                engine.load(_from_files(Path(scratch), engine.world.rank))
+                return int(commit.step)
         if engine.world.rank == 0:
-            try:
-                choice[0] = _newest_sound(store, Path(scratch), warn)
-            except UserError as error:
-                choice[0] = error
-        dist.broadcast_object_list(choice, src=0)
-        if isinstance(choice[0], UserError):
-            raise choice[0]
-        if choice[0] is None:
-            return None
-        commit: Commit = choice[0]
-        if engine.world.rank != 0:
-            _download(store, commit, commit.files, Path(scratch))
-        engine.read_state(Path(scratch))
-        return commit.step
-
-
-def _newest_sound(store: Store, scratch: Path, warn: Callable[[str], Any]) -> Commit | None:
-    done = commits(store)
-    for commit in reversed(done):
-        try:
-            _download(store, commit, commit.files, scratch)
-            return commit
-        except (IntegrityError, FileNotFoundError) as error:
-            warn(f"The checkpoint of step {commit.step} is damaged ({error}); trying the one before it.")
-            place = f"checkpoints/step-{commit.step:08d}"
-            store.write(f"{place}/DAMAGED.json", store.read(f"{place}/COMMIT.json"))
-            store.delete_tree(f"{place}/COMMIT.json")
-    if done:
+            what = next(text for text in found if text)
+            warn(f"The checkpoint of step {commit.step} is damaged ({what}); trying the one before it.")
+            set_aside(store, commit)
+    if known[0]:
         raise UserError(f"All checkpoints below {store.uri}/checkpoints are damaged; start again in another run.dir.")
     return None
+
+
+def needed(commit: Commit, engine: Engine) -> list[FileRecord]:
+    """The files of a commit that a rank needs to resume."""
+    world = engine.world
+    if (commit.world_size, commit.zero_stage) != (world.world_size, engine.config.zero_stage):
+        # Generator states are of ranks that are no more.
+        return [f for f in commit.files if not f.path.startswith("rank-")]
+    mine = f"-{world.rank:05d}.safetensors"
+    return [f for f in commit.files if f.path.endswith(mine) or f.path in ("state.json", "fixed.safetensors")]
+
+
+def set_aside(store: Store, commit: Commit) -> None:
+    """Make a damaged commit no commit."""
+    place = f"checkpoints/step-{commit.step:08d}"
+    store.write(f"{place}/DAMAGED.json", store.read(f"{place}/COMMIT.json"))
+    store.delete_tree(f"{place}/COMMIT.json")
 
 
 def load_ema(store: Store) -> tuple[dict[str, Tensor], Commit]:
@@ -177,18 +300,28 @@ def load_ema(store: Store) -> tuple[dict[str, Tensor], Commit]:
 
     Raises:
         UserError: the run has no commit.
+        IntegrityError: a file is not what the commit says.
     """
     done = commits(store)
     if not done:
         raise UserError(f"The run {store.uri} has no committed checkpoint; train it first.")
-    files = [f for f in done[-1].files if f.path.startswith("ema/")]
+    files = [f for f in done[-1].files if f.path.startswith(("ema/", "fixed."))]
     with tempfile.TemporaryDirectory(prefix="rayproj-") as scratch:
-        _download(store, done[-1], files, Path(scratch))
-        return merge_ema([Path(scratch) / f.path for f in files]), done[-1]
+        if wrong := _fetch(store, done[-1], files, Path(scratch)):
+            raise IntegrityError(wrong)
+        parts: dict[str, Tensor] = {}
+        for file in sorted((Path(scratch) / "ema").glob("*.safetensors")):
+            parts |= load_file(str(file))
+        return join(parts) | load_file(str(Path(scratch) / "fixed.safetensors")), done[-1]
 
 
-def _download(store: Store, commit: Commit, files: Iterable[FileRecord], into: Path) -> None:
+def _fetch(store: Store, commit: Commit, files: Iterable[FileRecord], into: Path) -> str | None:
+    """Copy files of a commit here, checked; returns what is wrong with the first that is not sound."""
     for record in files:
         target = into / record.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        store.at(commit.folder).download(record, target)
+        try:
+            store.at(commit.folder).download(record, target)
+        except (IntegrityError, FileNotFoundError) as error:
+            return str(error)
+    return None

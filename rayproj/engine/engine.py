@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rayproj.engine.layout import Piece, cut, join, pieces
+from rayproj.engine.timing import StepTimer, charge_collectives
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 
@@ -52,13 +49,13 @@ class OptimizerConfig:
 class EngineConfig:
     """How one model is held and updated by the ranks of a group."""
 
-    zero_stage: int = 2  # DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too
+    zero_stage: int = 2  # DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the weights too
     precision: Precision = Precision.auto
     ema: float = 0.999  # decay of the exponential moving average of the weights, per update
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def problems(self) -> list[str]:
-        found = [] if self.zero_stage in (1, 2) else [f"engine.zero_stage must be 1 or 2, not {self.zero_stage}."]
+        found = [] if self.zero_stage in (1, 2, 3) else [f"engine.zero_stage must be 1, 2 or 3, not {self.zero_stage}."]
         return found if 0 <= self.ema < 1 else [*found, f"engine.ema must lie in [0, 1), not {self.ema}."]
 
 
@@ -71,31 +68,43 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A run of one parameter's elements that this rank's partition of the flat vector holds."""
+class Snapshot:
+    """A rank's training state on the host, as a checkpoint holds it.
 
-    name: str
-    start: int  # first element, in the flattened parameter
-    length: int
-    offset: int  # where it begins in the partition
+    Attributes:
+        sharded: by kind ("master", "exp_avg", "exp_avg_sq", "ema"), this rank's pieces by key; fp32, flat.
+        fixed: what the optimizer does not hold, frozen parameters and buffers, by name; fp32, flat. Rank 0's alone.
+        generators: states of torch's generators, which draw for layers such as dropout; the rest is keyed.
+        position: where the training is, and the shape of the group that it ran on.
+    """
+
+    sharded: dict[str, dict[str, Tensor]]
+    fixed: dict[str, Tensor]
+    generators: dict[str, Tensor]
+    position: dict[str, Any]
+
+
+SHARDED = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 class Engine:
     """One rank's share of a model in training.
 
-    The trainable parameters form one flat vector, padded to a multiple of the world size; ZeRO gives each rank an equal
-    interval of it (`partition`) with fp32 master weights, optimizer moments and, here, the EMA.
+    ZeRO gives each rank a flat fp32 share of the master weights and of the optimizer's moments (`layout`); the EMA here
+    is laid out likewise.
 
     Attributes:
         world: this rank's place.
-        module: the model itself (ZeRO-1 and 2 keep it whole on every rank).
+        module: the model itself. ZeRO-1 and 2 keep it whole on every rank; at ZeRO-3 its parameters are empty outside
+            of a forward or backward.
         deepspeed: the DeepSpeed engine around it.
         optimizer: DeepSpeed's ZeRO optimizer.
-        parameters: (name, parameter) in the order of the flat vector.
-        partition: this rank's interval of the padded flat vector, in elements.
-        ema: fp32 [len(partition)], the moving average of this rank's master weights.
+        parameters: (name, parameter) of what is trained, in the order of the flat vector.
+        sizes: elements of each of them, by name, in the same order.
+        ema: fp32 [share], the moving average of this rank's master weights.
         step: completed updates.
         samples_seen: examples in them, over all ranks.
+        timer: where the time goes.
     """
 
     def __init__(self, model: nn.Module, config: EngineConfig, steps: int, world: World, accumulate: int = 1) -> None:
@@ -113,12 +122,13 @@ class Engine:
         bf16 = config.precision is Precision.bf16 or (
             config.precision is Precision.auto and world.device.startswith("cuda")
         )
-        trainable = [p for p in model.parameters() if p.requires_grad]
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        numel = {id(p): p.numel() for p in trainable.values()}  # ZeRO-3 is about to empty them
         opt = config.optimizer
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
             optimizer=torch.optim.AdamW(
-                trainable, lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay
+                list(trainable.values()), lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay
             ),
             config={
                 "train_micro_batch_size_per_gpu": 1,  # bookkeeping of DeepSpeed's own loader, which is not used
@@ -127,6 +137,7 @@ class Engine:
                     "stage": config.zero_stage,
                     "round_robin_gradients": False,
                     "overlap_comm": False,
+                    "sub_group_size": 10**15,  # one flat share, as at the other stages
                 },
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
@@ -135,34 +146,38 @@ class Engine:
                 "steps_per_print": 10**9,
             },
         )
+        charge_collectives(deepspeed.comm.comm.cdb)
+        self.timer = StepTimer(world.device)
         self.module: nn.Module = self.deepspeed.module
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        self.parameters: list[tuple[str, nn.Parameter]] = [(names[id(p)], p) for p in self.optimizer.bit16_groups[0]]
-        size = int(self.optimizer.partition_size[0])
-        self.partition = range(world.rank * size, (world.rank + 1) * size)
+        names = {id(p): name for name, p in trainable.items()}
+        group = self.optimizer.fp16_groups[0] if config.zero_stage == 3 else self.optimizer.bit16_groups[0]
+        self.parameters: list[tuple[str, nn.Parameter]] = [(names[id(p)], p) for p in group]
+        self.sizes = {names[id(p)]: numel[id(p)] for p in group}
         self.ema: Tensor = self.master.detach().clone()
 
     @property
     def master(self) -> Tensor:
-        """fp32 [len(partition)]: this rank's master weights, padding included."""
+        """fp32 [share]: this rank's master weights, padding included."""
+        if self.config.zero_stage == 3:
+            return self.optimizer.fp32_partitioned_groups_flat[0]
         return self.optimizer.single_partition_of_fp32_groups[0]
 
     @property
-    def pieces(self) -> list[Piece]:
-        """What this rank's partition holds, in order; padding is left out."""
-        found, begin = [], 0
-        for name, parameter in self.parameters:
-            end = begin + parameter.numel()
-            first, last = max(begin, self.partition.start), min(end, self.partition.stop)
-            if first < last:
-                found.append(Piece(name, first - begin, last - first, first - self.partition.start))
-            begin = end
-        return found
+    def partition(self) -> range:
+        """ZeRO-1 and 2: this rank's interval of the padded flat vector, in elements."""
+        assert self.config.zero_stage in (1, 2), "ZeRO-3 cuts each parameter by itself"
+        size = len(self.master)
+        return range(self.world.rank * size, (self.world.rank + 1) * size)
+
+    def pieces(self, rank: int | None = None) -> list[Piece]:
+        """What the share of a rank, by default this one, holds."""
+        rank = self.world.rank if rank is None else rank
+        return pieces(self.sizes, self.config.zero_stage, self.world.world_size, rank, len(self.master))
 
     def update(self, partition_gradient: Tensor, samples: int = 0) -> None:
         """One optimizer update from a gradient that the caller made, as private training does.
 
-        Collective.
+        Collective. ZeRO-1 and 2.
 
         Args:
             partition_gradient: fp32 [len(partition)], this rank's interval of the gradient of the whole batch.
@@ -170,9 +185,10 @@ class Engine:
         """
         assert partition_gradient.shape == (len(self.partition),), partition_gradient.shape
         self._set_learning_rate()
-        self.optimizer.averaged_gradients[0] = [partition_gradient]
-        self.optimizer.step()
-        self._after_update(samples)
+        with self.timer.phase("optimizer"):
+            self.optimizer.averaged_gradients[0] = [partition_gradient]
+            self.optimizer.step()
+            self._after_update(samples)
 
     def gradient_that_reaches_the_optimizer(self, partition_gradient: Tensor) -> Tensor:
         """What `update` would hand to the wrapped optimizer, without updating: for self-tests. Collective."""
@@ -193,9 +209,10 @@ class Engine:
         last = self.deepspeed.is_gradient_accumulation_boundary()
         if last:
             self._set_learning_rate()
-        self.deepspeed.step()
-        if last:
-            self._after_update(samples)
+        with self.timer.phase("optimizer"):
+            self.deepspeed.step()
+            if last:
+                self._after_update(samples)
 
     def _set_learning_rate(self) -> None:
         for group in self.optimizer.param_groups:
@@ -208,101 +225,138 @@ class Engine:
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
         self.ema.lerp_(self.master.detach(), 1 - decay)
 
-    @contextmanager
-    def ema_weights(self) -> Iterator[nn.Module]:
-        """The module with the averaged weights, in eval mode, for the length of a block. Collective."""
-        parts = [torch.empty_like(self.ema) for _ in range(self.world.world_size)]
-        dist.all_gather(parts, self.ema.contiguous())
-        flat = torch.cat(parts)
-        saved = [p.detach().clone() for _, p in self.parameters]
-        begin = 0
-        for _, parameter in self.parameters:
-            parameter.data.copy_(flat[begin : begin + parameter.numel()].view_as(parameter))
-            begin += parameter.numel()
-        self.module.eval()
-        try:
-            yield self.module
-        finally:
-            for (_, parameter), kept in zip(self.parameters, saved, strict=True):
-                parameter.data.copy_(kept)
-            self.module.train()
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The moving average of the whole model, and what is not trained of it: flat fp32 by name. Collective."""
+        shares = [torch.empty_like(self.ema) for _ in range(self.world.world_size)]
+        dist.all_gather(shares, self.ema.contiguous())
+        parts: dict[str, Tensor] = {}
+        for rank, share in enumerate(shares):
+            parts |= cut(share, self.pieces(rank))
+        return join(parts) | self._fixed()
+
+    def _fixed(self) -> dict[str, Tensor]:
+        """Frozen parameters and buffers, flat, fp32. Collective at ZeRO-3."""
+        with self._whole(list(self.module.parameters())):
+            state = self.module.state_dict()
+            return {
+                name: t.detach().float().flatten().clone() for name, t in state.items() if name not in self.sizes
+            }
+
+    def _whole(self, parameters: list[nn.Parameter], modifier: int | None = None) -> Any:
+        """At ZeRO-3, a block in which frozen parameters are whole; else nothing."""
+        import deepspeed
+
+        frozen = [p for p in parameters if not p.requires_grad]
+        return deepspeed.zero.GatheredParameters(frozen, modifier, enabled=self.config.zero_stage == 3 and bool(frozen))
 
     def mean_over_ranks(self, values: list[float]) -> list[float]:
         """The mean of each value over the ranks. Collective; one message."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.world.device)
-        dist.all_reduce(tensor)
-        return (tensor / self.world.world_size).tolist()
+        with self.timer.phase("communication"):
+            tensor = torch.tensor(values, dtype=torch.float64, device=self.world.device)
+            dist.all_reduce(tensor)
+            return (tensor / self.world.world_size).tolist()
 
-    def write_state(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint as files below `folder`. Collective.
-
-        `ds/` holds DeepSpeed's shards; `ema/` this rank's pieces of the averaged weights under their parameters' names,
-        so that any world size can read them; `rank-*` the generator states; `state.json` (rank 0) the position.
-        """
-        rank = self.world.rank
-        self.deepspeed.save_checkpoint(
-            str(folder), tag="ds", client_state={"universal_checkpoint_info": {}}, save_latest=False
-        )
-        for script in folder.glob("*.py"):  # DeepSpeed leaves copies of its conversion scripts
-            script.unlink()
-        (folder / "ema").mkdir(exist_ok=True)
-        parts = {f"{p.name}@{p.start}": self.ema[p.offset : p.offset + p.length].contiguous() for p in self.pieces}
-        if rank == 0:  # what the optimizer does not hold: frozen parameters and buffers
-            held = {name for name, _ in self.parameters}
-            fixed = {name: t for name, t in self.module.state_dict().items() if name not in held}
-            parts |= {f"{name}@0": t.detach().float().flatten().contiguous() for name, t in fixed.items()}
-        save_file(parts, str(folder / "ema" / f"part-{rank:05d}.safetensors"))
+    def snapshot(self) -> Snapshot:
+        """Copy this rank's state to the host. Collective at ZeRO-3; what is trained afterwards does not change it."""
+        state = self.optimizer.optimizer.state.get(self.master, {})
+        zeros = torch.zeros(0)
+        flat = {"master": self.master, "ema": self.ema}
+        flat |= {kind: state.get(kind, zeros) for kind in ("exp_avg", "exp_avg_sq")}
+        held = self.pieces()
+        sharded = {
+            kind: cut(to_host(share), held) if len(share) else {p.key: torch.zeros(p.length) for p in held}
+            for kind, share in flat.items()
+        }
+        fixed = self._fixed()
         generators = {"torch": torch.get_rng_state()}
         if self.world.device.startswith("cuda"):
             generators["cuda"] = torch.cuda.get_rng_state(self.world.device)
-        save_file(generators, str(folder / f"rank-{rank:05d}.safetensors"))
-        if rank == 0:
-            (folder / "state.json").write_text(json.dumps(self._state(), indent=1))
-
-    def _state(self) -> dict[str, Any]:
-        return {
+        position = {
             "step": self.step,
             "samples_seen": self.samples_seen,
+            "optimizer_steps": int(state.get("step", 0)),  # fewer than `step` where DeepSpeed skipped an update
             "world_size": self.world.world_size,
             "zero_stage": self.config.zero_stage,
             "torch": torch.__version__,
         }
+        return Snapshot(
+            sharded, {n: to_host(t) for n, t in fixed.items()} if self.world.rank == 0 else {}, generators, position
+        )
 
-    def read_state(self, folder: Path) -> None:
-        """The inverse of `write_state`, from a folder that has every rank's files, already verified. Collective.
+    def load(self, snapshot: Snapshot) -> None:
+        """The inverse of `snapshot`. Collective.
+
+        The pieces may be cut in any way, as another world size or ZeRO stage did, so long as they cover this rank's
+        share. Without generator states, torch's generator is seeded by the step and the rank.
 
         Raises:
-            UserError: another world size or ZeRO stage wrote it.
+            UserError: they are of another model.
         """
-        state = json.loads((folder / "state.json").read_text())
-        here = self._state()
-        for key, flag in (("world_size", "cluster.ranks"), ("zero_stage", "train.engine.zero_stage")):
-            if state[key] != here[key]:
-                raise UserError(
-                    f"The checkpoint was written with {flag}={state[key]} but this run has {here[key]}; "
-                    f"resume with {flag}={state[key]}."
+        position = snapshot.position
+        shares = {kind: torch.zeros_like(self.ema) for kind in SHARDED}
+        whole = {kind: join(parts) for kind, parts in snapshot.sharded.items()} if not self._fits(snapshot) else None
+        for kind, share in shares.items():
+            for p in self.pieces():
+                part = (
+                    snapshot.sharded[kind][p.key]
+                    if whole is None
+                    else _checked(whole[kind], p.name, self.sizes[p.name])[p.start : p.start + p.length]
                 )
-        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag="ds")
-        assert loaded is not None, f"DeepSpeed found nothing below {folder}"
-        rank = self.world.rank
-        parts = load_file(str(folder / "ema" / f"part-{rank:05d}.safetensors"))
-        for p in self.pieces:
-            self.ema[p.offset : p.offset + p.length] = parts[f"{p.name}@{p.start}"].to(self.ema)
-        generators = load_file(str(folder / f"rank-{rank:05d}.safetensors"))
-        torch.set_rng_state(generators["torch"])
+                share[p.offset : p.offset + p.length] = part.to(share)
+        self.master.data.copy_(shares["master"])
+        self.ema.copy_(shares["ema"])
+        if position["optimizer_steps"]:
+            self.optimizer.optimizer.state[self.master] = {
+                "step": torch.tensor(float(position["optimizer_steps"])),
+                "exp_avg": shares["exp_avg"],
+                "exp_avg_sq": shares["exp_avg_sq"],
+            }
+        self._weights_from_master()
+        self._load_fixed(snapshot.fixed)
+        generators = snapshot.generators
+        torch.set_rng_state(generators["torch"]) if generators else torch.manual_seed(
+            position["step"] * self.world.world_size + self.world.rank
+        )
         if "cuda" in generators and self.world.device.startswith("cuda"):
             torch.cuda.set_rng_state(generators["cuda"], self.world.device)
-        self.step, self.samples_seen = state["step"], state["samples_seen"]
+        self.step, self.samples_seen = position["step"], position["samples_seen"]
+
+    def _fits(self, snapshot: Snapshot) -> bool:
+        """Whether the pieces are cut just as this rank's are."""
+        keys = {p.key: p.length for p in self.pieces()}
+        return all({k: len(t) for k, t in parts.items()} == keys for parts in snapshot.sharded.values())
+
+    def _weights_from_master(self) -> None:
+        """Make the model's weights those of the master weights on all ranks."""
+        if self.config.zero_stage != 3:
+            self.optimizer.update_lp_params()
+            return
+        kept = self.optimizer.persistent_parameters  # small ones, that ZeRO-3 holds whole on every rank
+        if kept:
+            kept[0].partition(kept)
+        self.optimizer._reassign_or_swap_out_partitioned_parameters(0)
+        if kept:
+            kept[0].all_gather(kept)
+
+    @torch.no_grad()
+    def _load_fixed(self, fixed: dict[str, Tensor]) -> None:
+        if not fixed:
+            return
+        with self._whole(list(self.module.parameters()), modifier=0):
+            for name, tensor in self.module.state_dict().items():
+                if name not in self.sizes:
+                    tensor.copy_(_checked(fixed, name, tensor.numel()).view_as(tensor).to(tensor))
 
 
-def merge_ema(files: list[Path]) -> dict[str, Tensor]:
-    """Put the pieces of all ranks' `ema/part-*.safetensors` together: flat fp32 tensors by parameter name."""
-    pieces: dict[str, dict[int, Tensor]] = {}
-    for file in files:
-        for key, tensor in load_file(str(file)).items():
-            name, _, start = key.rpartition("@")
-            pieces.setdefault(name, {})[int(start)] = tensor
-    return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def _checked(flat: dict[str, Tensor], name: str, size: int) -> Tensor:
+    if name not in flat or len(flat[name]) != size:
+        raise UserError(f"The checkpoint is of another model than the config describes (first difference: {name}).")
+    return flat[name]
 
 
 def load_flat(module: nn.Module, flat: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from rayproj.errors import UserError
 
 class Step(Protocol):
     micro_batches: int  # backward passes through DeepSpeed in one update
+    views: int  # forward and backward passes of an example in one update
     running_totals: tuple[str, ...]  # metrics of which the log wants the last value, not the mean
 
     def prepare(self, engine: Engine) -> None:
@@ -37,6 +38,7 @@ class PlainStep:
         UserError: the batch does not divide over the ranks and micro-batches.
     """
 
+    views = 1
     running_totals: tuple[str, ...] = ()
 
     def __init__(self, batch: int, micro_batch: int, world_size: int) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from rayproj import faults
 from rayproj.engine import checkpoint
 from rayproj.engine.checkpoint import CheckpointConfig
-from rayproj.engine.engine import Engine, EngineConfig
+from rayproj.engine.engine import Engine, EngineConfig, load_flat
+from rayproj.engine.flops import flops_per_sample, peak_tflops
 from rayproj.engine.steps import Step
 from rayproj.engine.task import Batch, Task
 from rayproj.engine.world import World
@@ -25,6 +27,10 @@ class Link(Protocol):
     """A rank's line to whoever started it."""
 
     attempt: str  # names this start of the group; a restart has another
+
+    def beat(self, step: int | None) -> None:
+        """A sign of life: a step is done. None: the last one is, and no more signs are to be expected."""
+        ...
 
     def report(self, event: dict[str, Any]) -> None: ...
 
@@ -46,6 +52,7 @@ class TrainConfig:
     micro_batch: int = 0  # examples in one forward and backward of a rank; 0: the rank's whole slice
     log_every: int = 10
     preview_every: int = 0  # 0: none
+    peak_tflops: float = 0.0  # of one device, for the MFU; 0: known for common GPUs, else there is no MFU
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -75,18 +82,20 @@ def train(
     config = recipe.config
     torch.manual_seed(world.rank)  # for layers that draw by themselves, such as dropout; the rest is keyed
     engine = Engine(recipe.task.build(), config.engine, config.steps, world, recipe.step.micro_batches)
-    resumed = checkpoint.restore(engine, store, warn=lambda text: link.report({"type": "warning", "text": text}))
-    if world.rank == 0:
-        link.report({"type": "total", "steps": config.steps})
-        link.report({"type": "resumed", "step": engine.step})
+    committed = checkpoint.restore(engine, store, warn=lambda text: link.report({"type": "warning", "text": text}))
+    _introduce(engine, link, config)
     recipe.step.prepare(engine)
-    log = _Log(engine, link, config.log_every, recipe.step.running_totals, clock)
-    saved_at, committed, stop = clock(), resumed, False
+    log = _Log(engine, recipe, link, clock)
+    saver = checkpoint.Saver(engine, store, link.attempt, config.checkpoint, lambda step: _committed(link, step))
+    saved_at, stop = clock(), False
 
     while engine.step < config.steps and not stop:
-        batch = {name: t.to(world.device, non_blocking=True) for name, t in recipe.batches.at(engine.step).items()}
+        with engine.timer.phase("data_wait"):
+            batch = {name: t.to(world.device, non_blocking=True) for name, t in recipe.batches.at(engine.step).items()}
+        log.measure(batch)
         metrics = recipe.step(engine, recipe.task, batch)
         faults.maybe("train.after_step", world.rank)
+        saver.check()
         # One message a step carries the metrics and the two decisions that all ranks must take alike.
         save_now = world.rank == 0 and checkpoint.due(config.checkpoint, engine.step, clock() - saved_at)
         *means, save_votes, stop_votes = engine.mean_over_ranks(
@@ -95,73 +104,102 @@ def train(
         log.add(dict(zip(metrics, means, strict=True)))
         stop = stop_votes > 0
         if save_votes > 0 or stop or engine.step == config.steps:
-            _save(engine, store, link, config.checkpoint, clock)
+            with engine.timer.phase("checkpoint_stall"):
+                saver.save(log.latest)
             saved_at, committed = clock(), engine.step
         if config.preview_every and engine.step % config.preview_every == 0:
             _preview(engine, recipe.task, link)
+        link.beat(engine.step)
     if committed != engine.step:
-        _save(engine, store, link, config.checkpoint, clock)
+        saver.save(log.latest)
+    saver.wait()
+    link.beat(None)
     return engine
 
 
-class _Log:
-    """Means over the steps since the last report, of running totals the last; rank 0 speaks."""
+def _introduce(engine: Engine, link: Link, config: TrainConfig) -> None:
+    link.beat(engine.step)
+    if engine.world.rank == 0:
+        link.report({"type": "total", "steps": config.steps})
+        link.report({"type": "resumed", "step": engine.step, "ranks": engine.world.world_size})
 
-    def __init__(
-        self, engine: Engine, link: Link, every: int, running_totals: tuple[str, ...], clock: Callable[[], float]
-    ) -> None:
-        self.engine, self.link, self.every, self.clock = engine, link, every, clock
-        self.running_totals = running_totals
-        self.began, self.samples = clock(), engine.samples_seen
-        self.rows: list[dict[str, float]] = []
+
+def _committed(link: Link, step: int) -> None:
+    link.report({"type": "commit", "step": step})
+
+
+class _Log:
+    """Means over the steps since the last report, of running totals the last; rank 0 speaks.
+
+    Attributes:
+        latest: the last means, which a commit takes along.
+    """
+
+    def __init__(self, engine: Engine, recipe: Recipe, link: Link, clock: Callable[[], float]) -> None:
+        self.engine, self.recipe, self.link, self.clock = engine, recipe, link, clock
+        self.latest: dict[str, float] = {}
+        self.flops_per_sample = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.began, self.samples, self.rows = self.clock(), self.engine.samples_seen, list[dict[str, float]]()
+        self.engine.timer.read()
+
+    def measure(self, batch: Batch) -> None:
+        """Once, on the first batch that has an example: the work in one."""
+        if not self.flops_per_sample and len(batch["row"]):
+            self.flops_per_sample = flops_per_sample(self.engine, self.recipe.task, batch) * self.recipe.step.views
+            self._begin()
 
     def add(self, metrics: dict[str, float]) -> None:
-        step = self.engine.step
+        step, config = self.engine.step, self.recipe.config
         if not all(math.isfinite(value) for value in metrics.values()):
             raise NonFiniteLoss(f"At step {step} the metrics were {metrics}; lower the learning rate and start again.")
         self.rows.append(metrics)
-        if step % self.every and step != self.engine.steps:
+        if step % config.log_every and step != config.steps:
             return
-        seconds, wall = self.clock() - self.began, time.time()
         means = {name: sum(row[name] for row in self.rows) / len(self.rows) for name in metrics}
-        means |= {name: metrics[name] for name in self.running_totals}
-        speed = (self.engine.samples_seen - self.samples) / max(seconds, 1e-9)
+        self.latest = means | {name: metrics[name] for name in self.recipe.step.running_totals}
         if self.engine.world.rank == 0:
-            self.link.report({"type": "metrics", "step": step, **means, "images_per_second": speed})
-        self.link.report(
-            {
-                "type": "span",
-                "actor": f"rank {self.engine.world.rank}",
-                "what": f"steps to {step}",
-                "start": wall - seconds,
-                "end": wall,
-            }
-        )
-        self.began, self.samples, self.rows = self.clock(), self.engine.samples_seen, []
+            self.link.report({"type": "metrics", "step": step, **self.latest, **self._pace()})
+        wall, seconds = time.time(), self.clock() - self.began
+        self._span(f"steps to {step}", wall - seconds, wall)
+        self._begin()
 
-
-def _save(engine: Engine, store: Store, link: Link, config: CheckpointConfig, clock: Callable[[], float]) -> None:
-    began = clock()
-    won = checkpoint.save(engine, store, link.attempt, config)
-    wall, seconds = time.time(), clock() - began
-    link.report(
-        {
-            "type": "span",
-            "actor": f"rank {engine.world.rank}",
-            "what": f"checkpoint {engine.step}",
-            "start": wall - seconds,
-            "end": wall,
+    def _pace(self) -> dict[str, float]:
+        """Speed of this window, and where its time went."""
+        seconds = max(self.clock() - self.began, 1e-9)
+        speed = (self.engine.samples_seen - self.samples) / seconds
+        per_rank = speed * self.flops_per_sample / self.engine.world.world_size
+        peak = self.recipe.config.peak_tflops or peak_tflops(self.engine.world.device)
+        return {
+            "images_per_second": speed,
+            "step_seconds": seconds / len(self.rows),
+            **{f"{name}_seconds": value / len(self.rows) for name, value in self.engine.timer.read().items()},
+            "tflops_per_rank": per_rank / 1e12,
+            **({"mfu": per_rank / 1e12 / peak} if peak else {}),
         }
-    )
-    if won:
-        link.report({"type": "commit", "step": engine.step})
+
+    def _span(self, what: str, start: float, end: float) -> None:
+        rank = f"rank {self.engine.world.rank}"
+        self.link.report({"type": "span", "actor": rank, "what": what, "start": start, "end": end})
 
 
 def _preview(engine: Engine, task: Task, link: Link) -> None:
-    with engine.ema_weights() as model:
-        images = task.preview(model) if engine.world.rank == 0 else None
+    weights = engine.averaged_weights()
+    if engine.world.rank != 0:
+        return
+    images = task.preview(whole_model(task, weights, engine.world.device))
     if images is not None:
         link.report({"type": "images", "name": "preview", "step": engine.step, "images": images})
+
+
+def whole_model(task: Task, weights: dict[str, Tensor], device: str) -> nn.Module:
+    """The task's model with the weights that `Engine.averaged_weights` gives, in eval mode."""
+    with torch.random.fork_rng():
+        model = task.build()
+    load_flat(model, weights)
+    return model.to(device).eval()
 
 
 def summary(engine: Engine, world: World) -> dict[str, Any]:
@@ -169,7 +207,7 @@ def summary(engine: Engine, world: World) -> dict[str, Any]:
     return {
         "steps": engine.step,
         "samples_seen": engine.samples_seen,
-        "parameters": sum(parameter.numel() for _, parameter in engine.parameters),
+        "parameters": sum(engine.sizes.values()),
         "ranks": world.world_size,
         "zero_stage": engine.config.zero_stage,
         "device": world.device,

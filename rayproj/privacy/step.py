@@ -41,6 +41,7 @@ class PrivateStep:
         self, plan: PrivacyPlan, key: bytes, store: Store, chunk: int = 8, unsafe_metrics: bool = False
     ) -> None:
         self.plan, self.key, self.store, self.chunk, self.unsafe_metrics = plan, key, store, chunk, unsafe_metrics
+        self.views = plan.multiplicity
 
     def prepare(self, engine: Engine) -> None:
         """Agree on the number of this start, then prove on the real engine that what reaches the optimizer is the
@@ -51,6 +52,8 @@ class PrivateStep:
             RuntimeError: the engine does not do what is accounted for.
         """
         refuse_cross_example_layers(engine.module)
+        if engine.config.zero_stage == 3:
+            raise UserError("Private training shards the optimizer and the gradients; set train.engine.zero_stage=2.")
         if engine.config.optimizer.clip_grad_norm:
             raise UserError("Private training clips each example; set train.engine.optimizer.clip_grad_norm=0.")
         start: list[Any] = [next_start(self.store), spent(self.store)] if engine.world.rank == 0 else [None, None]

@@ -1,10 +1,14 @@
-"""Run a function on several gloo ranks, each its own process, as the runtime does but without Ray."""
+"""Run a function on several gloo ranks, each its own process, as the runtime does but without Ray.
+
+The processes are forked from a server that has torch and DeepSpeed imported already, which saves each of them seconds.
+"""
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,46 +26,47 @@ def run_ranks(
 
     With `check=False` a rank that died has its (negative) exit code in place of a result.
     """
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        call = Path(folder) / "call.pickle"
-        call.write_bytes(pickle.dumps((function.__module__, function.__name__, args)))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
-        command = [sys.executable, "-m", "tests.support.ranks", folder]
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(world_size)],
-                cwd=ROOT,
-                env=environment,
-                stderr=open(Path(folder) / f"stderr-{rank}", "w"),
-            )
-            for rank in range(world_size)
-        ]
-        codes = [process.wait(timeout=240) for process in processes]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preload"])
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+        folder = Path(name)
+        (folder / "call.pickle").write_bytes(pickle.dumps((function.__module__, function.__name__, args)))
+        arguments = [(name, rank, world_size, env or {}) for rank in range(world_size)]
+        processes = [context.Process(target=_rank, args=a) for a in arguments]
+        path = sys.path[:]
+        sys.path.insert(0, str(ROOT))  # handed to the processes
+        for process in processes:
+            process.start()
+        sys.path[:] = path
+        for process in processes:
+            process.join(timeout=240)
+            process.kill()
+            process.join()
+        codes = [process.exitcode for process in processes]
         if check and any(codes):
-            raise AssertionError("\n".join((Path(folder) / f"stderr-{r}").read_text() for r in range(world_size)))
+            raise AssertionError("\n".join((folder / f"stderr-{r}").read_text() for r in range(world_size)))
         return [
-            pickle.loads((Path(folder) / f"result-{rank}").read_bytes()) if code == 0 else code
+            pickle.loads((folder / f"result-{rank}").read_bytes()) if code == 0 else code
             for rank, code in enumerate(codes)
         ]
 
 
-def _rank(folder: Path, rank: int, world_size: int) -> None:
-    import importlib
-
+def _rank(name: str, rank: int, world_size: int, env: dict[str, str]) -> None:
+    folder = Path(name)
+    os.dup2(os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    os.chdir(ROOT)
+    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_SIZE": world_size}
+    os.environ.update({key: str(value) for key, value in place.items()} | env)
     import torch
     import torch.distributed as dist
 
     from rayproj.engine.world import World
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world_size))
     store = dist.FileStore(str(folder / "rendezvous"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
-    module, name, args = pickle.loads((folder / "call.pickle").read_bytes())
-    result = getattr(importlib.import_module(module), name)(World(rank, world_size, rank, "cpu"), *args)
+    module, function, args = pickle.loads((folder / "call.pickle").read_bytes())
+    result = getattr(importlib.import_module(module), function)(World(rank, world_size, rank, "cpu"), *args)
     (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _rank(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    os._exit(0)  # torch's own threads now and then abort the interpreter's exit, long after anything of ours

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rayproj import keyed
 from rayproj.engine.checkpoint import CheckpointConfig
-from rayproj.engine.engine import EngineConfig, OptimizerConfig
+from rayproj.engine.engine import Engine, EngineConfig, OptimizerConfig
 from rayproj.engine.steps import PlainStep
 from rayproj.engine.task import Batch
 from rayproj.engine.training import Recipe, TrainConfig, train
@@ -56,6 +57,9 @@ class Recorder:
     def report(self, event: dict[str, Any]) -> None:
         self.events.append(event)
 
+    def beat(self, step: int | None) -> None:
+        pass
+
     def stop_requested(self) -> bool:
         self.calls += 1
         return self.stop_after is not None and self.calls >= self.stop_after
@@ -92,8 +96,13 @@ def run(
     engine = train(recipe, world, Store(uri), link)
     return {
         "step": engine.step,
-        "weights": {name: p.detach().clone() for name, p in engine.parameters},
-        "ema": engine.ema.clone(),
+        "weights": weights_of(engine),
+        "ema": {name: tensor for name, tensor in engine.averaged_weights().items()},
         "events": getattr(link, "events", []),
-        "partition": engine.partition,
     }
+
+
+def weights_of(engine: Engine) -> dict[str, Tensor]:
+    """The trained parameters, whole, at any ZeRO stage."""
+    with deepspeed.zero.GatheredParameters([p for _, p in engine.parameters], enabled=engine.config.zero_stage == 3):
+        return {name: p.detach().clone() for name, p in engine.parameters}

@@ -1,0 +1,66 @@
+"""Which elements of which parameters a rank holds. Pure: any rank can be computed anywhere, for any world size.
+
+ZeRO-1 and 2 lay all trainable parameters end to end, pad, and give each rank an equal interval. ZeRO-3 pads and cuts each
+parameter by itself (Rajbhandari et al. 2020, "ZeRO", section 5). Either way a rank's share is one flat fp32 tensor, and
+what lies in it is a list of pieces, under names that hold at any world size and stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one parameter's elements in a rank's share."""
+
+    name: str
+    start: int  # first element, in the flattened parameter
+    length: int
+    offset: int  # where it begins in the share
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}@{self.start}"
+
+
+def pieces(sizes: Mapping[str, int], zero_stage: int, world_size: int, rank: int, share: int) -> list[Piece]:
+    """What a rank's share holds, in order; padding is left out.
+
+    Args:
+        sizes: elements of each parameter, in the order of the flat vector.
+        share: length of a rank's flat tensor, padding included; the same on all ranks.
+    """
+    found, begin = [], 0  # of the flat vector (1 and 2), or of this rank's share (3)
+    for name, size in sizes.items():
+        if zero_stage == 3:
+            part = -(-size // world_size)
+            start = rank * part
+            length = min(part, size - start)
+            if length > 0:
+                found.append(Piece(name, start, length, begin))
+            begin += part
+        else:
+            first, last = max(begin, rank * share), min(begin + size, (rank + 1) * share)
+            if first < last:
+                found.append(Piece(name, first - begin, last - first, first - rank * share))
+            begin += size
+    return found
+
+
+def cut(share: Tensor, held: Iterable[Piece]) -> dict[str, Tensor]:
+    """The pieces of a share by their keys; views."""
+    return {p.key: share[p.offset : p.offset + p.length] for p in held}
+
+
+def join(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The pieces of all ranks, by key, as one flat tensor for each parameter."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in parts.items():
+        name, _, start = key.rpartition("@")
+        found.setdefault(name, {})[int(start)] = tensor
+    return {name: torch.cat([by_start[start] for start in sorted(by_start)]) for name, by_start in found.items()}

@@ -1,0 +1,12 @@
+"""What the server of tests.support.ranks imports before it forks."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+from rayproj.engine.engine import import_deepspeed
+from rayproj.engine.world import World
+
+import_deepspeed(World(0, 1, 0, "cpu"))
+del os.environ["LOCAL_RANK"]
+import tests.support.private
+import tests.support.regression  # noqa: F401
