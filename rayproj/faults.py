@@ -1,6 +1,6 @@
 """Named points at which a test can kill the process: `RAYPROJ_FAULT=point:rank:hit`.
 
-The process dies with SIGKILL the `hit`-th time (from 1) that `point` is passed by `rank`. Nothing is flushed and no
+The process dies with SIGKILL the `hit`-th time (from 1) that `point` is passed by `rank`; `*` is any rank. Nothing is flushed and no
 handler runs, as when a node is lost. The variable `RAYPROJ_FAULT_ONCE` may name a file that is created on the kill,
 and whose presence disarms the fault, so that the restarted process lives.
 """
@@ -25,7 +25,7 @@ def maybe(point: str, rank: int = 0) -> None:
     if not armed:
         return
     name, at_rank, at_hit = armed.split(":")
-    if name != point or int(at_rank) != rank:
+    if name != point or at_rank not in ("*", str(rank)):
         return
     _hits[point] += 1
     once = os.environ.get("RAYPROJ_FAULT_ONCE")

@@ -6,6 +6,7 @@ import logging
 import os
 
 import ray
+import ray._private.state
 
 
 def connect() -> None:
@@ -29,3 +30,22 @@ def connect() -> None:
         logging_level=logging.ERROR,
         object_store_memory=256 << 20,  # images never go through it
     )
+
+
+def lost_nodes(nodes: set[str]) -> set[str]:
+    """Which of these nodes are dead."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return nodes - alive
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are to go away, as after a spot notice or `ray drain-node`."""
+    # Ray Train reads its preemption notices in the same place; there is no public way.
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def free_resources() -> list[dict[str, float]]:
+    """What is free on each node that lives and stays."""
+    per_node = ray._private.state.available_resources_per_node()
+    gone = draining_nodes() | lost_nodes(set(per_node))
+    return [free for node, free in per_node.items() if node not in gone]

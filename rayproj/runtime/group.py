@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import queue
+import sys
 import threading
+import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +19,8 @@ from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayproj.engine.world import World
-from rayproj.runtime.placement import place
+from rayproj.runtime.placement import Placed
+from rayproj.runtime.policy import RetryConfig
 
 
 @dataclass
@@ -28,10 +31,14 @@ class GroupConfig:
     cpus_per_rank: float = 1.0
     gpus_per_rank: float | None = None  # None: one where the cluster has GPUs, else none
     start_timeout: float = 300.0  # seconds to wait for the cluster to have room
-    max_failures: int = 3  # restarts in a row without a new commit in between
+    # After a node was lost: seconds to wait for another, before the run goes on with fewer ranks.
+    shrink_after: float = 60.0
+    min_ranks: int = 0  # never fewer; 0: all of them at the start, and any number after a node was lost
+    retry: RetryConfig = field(default_factory=RetryConfig)
 
     def problems(self) -> list[str]:
-        return [] if self.ranks >= 1 else [f"cluster.ranks must be at least 1, not {self.ranks}."]
+        found = [] if self.ranks >= 1 else [f"cluster.ranks must be at least 1, not {self.ranks}."]
+        return found if self.min_ranks <= self.ranks else [*found, "cluster.min_ranks must not exceed cluster.ranks."]
 
 
 def import_entry(entry: str) -> Callable[..., Any]:
@@ -41,17 +48,22 @@ def import_entry(entry: str) -> Callable[..., Any]:
 
 
 class ActorLink:
-    """A rank's line to the driver: a queue that the driver drains, and a wish to stop."""
+    """A rank's line to the driver: a queue that the driver drains, signs of life, and a wish to stop."""
 
     def __init__(self, attempt: str) -> None:
         self.attempt = attempt
         self.events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.stop = threading.Event()
+        self.beats, self.step = 0, None
+
+    def beat(self, step: int | None) -> None:
+        self.beats, self.step = self.beats + 1, step  # type: ignore[assignment]
 
     def report(self, event: dict[str, Any]) -> None:
         self.events.put(event)
 
     def stop_requested(self) -> bool:
+        self.beats += 1  # who asks, lives: a rank that waits for data asks again and again
         return self.stop.is_set()
 
 
@@ -112,12 +124,21 @@ class _Rank:
         return import_entry(entry)(config, world, self.link)
 
     @ray.method(concurrency_group="control")
-    def poll(self) -> list[dict[str, Any]]:
-        """The events since the last call."""
+    def poll(self) -> tuple[list[dict[str, Any]], int, int | None]:
+        """The events since the last call, the number of signs of life, and the last step that was done."""
         found = []
         while not self.link.events.empty():
             found.append(self.link.events.get())
-        return found
+        return found, self.link.beats, self.link.step
+
+    @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        """What every thread of this process is at."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        return "\n".join(
+            f"--- {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
+            for ident, frame in sys._current_frames().items()
+        )
 
     @ray.method(concurrency_group="control")
     def request_stop(self) -> None:
@@ -127,27 +148,28 @@ class _Rank:
 class RankGroup:
     """N gang-scheduled actors running one entry. Never repaired: a group that lost a rank is killed and another made.
 
-    Raises (on construction):
-        UserError: the cluster has no room for it in time.
+    Attributes:
+        attempt: names this start.
+        nodes: ids of the nodes that its ranks are on.
     """
 
-    def __init__(self, config: GroupConfig) -> None:
+    def __init__(self, config: GroupConfig, bundle: dict[str, float], placed: Placed) -> None:
         self.attempt = uuid.uuid4().hex[:8]
-        gpus = config.gpus_per_rank
-        if gpus is None:
-            gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-        self.placement, order = place(config.ranks, config.cpus_per_rank, gpus, config.start_timeout)
+        self.placed = placed
+        self.nodes = set(placed.nodes)
         actor = ray.remote(concurrency_groups={"control": 2})(_Rank)  # type: ignore[call-overload]
+        order = placed.order
         self.locals = [(local, 1 + max(local for _, local in order)) for _, local in order]
         self.actors = [
             actor.options(
                 num_cpus=config.cpus_per_rank,
-                num_gpus=gpus,
+                num_gpus=bundle.get("GPU", 0),
                 max_restarts=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, bundle),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placed.group, index),
             ).remote(self.attempt, max(1, int(config.cpus_per_rank)), os.getcwd())
-            for bundle, _ in order
+            for index, _ in order
         ]
+        self._beats = [0] * len(order)
 
     def start(self, entry: str, config: dict[str, Any]) -> list[ray.ObjectRef]:
         """Call `entry(config, world, link)` on every rank; the refs are of what the ranks return."""
@@ -157,17 +179,37 @@ class RankGroup:
             for rank, actor in enumerate(self.actors)
         ]
 
-    def poll(self) -> list[dict[str, Any]]:
-        """New events of all ranks; a rank that does not answer has none."""
-        refs = [actor.poll.remote() for actor in self.actors]
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=5)
+    def poll(self) -> tuple[list[dict[str, Any]], list[int | None]]:
+        """New events of all ranks, and the step of every rank that has shown a sign of life since the last call; a rank
+        that does not answer has none."""
         events: list[dict[str, Any]] = []
+        alive: list[int | None] = []
+        for rank, answer in self._ask("poll", timeout=5).items():
+            found, beats, step = answer
+            events += found
+            if beats > self._beats[rank]:
+                alive.append(step)
+            self._beats[rank] = beats
+        return events, alive
+
+    def stacks(self) -> str:
+        """What every rank is at, as far as it answers."""
+        answers = self._ask("stacks", timeout=10)
+        return "\n".join(
+            f"=== rank {rank}\n{answers.get(rank, 'does not answer')}" for rank in range(len(self.actors))
+        )
+
+    def _ask(self, method: str, timeout: float) -> dict[int, Any]:
+        """The answers of the ranks that answer in time."""
+        refs = {getattr(actor, method).remote(): rank for rank, actor in enumerate(self.actors)}
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout)
+        answers = {}
         for ref in ready:
             try:
-                events += ray.get(ref)
-            except ray.exceptions.RayActorError:
+                answers[refs[ref]] = ray.get(ref)
+            except ray.exceptions.RayError:
                 continue
-        return events
+        return answers
 
     def request_stop(self) -> None:
         for actor in self.actors:
@@ -176,4 +218,4 @@ class RankGroup:
     def kill(self) -> None:
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
-        remove_placement_group(self.placement)
+        remove_placement_group(self.placed.group)

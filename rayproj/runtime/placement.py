@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from rayproj.errors import UserError
+
+@dataclass(frozen=True)
+class Placed:
+    """A reserved group: for each rank its bundle and its place on its node, ranks of a node side by side."""
+
+    group: PlacementGroup
+    order: list[tuple[int, int]]
+    nodes: list[str]  # node ids, by rank
 
 
-def place(ranks: int, cpus: float, gpus: float, timeout: float) -> tuple[PlacementGroup, list[tuple[int, int]]]:
-    """Reserve one bundle for each rank, together.
+def bundle(cpus: float, gpus: float | None) -> dict[str, float]:
+    """What one rank takes; without a number of GPUs, one where the cluster has any."""
+    if gpus is None:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
-    Returns:
-        The placement group, and for each rank its bundle and its place on its node, ranks of a node side by side.
 
-    Raises:
-        UserError: the cluster could not hold them within `timeout` seconds.
-    """
-    bundle = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+def place(ranks: int, bundle: dict[str, float], timeout: float) -> Placed | None:
+    """Reserve one bundle for each rank, together; None if there was no room within `timeout` seconds."""
     group = placement_group([bundle] * ranks, strategy="PACK")
     if not group.wait(timeout):
         remove_placement_group(group)
-        have, free = ray.cluster_resources(), ray.available_resources()
-        supply = ", ".join(f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind} free" for kind in bundle)
-        demand = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
-        raise UserError(
-            f"The run needs {ranks} ranks of {demand} each, and after {timeout:g} s the cluster has {supply} on "
-            f"{len([n for n in ray.nodes() if n['Alive']])} node(s); lower cluster.ranks or cluster.cpus_per_rank, "
-            "or add nodes."
-        )
+        return None
     nodes = placement_group_table(group)["bundles_to_node_id"]
     taken: Counter[str] = Counter()
-    order = []
-    for bundle_index in sorted(nodes, key=lambda index: (nodes[index], index)):
-        order.append((bundle_index, taken[nodes[bundle_index]]))
-        taken[nodes[bundle_index]] += 1
-    return group, order
+    order, ids = [], []
+    for index in sorted(nodes, key=lambda index: (nodes[index], index)):
+        order.append((index, taken[nodes[index]]))
+        ids.append(nodes[index])
+        taken[nodes[index]] += 1
+    return Placed(group, order, ids)
+
+
+def shortage(ranks: int, bundle: dict[str, float], waited: float) -> str:
+    """Demand against supply, for a person."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    supply = ", ".join(f"{free.get(kind, 0):g} of {have.get(kind, 0):g} {kind} free" for kind in bundle)
+    demand = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+    alive = sum(node["Alive"] for node in ray.nodes())
+    return (
+        f"The run needs {ranks} ranks of {demand} each, and after {waited:g} s the cluster has {supply} on {alive} "
+        "node(s); lower cluster.ranks or cluster.cpus_per_rank, set cluster.min_ranks to go on with fewer, or add nodes."
+    )

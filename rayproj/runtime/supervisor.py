@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
-from rayproj.errors import Interrupted, NonFiniteLoss, UserError
+from rayproj.errors import Interrupted, UserError
 from rayproj.runtime import interrupt
+from rayproj.runtime.cluster import draining_nodes, free_resources, lost_nodes
 from rayproj.runtime.group import GroupConfig, RankGroup
+from rayproj.runtime.placement import Placed, bundle, place, shortage
+from rayproj.runtime.policy import (
+    Budgets,
+    Cause,
+    Heartbeat,
+    capacity,
+    classify,
+    is_full_disk,
+    next_size,
+    one_line,
+)
 from rayproj.runtime.run import Run
 
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 2.0  # between looks at the cluster and at the run's folder
 
 
-def fit(run: Run, entry: str, config: GroupConfig) -> dict[str, Any]:
+@dataclass
+class End:
+    """How a start of a group ended: with a result, or for a cause."""
+
+    result: Any = None
+    cause: Cause | None = None
+    error: BaseException | None = None
+    committed: int = -1  # the last step that was seen to be committed
+
+
+def fit(run: Run, entry: str, config: GroupConfig, worlds: Iterable[int] | None = None) -> dict[str, Any]:
     """Run `entry(config, world, link)` on a rank group to its end, through failures.
+
+    A group that loses a rank, hangs or is to lose a node is ended, and another starts from the last commit, on fewer
+    ranks if the cluster has shrunk, and on all of them again once it has room.
 
     Args:
         entry: "package.module:function", imported by the workers.
+        worlds: the world sizes that the run can have; None: any.
 
     Returns:
         What rank 0 returned.
@@ -28,53 +56,142 @@ def fit(run: Run, entry: str, config: GroupConfig) -> dict[str, Any]:
     Raises:
         UserError, NonFiniteLoss: from a rank; retrying would give the same.
         Interrupted: a stop was asked for, and the ranks have committed.
-        RuntimeError: more than `max_failures` failures in a row without a new commit.
+        RuntimeError: a retry budget is used up.
     """
-    failures, committed = 0, -1
+    budgets = Budgets(config.retry)
+    need = bundle(config.cpus_per_rank, config.gpus_per_rank)
+    may_shrink = 0 < config.min_ranks < config.ranks
+    sizes = list(worlds) if worlds is not None else None
     while True:
         interrupt.check()
-        group = RankGroup(config)
+        placed = _place(run, config, need, sizes, may_shrink)
+        group = RankGroup(config, need, placed)
         try:
-            outcome, step = _watch(run, group, group.start(entry, run.config))
+            end = _Watch(run, group, config, need, sizes).until_end(entry)
         finally:
             group.kill()
-        if not isinstance(outcome, BaseException):
-            interrupt.check()
-            return outcome
-        if isinstance(outcome, Interrupted):
-            raise Interrupted  # a rank was waiting for data when it was asked to stop; its last commit stands
-        if isinstance(outcome, (UserError, NonFiniteLoss)):
-            raise outcome
-        if "No space left on device" in str(outcome):
-            raise UserError(f"There is no space left for {run.store.uri}; free some, and run the same command again.")
-        failures = 0 if step > committed else failures
-        failures, committed = failures + 1, max(committed, step)
-        what = _one_line(outcome)
-        if failures > config.max_failures:
-            raise RuntimeError(
-                f"{run.id} failed {failures} times in a row without progress; the last: {what}"
-            ) from outcome
-        run.tracker.event({"type": "restart", "cause": what, "text": f"{what}; starting again from the last commit."})
+        if end.cause is None:
+            return end.result
+        if end.cause is Cause.stopped:
+            raise Interrupted
+        if end.cause in (Cause.user, Cause.not_finite):
+            assert end.error is not None
+            if is_full_disk(end.error):
+                raise UserError(
+                    f"There is no space left for {run.store.uri}; free some, and run the same command again."
+                )
+            original = getattr(end.error, "cause", None) or end.error
+            raise type(original)(*original.args)  # without Ray's wrapping
+        may_shrink = may_shrink or end.cause in (Cause.node_lost, Cause.drained)
+        what = one_line(end.cause, end.error)
+        if not budgets.charge(end.cause, end.committed):
+            times = sum(budgets.spent.values())
+            raise RuntimeError(f"{run.id} failed {times} times in a row without progress; the last: {what}")
+        run.tracker.event(
+            {"type": "restart", "cause": end.cause.value, "text": f"{what}; starting again from the last commit."}
+        )
 
 
-def _watch(run: Run, group: RankGroup, refs: list[ray.ObjectRef]) -> tuple[Any, int]:
-    """Pass events on until all ranks returned or one failed; returns rank 0's result or the cause of the failure, and
-    the last step that was committed meanwhile."""
-    waiting, committed, stopping = list(refs), -1, False
-    while True:
-        done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
-        for event in group.poll():
+def _place(run: Run, config: GroupConfig, need: dict[str, float], sizes: list[int] | None, may_shrink: bool) -> Placed:
+    """Room for all ranks, or for as many as may be."""
+    timeout = config.shrink_after if may_shrink else config.start_timeout
+    if placed := place(config.ranks, need, timeout):
+        return placed
+    while may_shrink:
+        interrupt.check()
+        size = next_size(config.ranks, capacity(need, free_resources()), sizes)
+        if size < max(1, config.min_ranks):
+            break
+        if placed := place(size, need, timeout=10):
+            text = f"There is room for {size} of {config.ranks} ranks; going on with {size}."
+            run.tracker.event({"type": "warning", "text": text})
+            return placed
+    raise UserError(shortage(config.ranks, need, timeout))
+
+
+class _Watch:
+    """One start of a group, from its first event to its end."""
+
+    def __init__(
+        self, run: Run, group: RankGroup, config: GroupConfig, need: dict[str, float], sizes: list[int] | None
+    ) -> None:
+        self.run, self.group, self.config, self.need, self.sizes = run, group, config, need, sizes
+        self.heartbeat = Heartbeat(config.retry.hang_seconds)
+        self.committed = -1
+        self.leaving: Cause | None = None  # why the ranks were asked to stop
+        self.looked = time.monotonic()
+
+    def until_end(self, entry: str) -> End:
+        """Pass events on until all ranks returned, or one failed, or they hang."""
+        try:
+            refs = waiting = self.group.start(entry, self.run.config)
+        except ray.exceptions.RayActorError as error:
+            return self._end(error)
+        while True:
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
+            self._pass_on_events()
+            failed = [error for error in map(_error, done) if error]
+            if failed:
+                return self._end(*failed, *_errors_of(waiting))
+            if not waiting:
+                cause = self.leaving or (Cause.stopped if interrupt.requested() else None)
+                return End(ray.get(refs[0]), cause, committed=self.committed)
+            if self.heartbeat.overdue(time.monotonic()):
+                return self._hung()
+            self._look()
+
+    def _end(self, *errors: BaseException) -> End:
+        cause, error = classify(errors, bool(self._lost_nodes(wait=any(map(_is_death, errors)))))
+        if cause is Cause.stopped:  # a rank was waiting for data when it was asked to stop; its last commit stands
+            cause = self.leaving or Cause.stopped
+        return End(cause=cause, error=error, committed=self.committed)
+
+    def _lost_nodes(self, wait: bool) -> set[str]:
+        """Ray may tell of a node's death a little after that of its actors."""
+        deadline = time.monotonic() + (2.0 if wait else 0.0)
+        while not (lost := lost_nodes(self.group.nodes)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return lost
+
+    def _pass_on_events(self) -> None:
+        events, alive = self.group.poll()
+        for event in events:
             if event["type"] in ("commit", "resumed"):
-                committed = max(committed, event["step"])
-            run.tracker.event(event)
-        failed = [error for error in map(_error, done) if error]
-        if failed:
-            return _cause(failed, waiting), committed
-        if not waiting:
-            return ray.get(refs[0]), committed
-        if interrupt.requested() and not stopping:
-            stopping = True
-            group.request_stop()
+                self.committed = max(self.committed, event["step"])
+            self.run.tracker.event(event)
+        for step in alive:
+            self.heartbeat.beat(step, time.monotonic())
+
+    def _hung(self) -> End:
+        name = f"hangs/{self.group.attempt}.txt"
+        self.run.store.write(name, self.group.stacks().encode())
+        text = f"No rank has shown a sign of life since step {self.heartbeat.step}; their stacks are in {name}."
+        self.run.tracker.event({"type": "warning", "text": text})
+        return End(cause=Cause.hang, committed=self.committed)
+
+    def _look(self) -> None:
+        """Now and then: whether the group should stop, commit and leave."""
+        if self.leaving is not None or time.monotonic() - self.looked < (0 if interrupt.requested() else LOOK_SECONDS):
+            return
+        self.looked = time.monotonic()
+        if interrupt.requested() or self.run.stop_wished():
+            interrupt.request()
+            self.leaving = Cause.stopped
+        elif self.group.nodes & draining_nodes():
+            self.leaving = Cause.drained
+            text = "A node is to go away; the ranks finish their step, commit and move."
+            self.run.tracker.event({"type": "warning", "text": text})
+        elif self._could_grow():
+            self.leaving = Cause.grown
+        if self.leaving is not None:
+            self.group.request_stop()
+
+    def _could_grow(self) -> bool:
+        ranks = len(self.group.actors)
+        if ranks == self.config.ranks:
+            return False
+        room = ranks + capacity(self.need, free_resources())
+        return next_size(self.config.ranks, room, self.sizes) > ranks
 
 
 def _error(ref: ray.ObjectRef) -> BaseException | None:
@@ -85,21 +202,14 @@ def _error(ref: ray.ObjectRef) -> BaseException | None:
     return None
 
 
-def _cause(failed: list[BaseException], waiting: list[ray.ObjectRef]) -> BaseException:
-    """A dead peer shows as a broken connection on the others, so give the others a moment and take what says most."""
-    deadline = time.monotonic() + 2
+def _errors_of(waiting: list[ray.ObjectRef]) -> list[BaseException]:
+    """A dead peer shows as a broken connection on the others: give the others a moment to say more."""
+    deadline, found = time.monotonic() + 2, []
     while waiting and time.monotonic() < deadline:
         done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-        failed = failed + [error for error in map(_error, done) if error]
-    for kind in (UserError, NonFiniteLoss, Interrupted, RayActorError):
-        for error in failed:
-            if isinstance(error, kind):
-                return kind(*error.args) if kind in (UserError, NonFiniteLoss) else error
-    return failed[0]
+        found += [error for error in map(_error, done) if error]
+    return found
 
 
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, RayActorError):
-        return "A rank's process died"
-    text = str(getattr(error, "cause", None) or error).strip().splitlines()
-    return f"A rank failed with {type(getattr(error, 'cause', None) or error).__name__}: {text[-1] if text else ''}"
+def _is_death(error: BaseException) -> bool:
+    return isinstance(error, ray.exceptions.RayActorError)
