@@ -1,4 +1,4 @@
-"""The `rayproj` command: demo, submit, status, doctor."""
+"""The `rayproj` command: demo, submit, status, export, doctor."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     submit.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
     status = commands.add_parser("status", help="the runs below a folder")
     status.add_argument("root", nargs="?", default="runs")
+    export = commands.add_parser("export", help="the model of a run, with a model card, in formats that others read")
+    export.add_argument("run", metavar="RUN", help="run dir of a training job")
+    export.add_argument("--to", required=True, metavar="DIR", help="a folder that is not there yet")
     commands.add_parser("doctor", help="whether this machine is fit, and what to do where it is not")
     arguments, rest = parser.parse_known_args(argv)
     # argparse leaves words that stand behind an option; they can only be overrides.
@@ -52,6 +55,11 @@ def _run(arguments: argparse.Namespace) -> int:
         from rayproj.runtime.status import print_status
 
         return print_status(arguments.root)
+    if arguments.command == "export":
+        from rayproj.export import export
+
+        print(export(arguments.run, arguments.to))
+        return 0
     from rayproj.runtime.doctor import print_checks
 
     return print_checks()

@@ -1,0 +1,107 @@
+"""Diffusion models and autoencoders in the formats of diffusers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rayproj import config as configuration
+from rayproj.data.dataset import Dataset
+from rayproj.diffusion.autoencoder import Codec
+from rayproj.diffusion.task import DiffusionConfig, TrainedModel
+from rayproj.engine.checkpoint import load_ema
+from rayproj.export.card import Card, describe, guarantees, last_part, no_guarantee
+from rayproj.storage.store import Store, from_json, to_json
+
+
+def write_pipeline(run: Store, folder: Path) -> Card:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from rayproj.export import pipeline
+
+    model = TrainedModel(run.uri, "cpu")
+    header, vae, unet = model.header, _vae(model.codec), model.denoiser.unet
+    autoencoder = Store(header.provenance["autoencoder"])
+    images = header.provenance["images"]
+    # Raised before anything long is done, and before anything is written that lacks it.
+    privacy = guarantees(run, images)
+    unet.register_to_config(sample_size=list(model.latent_shape[1:]))
+    whole = pipeline.LatentFlowPipeline(
+        vae,
+        unet,
+        FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+        {str(number): name for number, name in enumerate(header.classes)},
+    )
+    whole.save_pretrained(folder)
+    shutil.copy(pipeline.__file__, folder / "pipeline.py")
+    # With the file's name beside the class's, diffusers finds the code here without being told of it.
+    index = from_json((folder / "model_index.json").read_bytes())
+    index["_class_name"] = ["pipeline", pipeline.LatentFlowPipeline.__name__]
+    (folder / "model_index.json").write_bytes(to_json(index))
+
+    preview = configuration.section(DiffusionConfig, run.read("config.yaml"), "diffusion").preview
+    shape = "x".join(map(str, from_json(autoencoder.read("result.json"))["image_shape"]))
+    code = f"""
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(".", trust_remote_code=True)  # runs pipeline.py
+labels = {json.dumps(list(header.classes[:2]), ensure_ascii=False)}
+images = pipeline(labels, num_inference_steps={preview.steps}, guidance_scale={preview.guidance}).images
+"""
+    learned = _data_of(autoencoder)
+    return Card(
+        about=f"Class-conditional latent diffusion (rectified flow) of images of {shape} (channels, height, width), "
+        f"as a diffusers pipeline with its own code in `pipeline.py`. The classes: {', '.join(header.classes)}.",
+        library="diffusers",
+        tags=["latent-diffusion", "rectified-flow", "class-conditional", "synthetic-data", "rayproj"],
+        code=code,
+        commit=model.commit,
+        data=[describe(header, "Denoiser"), learned],
+        privacy=[*privacy, no_guarantee("the data of the autoencoder (`vae/`)")],
+    )
+
+
+def write_autoencoder(run: Store, folder: Path) -> Card:
+    codec = Codec.load(run.uri, "cpu")
+    _vae(codec).save_pretrained(folder / "vae")
+    result = from_json(run.read("result.json"))
+    shape = result["image_shape"]
+    code = f"""
+import torch
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained(".", subfolder="vae")
+images = torch.rand(2, {", ".join(map(str, shape))}) * 2 - 1  # in [-1, 1]
+with torch.no_grad():
+    latents = vae.encode(images).latent_dist.mean  # (latents - latents_mean) / latents_std has variance one
+    decoded = vae.decode(latents).sample
+"""
+    return Card(
+        about=f"The autoencoder of a latent diffusion model, for images of {'x'.join(map(str, shape))} (channels, height, "
+        "width) in [-1, 1]; its config has mean and standard deviation of the latents, per channel.",
+        library="diffusers",
+        tags=["autoencoder", "rayproj"],
+        code=code,
+        commit=load_ema(run)[1],
+        data=[_data_of(run)],
+        privacy=[no_guarantee("the data of the autoencoder")],
+    )
+
+
+def _vae(codec: Codec) -> Any:
+    """The AutoencoderKL, with the latents' scale in its config."""
+    # A factor of 1, because the default is Stable Diffusion's, and other pipelines apply it beside mean and deviation.
+    codec.model.kl.register_to_config(
+        latents_mean=codec.mean.flatten().tolist(), latents_std=codec.std.flatten().tolist(), scaling_factor=1.0
+    )
+    return codec.model.kl
+
+
+def _data_of(autoencoder: Store) -> str:
+    """A sentence on what an autoencoder learned from; its dataset may be gone by now."""
+    data = configuration.value(autoencoder.read("config.yaml"), "data")
+    if not Store(data).exists("dataset.json"):
+        return f"Autoencoder: `{last_part(data)}`."
+    return describe(Dataset.open(data).header, "Autoencoder")
