@@ -25,11 +25,22 @@ from rayproj.errors import UserError
 from rayproj.export import export
 from rayproj.storage.store import Store
 from rayproj.synthesis.plan import commit_hash
-from tests.support.commands import job, run
+from tests.support.commands import run
 
 TRAIN = ["train.batch=32", "train.preview_every=0", "cluster.ranks=1", "train.engine.ema=0.9"]
 STEPS = [*TRAIN, "train.steps=12", "train.engine.optimizer.lr=5e-3"]
 DENOISER = ["diffusion.denoiser={channels: [16, 32], head_dim: 16, norm_groups: 8}"]
+
+JOBS = """
+import importlib, json, sys
+from rayproj import config
+from rayproj.runtime.cluster import connect
+
+connect()  # one Ray for all, because its start takes longer than most of these jobs
+for name, words in json.loads(sys.argv[1]):
+    job = importlib.import_module(f"rayproj.jobs.{name}")
+    job.main(config.load(job.Config, f"configs/{name}.yaml", words))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +56,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "import_data": [*source, f"data.out={root}/data"],
         "train_classifier": [f"data={root}/data/public", "classifier.channels=[16,32]", *STEPS],
         "train_autoencoder": [f"data={root}/data/public", "autoencoder.channels=[8,8,16]", *STEPS],
-        "encode_latents": [images, f"out={root}/latents", f"autoencoder={root}/train_autoencoder"],
+        "encode_latents": [images, f"out={root}/latents", f"autoencoder={root}/train_autoencoder", "pool.actors=1"],
         "train_diffusion": [f"{latents}/public", *DENOISER, *STEPS],
         "finetune_private": [f"{latents}/private", start, *DENOISER, *private, *TRAIN, "train.steps=2"],
     }
-    for name, words in stages.items():
-        done = job(name, f"configs/{name}.yaml", *words, f"run.dir={root}/{name}", timeout=120)
-        assert done.returncode == 0, done.stderr
+    given = [(name, [*words, f"run.dir={root}/{name}"]) for name, words in stages.items()]
+    done = run(sys.executable, "-c", JOBS, json.dumps(given), timeout=200)
+    assert done.returncode == 0, done.stderr
     return root
 
 
