@@ -1,8 +1,8 @@
 """Named points at which a test can kill the process: `RAYPROJ_FAULT=point:rank:hit`.
 
-The process dies with SIGKILL the `hit`-th time (from 1) that `point` is passed by `rank`; `*` is any rank. Nothing is flushed and no
-handler runs, as when a node is lost. The variable `RAYPROJ_FAULT_ONCE` may name a file that is created on the kill,
-and whose presence disarms the fault, so that the restarted process lives.
+The process dies with SIGKILL the `hit`-th time (from 1) that `point` is passed by `rank`; `*` is any rank. Nothing is
+flushed and no handler runs, as when a node is lost. The variable `RAYPROJ_FAULT_ONCE` may name a file that is created on
+the kill, and whose presence disarms the fault, so that the restarted process lives.
 """
 
 from __future__ import annotations

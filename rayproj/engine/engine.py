@@ -238,9 +238,7 @@ class Engine:
         """Frozen parameters and buffers, flat, fp32. Collective at ZeRO-3."""
         with self._whole(list(self.module.parameters())):
             state = self.module.state_dict()
-            return {
-                name: t.detach().float().flatten().clone() for name, t in state.items() if name not in self.sizes
-            }
+            return {name: t.detach().float().flatten().clone() for name, t in state.items() if name not in self.sizes}
 
     def _whole(self, parameters: list[nn.Parameter], modifier: int | None = None) -> Any:
         """At ZeRO-3, a block in which frozen parameters are whole; else nothing."""

@@ -195,9 +195,7 @@ class RankGroup:
     def stacks(self) -> str:
         """What every rank is at, as far as it answers."""
         answers = self._ask("stacks", timeout=10)
-        return "\n".join(
-            f"=== rank {rank}\n{answers.get(rank, 'does not answer')}" for rank in range(len(self.actors))
-        )
+        return "\n".join(f"=== rank {rank}\n{answers.get(rank, 'does not answer')}" for rank in range(len(self.actors)))
 
     def _ask(self, method: str, timeout: float) -> dict[int, Any]:
         """The answers of the ranks that answer in time."""

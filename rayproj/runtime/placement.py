@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from rayproj.errors import Interrupted
+from rayproj.runtime import interrupt
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,21 @@ def bundle(cpus: float, gpus: float | None) -> dict[str, float]:
 
 
 def place(ranks: int, bundle: dict[str, float], timeout: float) -> Placed | None:
-    """Reserve one bundle for each rank, together; None if there was no room within `timeout` seconds."""
-    group = placement_group([bundle] * ranks, strategy="PACK")
-    if not group.wait(timeout):
+    """Reserve one bundle for each rank, together; None if there was no room within `timeout` seconds.
+
+    Raises:
+        Interrupted: a stop was asked for meanwhile.
+    """
+    group, deadline = placement_group([bundle] * ranks, strategy="PACK"), time.monotonic() + timeout
+    try:
+        while not group.wait(max(0.0, min(1.0, deadline - time.monotonic()))):
+            interrupt.check()
+            if time.monotonic() >= deadline:
+                remove_placement_group(group)
+                return None
+    except Interrupted:
         remove_placement_group(group)
-        return None
+        raise
     nodes = placement_group_table(group)["bundles_to_node_id"]
     taken: Counter[str] = Counter()
     order, ids = [], []

@@ -1,22 +1,35 @@
-"""A run: its folder, its config, its tracker, its result. All of it lies in the store, so any driver can go on with it."""
+"""A run: its folder, its config, its tracker, its result. All of it lies in the store, so any driver can go on with it.
+
+run.json                      which job it is of
+config.yaml                   its resolved config
+attempts/<began>/start.json   a driver took it up
+attempts/<began>/end.json     and left it: done, stopped or failed, and why; none if the driver was killed
+stop.json                     `rayproj stop` asks the driver to commit and leave
+result.json                   what the job found; from then on the run is done
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from omegaconf import OmegaConf
 
+from rayproj import __version__
 from rayproj import config as configuration
-from rayproj.errors import UserError
+from rayproj.errors import Interrupted, UserError
 from rayproj.storage.store import Store, from_json, to_json
 from rayproj.tracking.tracker import Tracker
 
 # What may differ between two starts of one run: where and how it runs, not what it computes.
 FREE = ("cluster", "pool", "tracking", "wait_seconds", "train.checkpoint", "train.log_every", "train.preview_every")
+LOOK_SECONDS = 2.0  # between looks for the wish of a person to stop
 
 
 @dataclass
@@ -25,6 +38,41 @@ class RunConfig:
 
     dir: str = "???"  # a folder, or any URI that fsspec knows; one that exists is resumed
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The time in which one driver worked on a run; times are unix seconds."""
+
+    began: float
+    host: str
+    pid: int  # of the driver
+    ended: float | None  # None: it runs, or its driver was killed
+    outcome: str | None  # done, stopped or failed
+    why: str  # of a failure
+
+
+def attempts(store: Store) -> list[Attempt]:
+    """The attempts at a run, oldest first."""
+    found = []
+    for path in store.list("attempts"):
+        if path.endswith("/start.json"):
+            start = from_json(store.read(path))
+            end_path = path.replace("start.json", "end.json")
+            end = from_json(store.read(end_path)) if store.exists(end_path) else {}
+            began, host, pid = start["began"], start["host"], start["pid"]
+            found.append(Attempt(began, host, pid, end.get("ended"), end.get("outcome"), end.get("why", "")))
+    return sorted(found, key=lambda attempt: attempt.began)
+
+
+def seconds(done: list[Attempt], signs: list[float]) -> float:
+    """How long drivers worked on a run; one that was killed, until its last sign of life (unix seconds)."""
+    total = 0.0
+    for number, attempt in enumerate(done):
+        after = done[number + 1].began if number + 1 < len(done) else float("inf")
+        last = max((t for t in signs if attempt.began <= t < after), default=attempt.began)
+        total += (attempt.ended or last) - attempt.began
+    return total
 
 
 class Run:
@@ -45,8 +93,8 @@ class Run:
         self.result: dict[str, Any] | None = (
             from_json(store.read("result.json")) if store.exists("result.json") else None
         )
-        self.tracker = Tracker(self.id, store, config.tracking, self.config)
-        self._began = time.time()
+        self.tracker = Tracker(self.id, job, store, config.tracking, self.config)
+        self._began = self._looked = time.time()
 
     @classmethod
     @contextmanager
@@ -54,34 +102,111 @@ class Run:
         """Open a run for a block, new or to be resumed.
 
         Raises:
-            UserError: the folder belongs to another config.
+            UserError: the folder belongs to another job or config.
         """
         store = Store(config.run.dir)
+        if not store.put_once("run.json", to_json({"job": job, "version": __version__, "created_at": time.time()})):
+            _require_job(store, job)
         text = configuration.to_yaml(config).encode()
         if not store.put_once("config.yaml", text):
             _require_same(store, text)
         run = cls(job, store, config)
-        if run.result is None:
-            run.tracker.start()
         try:
-            yield run
+            with run._attempt():
+                yield run
         finally:
-            if run.result is None:  # stopped or failed: its time counts all the same
-                store.put_once(f"attempts/{run._began:.3f}.json", to_json({"seconds": time.time() - run._began}))
             run.tracker.close()
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """Record when a driver worked on the run, and how that ended."""
+        if self.result is not None:
+            yield
+            return
+        self.store.delete_tree("stop.json")  # that was meant for the attempt before
+        before = attempts(self.store)
+        _require_nobody(self.store, before)
+        place = f"attempts/{self._began:.3f}"
+        start = {"began": self._began, "host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
+        self.store.put_once(f"{place}/start.json", to_json(start))
+        self.tracker.start()
+        self.tracker.worked_before = self._spent_before = seconds(before, self.tracker.signs())
+        if before and before[-1].ended is None:
+            text = "The driver of the last attempt was lost; going on from the last commit."
+            self.tracker.event({"type": "restart", "cause": "driver lost", "text": text})
+        outcome, why = "failed", ""
+        try:
+            yield
+            outcome = "done" if self.result is not None else "stopped"
+        except Interrupted:
+            outcome = "stopped"
+            raise
+        except BaseException as error:
+            why = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            end = {"ended": time.time(), "outcome": outcome, "why": why}
+            self.store.put_once(f"{place}/end.json", to_json(end))
+
+    def stop_wished(self) -> bool:
+        """Whether `rayproj stop` asked this run to end; looks now and then."""
+        if time.time() - self._looked < LOOK_SECONDS:
+            return False
+        self._looked = time.time()
+        return self.store.exists("stop.json")
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Record what the job found, once; from then on the run is done."""
-        spent = sum(from_json(self.store.read(path))["seconds"] for path in self.store.list("attempts"))
+        now = time.time()
         self.result = {
             **result,
+            **self.tracker.totals(),
             "job": self.job,
-            "seconds": spent + time.time() - self._began,
-            "finished_at": time.time(),
+            "seconds": self._spent_before + now - self._began,
+            "finished_at": now,
         }
         self.store.put_once("result.json", to_json(self.result))
         self.tracker.finished(self.result)
         return self.result
+
+
+def wish_stop(run_dir: str) -> str:
+    """Ask the driver of a run, wherever it is, to commit and leave; returns what is to be expected.
+
+    Raises:
+        UserError: there is no run, or nobody works on it.
+    """
+    store = Store(run_dir)
+    if not store.exists("run.json"):
+        raise UserError(f"There is no run at '{run_dir}'; 'rayproj status FOLDER' lists those below a folder.")
+    if store.exists("result.json"):
+        raise UserError(f"The run '{run_dir}' is done; there is nothing to stop.")
+    last = attempts(store)[-1:]
+    if last and last[0].outcome:
+        raise UserError(f"Nobody works on the run '{run_dir}': it {last[0].outcome} already.")
+    store.write("stop.json", to_json({"at": time.time()}))
+    return f"Asked {store.uri} to commit and stop; 'rayproj resume {store.uri}' goes on with it."
+
+
+def _require_nobody(store: Store, before: list[Attempt]) -> None:
+    """As far as can be seen from this machine: two drivers would train the same run beside each other."""
+    for attempt in before:
+        if attempt.ended is None and attempt.host == socket.gethostname() and psutil.pid_exists(attempt.pid):
+            process = psutil.Process(attempt.pid)
+            if process.create_time() <= attempt.began and process.status() != psutil.STATUS_ZOMBIE:
+                raise UserError(
+                    f"The process {attempt.pid} works on the run '{store.uri}' already; "
+                    f"wait for it, or end it by 'rayproj stop {store.uri}'."
+                )
+
+
+def _require_job(store: Store, job: str) -> None:
+    before = from_json(store.read("run.json"))["job"]
+    if before != job:
+        raise UserError(
+            f"The run dir '{store.uri}' belongs to the job {before}, not {job}; set another run.dir, "
+            "or delete that folder to start again."
+        )
 
 
 def _require_same(store: Store, text: bytes) -> None:

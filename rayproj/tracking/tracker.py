@@ -1,4 +1,5 @@
-"""One place, in the driver, where a run's events go: metrics.jsonl (the source of truth), W&B, progress, the timeline."""
+"""One place, in the driver, where a run's events go: metrics.jsonl (the source of truth), W&B, Prometheus, progress, the
+timeline."""
 
 from __future__ import annotations
 
@@ -6,13 +7,16 @@ import io
 import json
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from rayproj.storage.store import Store
+from rayproj.tracking.goodput import Goodput
 from rayproj.tracking.progress import StageProgress, say
+from rayproj.tracking.prometheus import PrometheusSink
 from rayproj.tracking.wandb_sink import WandbSink
 
 
@@ -32,65 +36,107 @@ class TrackingConfig:
 
 
 class Tracker:
-    """Takes a run's events; see `Tracker.event` for their kinds."""
+    """Takes a run's events; see `Tracker.event` for their kinds.
 
-    def __init__(self, run_id: str, store: Store, config: TrackingConfig, settings: dict[str, Any]) -> None:
-        self.run_id, self.store, self.config, self.settings = run_id, store, config, settings
+    Attributes:
+        worked_before: seconds that earlier attempts worked on the run.
+        restarts: how often it was begun anew, by cause.
+    """
+
+    def __init__(self, run_id: str, job: str, store: Store, config: TrackingConfig, settings: dict[str, Any]) -> None:
+        self.run_id, self.job, self.store, self.config, self.settings = run_id, job, store, config, settings
         # An object store cannot append: there, files grow in a scratch folder and are uploaded at commits and the end.
         self._scratch = None if store.local_path() else tempfile.TemporaryDirectory(prefix="rayproj-track-")
         self._folder = store.local_path() or Path(self._scratch.name)  # type: ignore[union-attr]
         self._progress = StageProgress(run_id.rpartition("-")[2] or run_id)
         self._wandb: WandbSink | None = None
+        self._prometheus: PrometheusSink | None = None
+        self._ranks: dict[str, int] = {}
+        self.worked_before, self._began = 0.0, time.time()
+        self.restarts: Counter[str] = Counter()
+        self._goodput = Goodput()
 
     def start(self) -> None:
         """Begin taking events."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._scratch:
-            for name in ("metrics.jsonl", "timeline.jsonl"):
+            for name in ("metrics.jsonl", "timeline.jsonl", "events.jsonl"):
                 if self.store.exists(name):
                     (self._folder / name).write_bytes(self.store.read(name))
         self._wandb = WandbSink(self.run_id, self._folder, self.config, self.settings)
+        self._prometheus = PrometheusSink(self.run_id, self.job)
+        self.restarts = Counter(e["cause"] for e in self._lines("events.jsonl") if e["type"] == "restart")
 
     def event(self, event: dict[str, Any]) -> None:
         """Take one event, by its "type":
 
-        metrics (step, values...), span (actor, what, start, end: unix seconds), total (steps), resumed (step: rows of
-        later steps are dropped, they will come again), commit (step), images (name, step, images: uint8 [N, C, H, W]),
-        warning and restart (text).
+        metrics (step, values...), span (actor, what, start, end: unix seconds), total (steps), resumed (step, ranks: rows
+        of later steps are dropped, they will come again), commit (step), images (name, step, images: uint8
+        [N, C, H, W]), table (name, columns, rows), file (name, path: of an artifact), warning (text) and restart (text,
+        cause).
         """
         kind = event["type"]
         values = {name: value for name, value in event.items() if name != "type"}
         if kind == "metrics":
-            self._append("metrics.jsonl", {"time": time.time(), **values})
-            self._progress.update(values["step"], values)
-            if self._wandb:
-                self._wandb.log({"trainer/step": values["step"], **{k: v for k, v in values.items() if k != "step"}})
+            self._metrics(values)
         elif kind == "span":
             self._append("timeline.jsonl", values)
         elif kind == "total":
             self._progress.start(values["steps"])
         elif kind == "resumed":
             self._drop_after(values["step"])
+            self._ranks = {"ranks": values["ranks"]}
             if values["step"]:
                 say(f"{self.run_id}: going on from step {values['step']}.")
         elif kind == "images":
             self._images(**values)
         elif kind == "commit":
             self._upload()
+        elif kind in ("table", "file"):
+            if self._wandb:
+                self._wandb.put(kind, values)
         elif kind in ("warning", "restart"):
             self._append("events.jsonl", {"time": time.time(), "type": kind, **values})
             say(f"{self.run_id}: {values['text']}")
+            if kind == "restart":
+                self.restarts[values["cause"]] += 1
+                if self._prometheus:
+                    self._prometheus.restart(values["cause"])
+
+    def _metrics(self, values: dict[str, Any]) -> None:
+        self._goodput.add(values)
+        row = {**values, **self._ranks, "restarts": self.restarts.total(), **self._share()}
+        self._append("metrics.jsonl", {"time": time.time(), **row})
+        self._progress.update(row["step"], row)
+        if self._wandb:
+            self._wandb.put("log", {"trainer/step": row["step"], **{k: v for k, v in row.items() if k != "step"}})
+        if self._prometheus:
+            self._prometheus.set(row)
 
     def rows(self) -> list[dict[str, Any]]:
         """The logged metrics, oldest first."""
-        path = self._folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return self._lines("metrics.jsonl")
+
+    def signs(self) -> list[float]:
+        """When the run showed that it lived, in unix seconds."""
+        spans = [span["end"] for span in self._lines("timeline.jsonl")]
+        return spans + [row["time"] for name in ("metrics.jsonl", "events.jsonl") for row in self._lines(name)]
+
+    def totals(self) -> dict[str, Any]:
+        """What the whole run's goodput and restarts came to."""
+        return {"restarts": dict(self.restarts), **self._share()}
+
+    def _share(self) -> dict[str, float]:
+        return self._goodput.share(self.worked_before + time.time() - self._began)
 
     def finished(self, result: dict[str, Any]) -> None:
-        """The run is done: its scalars become W&B's summary."""
+        """The run is done: its scalars become W&B's summary and a table of it."""
         say(f"{self.run_id}: done in {result['seconds']:.0f} s.")
         if self._wandb:
-            self._wandb.summary({k: v for k, v in result.items() if isinstance(v, (int, float, str))})
+            scalars = {k: v for k, v in result.items() if isinstance(v, (int, float, str))}
+            self._wandb.put("summary", scalars)
+            rows = [[name, str(value)] for name, value in scalars.items()]
+            self._wandb.put("table", {"name": "result", "columns": ["name", "value"], "rows": rows})
 
     def close(self) -> None:
         self._upload()
@@ -100,6 +146,10 @@ class Tracker:
         if self._scratch:
             self._scratch.cleanup()
 
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self._folder / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with (self._folder / name).open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -107,6 +157,7 @@ class Tracker:
     def _drop_after(self, step: int) -> None:
         rows = self.rows()
         kept = [row for row in rows if row["step"] <= step]
+        self._goodput = Goodput(kept)
         if len(kept) < len(rows):
             text = "".join(json.dumps(row) + "\n" for row in kept)
             Store(str(self._folder)).write("metrics.jsonl", text.encode())
@@ -119,7 +170,7 @@ class Tracker:
         picture.save(buffer, "png")
         self.store.write(f"images/{name}-{step:08d}.png", buffer.getvalue())
         if self._wandb:
-            self._wandb.log_image(name, step, picture)
+            self._wandb.put("image", (name, step, picture))
 
     def _upload(self) -> None:
         if self._scratch:

@@ -26,14 +26,9 @@ class WandbSink:
         if self.mode != "disabled":
             self._thread.start()
 
-    def log(self, values: dict[str, Any]) -> None:
-        self._queue.put(("log", values))
-
-    def log_image(self, name: str, step: int, picture: Any) -> None:
-        self._queue.put(("image", (name, step, picture)))
-
-    def summary(self, values: dict[str, Any]) -> None:
-        self._queue.put(("summary", values))
+    def put(self, kind: str, value: Any) -> None:
+        """Take what `_write` knows, and return at once."""
+        self._queue.put((kind, value))
 
     def close(self) -> None:
         """Let what was logged be written, within reason."""
@@ -60,15 +55,29 @@ class WandbSink:
             run.define_metric("*", step_metric="trainer/step")
             while True:
                 kind, value = self._queue.get()
-                if kind == "log":
-                    run.log(value)
-                elif kind == "image":
-                    name, step, picture = value
-                    run.log({"trainer/step": step, name: wandb.Image(picture)})
-                elif kind == "summary":
-                    run.summary.update(value)
-                else:
+                if kind == "close":
                     run.finish()
                     return
+                _write(run, kind, value)
         except Exception as error:
             say(f"{run_id}: W&B is off for this run ({type(error).__name__}: {error}); metrics.jsonl has everything.")
+
+
+def _write(run: Any, kind: str, value: Any) -> None:
+    import wandb
+
+    if kind == "log":
+        run.log(value)
+    elif kind == "image":
+        name, step, picture = value
+        run.log({"trainer/step": step, name: wandb.Image(picture)})
+    elif kind == "table":
+        run.log({value["name"]: wandb.Table(columns=value["columns"], data=value["rows"])})
+    elif kind == "file":
+        artifact = wandb.Artifact(f"{run.id}-{value['name']}", type=value["name"])
+        artifact.add_file(value["path"])
+        run.log_artifact(artifact)
+    elif kind == "summary":
+        run.summary.update(value)
+    else:
+        raise ValueError(kind)

@@ -1,13 +1,18 @@
 """Run dirs: resumed by the same config, refused to another."""
 
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from rayproj.errors import UserError
+from rayproj.runtime import run as run_module
 from rayproj.runtime.group import GroupConfig
-from rayproj.runtime.run import Run, RunConfig
-from rayproj.storage.store import from_json
+from rayproj.runtime.run import Attempt, Run, RunConfig, attempts, seconds, wish_stop
+from rayproj.storage.store import Store, to_json
 from tests.runtime.conftest import Config
 
 
@@ -41,10 +46,65 @@ def test_where_it_runs_may_change(tmp_path: Path) -> None:
         assert run.config["cluster"]["ranks"] == 7
 
 
-def test_the_time_of_a_failed_attempt_counts(tmp_path: Path) -> None:
+def test_the_time_of_a_failed_attempt_counts_and_its_reason_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), Run.open("job", config(tmp_path)):
+        time.sleep(0.2)
         _ = 1 / 0
     with Run.open("job", config(tmp_path)) as run:
-        attempts = run.store.list("attempts")
-        spent = from_json(run.store.read(attempts[0]))["seconds"]
-        assert len(attempts) == 1 and run.finish({})["seconds"] >= spent
+        failed, now = attempts(run.store)
+        assert failed.outcome == "failed" and failed.why == "ZeroDivisionError: division by zero"
+        assert now.ended is None and run.finish({})["seconds"] >= 0.2
+    assert [a.outcome for a in attempts(run.store)] == ["failed", "done"]
+
+
+def test_of_a_killed_driver_the_time_to_its_last_sign_counts() -> None:
+    times = {"host": "h", "pid": 1, "why": ""}
+    done = [
+        Attempt(began=10, ended=15, outcome="failed", **times),
+        Attempt(began=20, ended=None, outcome=None, **times),
+    ]
+    assert seconds(done, signs=[12.0, 23.0, 27.5]) == 5 + 7.5
+    assert seconds(done, signs=[]) == 5
+    assert seconds([done[1], Attempt(began=30, ended=31, outcome="done", **times)], signs=[22.0, 30.5]) == 2 + 1
+
+
+def test_a_driver_that_was_killed_is_a_restart_and_one_that_lives_is_in_the_way(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "a" / "b"))
+    with Run.open("job", config(tmp_path)):
+        pass
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        start = {"began": time.time() + 1, "host": socket.gethostname(), "pid": other.pid}
+        store.put_once(f"attempts/{start['began']:.3f}/start.json", to_json(start))
+        with pytest.raises(UserError, match=f"process {other.pid} works on"), Run.open("job", config(tmp_path)):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with Run.open("job", config(tmp_path)) as run:
+        assert run.finish({})["restarts"] == {"driver lost": 1}
+
+
+def test_another_job_is_refused(tmp_path: Path) -> None:
+    with Run.open("job", config(tmp_path)):
+        pass
+    with pytest.raises(UserError, match="belongs to the job job, not other"), Run.open("other", config(tmp_path)):
+        pass
+
+
+def test_a_wish_to_stop_reaches_the_driver_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "LOOK_SECONDS", 0)
+    place = str(tmp_path / "a" / "b")
+    with pytest.raises(UserError, match="There is no run"):
+        wish_stop(place)
+    with Run.open("job", config(tmp_path)) as run:
+        assert not run.stop_wished()
+        assert f"rayproj resume {place}" in wish_stop(place)
+        assert run.stop_wished()
+    with pytest.raises(UserError, match="it stopped already"):
+        wish_stop(place)
+    with Run.open("job", config(tmp_path)) as run:
+        assert not run.stop_wished()
+        run.finish({})
+    with pytest.raises(UserError, match="is done"):
+        wish_stop(place)

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import ray
 
+from rayproj import config as configuration
 from rayproj.errors import Interrupted, UserError
 from rayproj.runtime import interrupt
+from rayproj.runtime.group import GroupConfig
+from rayproj.runtime.policy import RetryConfig
 from rayproj.runtime.supervisor import fit
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -26,10 +29,7 @@ def test_a_group_works_together_in_the_drivers_folder(open_run) -> None:  # type
 
 
 def run_cluster(run):  # type: ignore[no-untyped-def]
-    from rayproj.runtime.group import GroupConfig
-
-    values = dict(run.config["cluster"])
-    return GroupConfig(**values)
+    return configuration.from_dict(GroupConfig, run.config["cluster"])
 
 
 def test_a_killed_rank_and_the_rest_equal_an_undisturbed_run_bit_for_bit(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -66,7 +66,7 @@ def test_what_the_user_can_put_right_is_not_retried(open_run, tmp_path: Path) ->
 def test_a_run_that_dies_again_and_again_is_given_up(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     with (
         pytest.raises(RuntimeError, match="failed 2 times in a row without progress"),
-        open_run(1, max_failures=1) as run,
+        open_run(1, retry=RetryConfig(max_failures=1)) as run,
     ):
         fit(run, "tests.support.entries:always_dies", run_cluster(run))
 

@@ -8,5 +8,5 @@ from rayproj.engine.world import World
 
 import_deepspeed(World(0, 1, 0, "cpu"))
 del os.environ["LOCAL_RANK"]
-import tests.support.private
-import tests.support.regression  # noqa: F401
+import tests.support.private  # noqa: E402
+import tests.support.regression  # noqa: E402, F401

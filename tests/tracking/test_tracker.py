@@ -21,10 +21,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def track(store: Store, config: TrackingConfig, steps: range, resumed: int = 0) -> None:
-    tracker = Tracker("demo-train", store, config, {"train": {"lr": 0.1}})
+    tracker = Tracker("demo-train", "train", store, config, {"train": {"lr": 0.1}})
     tracker.start()
     tracker.event({"type": "total", "steps": 10})
-    tracker.event({"type": "resumed", "step": resumed})
+    tracker.event({"type": "resumed", "step": resumed, "ranks": 1})
     for step in steps:
         tracker.event({"type": "metrics", "step": step, "loss": 1.0 / step})
     tracker.event({"type": "span", "actor": "rank 0", "what": "steps", "start": 1.0, "end": 2.0})
