@@ -31,6 +31,8 @@ def main(config: Config) -> dict[str, Any]:
         store = Store(config.root)
         store.write("report.json", to_json(report))
         store.write("report.html", html.encode())
+        if folder := store.local_path():
+            run.tracker.event({"type": "file", "name": "report", "path": str(folder / "report.html")})
         return run.finish({"html": f"{store.uri}/report.html", "json": f"{store.uri}/report.json"})
 
 

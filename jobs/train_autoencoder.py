@@ -17,7 +17,7 @@ from rayproj.data.loader import Batches
 from rayproj.data.order import Shuffled
 from rayproj.data.reader import Reader
 from rayproj.diffusion.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderTask, measure
-from rayproj.engine.steps import PlainStep
+from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train, whole_model
 from rayproj.engine.world import World
 from rayproj.runtime.command import command
@@ -57,7 +57,8 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
 
 def main(config: Config) -> dict[str, Any]:
     with Run.open("train_autoencoder", config) as run:
-        return run.result or run.finish(fit(run, "rayproj.jobs.train_autoencoder:worker", config.cluster))
+        worlds = world_sizes(config.train.batch, config.train.micro_batch)
+        return run.result or run.finish(fit(run, "rayproj.jobs.train_autoencoder:worker", config.cluster, worlds))
 
 
 if __name__ == "__main__":

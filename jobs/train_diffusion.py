@@ -15,7 +15,7 @@ from rayproj.data.order import Shuffled
 from rayproj.data.reader import Reader
 from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
-from rayproj.engine.steps import PlainStep
+from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
 from rayproj.runtime.command import command
@@ -50,7 +50,8 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
 
 def main(config: Config) -> dict[str, Any]:
     with Run.open("train_diffusion", config) as run:
-        return run.result or run.finish(fit(run, "rayproj.jobs.train_diffusion:worker", config.cluster))
+        worlds = world_sizes(config.train.batch, config.train.micro_batch)
+        return run.result or run.finish(fit(run, "rayproj.jobs.train_diffusion:worker", config.cluster, worlds))
 
 
 if __name__ == "__main__":

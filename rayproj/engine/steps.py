@@ -27,6 +27,12 @@ class Step(Protocol):
         ...
 
 
+def world_sizes(batch: int, micro_batch: int = 0) -> list[int]:
+    """The numbers of ranks that a batch divides over, in whole micro-batches (0: a rank's share is one)."""
+    shares = {n: batch // n for n in range(1, batch + 1) if batch % n == 0}
+    return [n for n, share in shares.items() if share % (micro_batch or share) == 0]
+
+
 class PlainStep:
     """The mean loss over the global batch, by micro-batches.
 
@@ -42,18 +48,14 @@ class PlainStep:
     running_totals: tuple[str, ...] = ()
 
     def __init__(self, batch: int, micro_batch: int, world_size: int) -> None:
-        if batch % world_size:
-            divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        if world_size not in world_sizes(batch, micro_batch):
+            whole = f" in micro-batches of {micro_batch}" if micro_batch else ""
             raise UserError(
-                f"train.batch={batch} does not divide over {world_size} ranks; "
-                f"set cluster.ranks to one of {divisors[:8]} or change the batch."
+                f"train.batch={batch} does not divide over {world_size} ranks{whole}; set cluster.ranks to one of "
+                f"{world_sizes(batch, micro_batch)[:8]}, or change train.batch or train.micro_batch."
             )
         share = batch // world_size
         self.micro_batch = micro_batch or share
-        if share % self.micro_batch:
-            raise UserError(
-                f"train.micro_batch={micro_batch} does not divide a rank's {share} examples; use a divisor."
-            )
         self.micro_batches = share // self.micro_batch
 
     def prepare(self, engine: Engine) -> None:

@@ -63,9 +63,14 @@ def evaluate(config: EvaluateConfig, world: World, link: Link) -> dict[str, Any]
     for name, uri in {"real": config.test, **config.synthetic}.items():
         distance[name] = frechet_distance(reference, _features(config, Dataset.open(uri), extractor, world))
         progress.add(**{f"frechet_distance/{name}": distance[name]})
+    found = {name: accuracy(matrix) for name, matrix in confusion.items()}
+    if world.rank == 0:
+        rows = [[name, *values.values()] for name, values in found.items()]
+        columns = ["classifier", *next(iter(found.values()), {})]
+        link.report({"type": "table", "name": "accuracy", "columns": columns, "rows": rows})
     return {
         "classes": list(test.header.classes),
-        "accuracy": {name: accuracy(matrix) for name, matrix in confusion.items()},
+        "accuracy": found,
         "confusion": {name: matrix.tolist() for name, matrix in confusion.items()},
         "quality": {"feature_extractor": extractor.name, "samples": config.samples, "frechet_distance": distance},
         "skewsize": groups or None,

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from rayproj import faults
 from rayproj.data import watermark
 from rayproj.data.dataset import Dataset
 from rayproj.data.writer import commit_shard
@@ -121,11 +122,15 @@ def produce(
     try:
         while not leases.complete:
             interrupt.check()
+            if run.stop_wished():
+                raise Interrupted
             consumed = slowest(watermark.watermarks(dataset), consumers) if consumers else 0
             for name in pool.idle():
                 shard = leases.grant(name, time.monotonic(), consumed)
                 if shard is not None:
+                    faults.maybe("lease.before_give")
                     pool.give(name, shard)
+                    faults.maybe("lease.after_give")
             done, _ = ray.wait(list(pool.busy), timeout=0.2) if pool.busy else ([], [])
             if not done:
                 time.sleep(0 if pool.busy else 0.1)
@@ -134,7 +139,9 @@ def produce(
                 span = _result(run, pool, leases, name, ref)
                 if span is None:
                     continue
+                faults.maybe("lease.before_finish")
                 leases.finish(shard)
+                faults.maybe("lease.after_finish")
                 made += 1
                 counted += len(dataset.header.shard_range(shard))
                 _report(run, leases, shard, span, counted / (time.time() - began), counted)
@@ -169,8 +176,10 @@ def _result(run: Run, pool: _Pool, leases: Leases, name: str, ref: ray.ObjectRef
 def _report(run: Run, leases: Leases, shard: int, span: tuple[str, float, float], speed: float, samples: int) -> None:
     actor, start, end = span
     run.tracker.event({"type": "span", "actor": actor, "what": f"shard {shard}", "start": start, "end": end})
-    values = {"step": len(leases.done), "samples": samples, "images_per_second": speed}
-    run.tracker.event({"type": "metrics", **values})
+    busy = len(leases.held)
+    waiting = leases.num_shards - len(leases.done) - busy
+    values = {"samples": samples, "images_per_second": speed, "queue_busy": busy, "queue_waiting": waiting}
+    run.tracker.event({"type": "metrics", "step": len(leases.done), **values})
 
 
 def _recorded_speed(dataset: Dataset) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,9 @@ import pytest
 
 from rayproj.runtime.group import GroupConfig
 from rayproj.runtime.run import Run, RunConfig
-from rayproj.tracking.tracker import TrackingConfig, WandbMode
+from tests.support.entries import RunOnly
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass
-class Config:
-    run: RunConfig = field(default_factory=RunConfig)
-    cluster: GroupConfig = field(default_factory=GroupConfig)
-    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(wandb=WandbMode.disabled))
-    steps: int = 1
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +32,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture
 def open_run(tmp_path: Path) -> Any:
     def make(ranks: int = 2, **group: Any) -> Any:
-        config = Config(run=RunConfig(dir=str(tmp_path / "run")), cluster=GroupConfig(ranks=ranks, **group))
+        config = RunOnly(run=RunConfig(dir=str(tmp_path / "run")), cluster=GroupConfig(ranks=ranks, **group))
         return Run.open("test", config)
 
     return make

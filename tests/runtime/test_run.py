@@ -13,11 +13,11 @@ from rayproj.runtime import run as run_module
 from rayproj.runtime.group import GroupConfig
 from rayproj.runtime.run import Attempt, Run, RunConfig, attempts, seconds, wish_stop
 from rayproj.storage.store import Store, to_json
-from tests.runtime.conftest import Config
+from tests.support.entries import RunOnly
 
 
-def config(tmp_path: Path, **changes) -> Config:  # type: ignore[no-untyped-def]
-    values = Config(run=RunConfig(dir=str(tmp_path / "a" / "b")))
+def config(tmp_path: Path, **changes) -> RunOnly:  # type: ignore[no-untyped-def]
+    values = RunOnly(run=RunConfig(dir=str(tmp_path / "a" / "b")))
     for name, value in changes.items():
         setattr(values, name, value)
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,20 @@ from rayproj.data.reader import Reader
 from rayproj.engine.training import Link
 from rayproj.engine.world import World
 from rayproj.errors import UserError
+from rayproj.runtime.group import GroupConfig
+from rayproj.runtime.run import RunConfig
+from rayproj.tracking.tracker import TrackingConfig, WandbMode
 from tests.support import images, regression
+
+
+@dataclass
+class RunOnly:
+    """The config of a job that has nothing of its own."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: GroupConfig = field(default_factory=GroupConfig)
+    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(wandb=WandbMode.disabled))
+    steps: int = 1
 
 
 def sum_of_ranks(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def settings(steps: int, zero_stage: int = 2, every_steps: int = 100) -> Any:
     return config
 
 
-def run(world: World, uri: str, config: Any, attempt: str, fault: str = "") -> dict[str, Any]:
+def run(
+    world: World, uri: str, config: Any, attempt: str, fault: str = "", stop_after: int | None = None
+) -> dict[str, Any]:
     """Train privately; `fault` breaks the mechanism in a named way, which the self-test should see."""
     if fault == "noise too small":
         original = step_module.gaussian
@@ -65,7 +67,7 @@ def run(world: World, uri: str, config: Any, attempt: str, fault: str = "") -> d
     elif fault == "no clipping":
         clipping.clip_factor = lambda norm, c: torch.ones_like(norm)  # type: ignore[assignment]
     plan_ = mechanism(config.steps)
-    link, store = regression.Recorder(attempt), Store(uri)
+    link, store = regression.Recorder(attempt, stop_after), Store(uri)
     sampling = PoissonSampling(plan_.num_samples, plan_.sample_rate, KEY)
     step = PrivateStep(plan_, KEY, store, chunk=4, unsafe_metrics=True)
     if fault == "engine ignores the gradient":
