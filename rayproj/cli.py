@@ -1,12 +1,15 @@
-"""The `rayproj` command: demo, submit, status, export, doctor."""
+"""The `rayproj` command: demo, submit, status, logs, stop, resume, export, doctor."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from importlib import import_module
 from pathlib import Path
 
 from rayproj.errors import UserError
+from rayproj.storage.store import Store
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,9 +23,18 @@ def main(argv: list[str] | None = None) -> int:
     submit.add_argument("overrides", nargs="*", metavar="key=value")
     submit.add_argument("--address", default=None, help="http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)")
     submit.add_argument("--follow", action="store_true", help="stream the log and exit as the job does")
+    submit.add_argument("--retries", type=int, default=0, metavar="N", help="follow, and send it again if it is lost")
     submit.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
     status = commands.add_parser("status", help="the runs below a folder")
     status.add_argument("root", nargs="?", default="runs")
+    logs = commands.add_parser("logs", help="what a run has said, on whatever machine")
+    logs.add_argument("run", metavar="RUN", help="a run dir")
+    logs.add_argument("--follow", action="store_true", help="go on until the run ends")
+    stop = commands.add_parser("stop", help="ask a run, on whatever machine, to commit and stop")
+    stop.add_argument("run", metavar="RUN", help="a run dir")
+    resume = commands.add_parser("resume", help="go on with a run, here or on RAY_ADDRESS's cluster")
+    resume.add_argument("run", metavar="RUN", help="a run dir")
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help="of where and how it runs")
     export = commands.add_parser("export", help="the model of a run, with a model card, in formats that others read")
     export.add_argument("run", metavar="RUN", help="run dir of a training job")
     export.add_argument("--to", required=True, metavar="DIR", help="a folder that is not there yet")
@@ -50,11 +62,22 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             print(submit.describe(request))
             return 0
-        return submit.submit(request, arguments.address, arguments.follow)
+        return submit.submit(request, arguments.address, arguments.follow, arguments.retries)
     if arguments.command == "status":
         from rayproj.runtime.status import print_status
 
         return print_status(arguments.root)
+    if arguments.command == "logs":
+        from rayproj.runtime.logs import print_logs
+
+        return print_logs(arguments.run, arguments.follow)
+    if arguments.command == "stop":
+        from rayproj.runtime.run import wish_stop
+
+        print(wish_stop(arguments.run))
+        return 0
+    if arguments.command == "resume":
+        return run_resume(arguments.run, arguments.overrides)
     if arguments.command == "export":
         from rayproj.export import export
 
@@ -78,6 +101,19 @@ def run_demo(overrides: list[str]) -> int:
         return result
 
     return run_guarded(lambda: config.load(demo.Config, config_path("demo.yaml"), overrides), chain)
+
+
+def run_resume(run_dir: str, overrides: list[str]) -> int:
+    """The job of a run, with the config that the run has."""
+    from rayproj import config
+    from rayproj.runtime.command import run_guarded
+    from rayproj.runtime.run import job_of
+
+    job = import_module(f"rayproj.jobs.{job_of(run_dir)}")
+    with tempfile.TemporaryDirectory(prefix="rayproj-") as scratch:
+        file = Path(scratch) / "config.yaml"
+        file.write_bytes(Store(run_dir).read("config.yaml"))
+        return run_guarded(lambda: config.load(job.Config, file, [*overrides, f"run.dir={run_dir}"]), job.main)
 
 
 def config_path(name: str) -> Path:

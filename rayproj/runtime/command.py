@@ -58,7 +58,7 @@ def run_guarded(load: Callable[[], T], main: Callable[[T], dict[str, Any]]) -> i
         print(f"error: There is no space left ({error}); free some, and run the same command again.", file=sys.stderr)
         return 2
     except UserError as error:
-        if config is not None:
+        if config is not None and error.__cause__ is not None:
             _log(config)
         print(f"error: {error}", file=sys.stderr)
         return 2

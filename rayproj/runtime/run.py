@@ -28,7 +28,8 @@ from rayproj.storage.store import Store, from_json, to_json
 from rayproj.tracking.tracker import Tracker
 
 # What may differ between two starts of one run: where and how it runs, not what it computes.
-FREE = ("cluster", "pool", "tracking", "wait_seconds", "train.checkpoint", "train.log_every", "train.preview_every")
+FREE = ("run.dir", "cluster", "pool", "tracking", "wait_seconds")
+FREE += ("train.checkpoint", "train.log_every", "train.preview_every", "train.peak_tflops")
 LOOK_SECONDS = 2.0  # between looks for the wish of a person to stop
 
 
@@ -170,15 +171,26 @@ class Run:
         return self.result
 
 
+def job_of(run_dir: str) -> str:
+    """The job that a run is of.
+
+    Raises:
+        UserError: there is no run.
+    """
+    store = Store(run_dir)
+    if not store.exists("run.json"):
+        raise UserError(f"There is no run at '{run_dir}'; 'rayproj status FOLDER' lists those below a folder.")
+    return str(from_json(store.read("run.json"))["job"])
+
+
 def wish_stop(run_dir: str) -> str:
     """Ask the driver of a run, wherever it is, to commit and leave; returns what is to be expected.
 
     Raises:
         UserError: there is no run, or nobody works on it.
     """
+    job_of(run_dir)
     store = Store(run_dir)
-    if not store.exists("run.json"):
-        raise UserError(f"There is no run at '{run_dir}'; 'rayproj status FOLDER' lists those below a folder.")
     if store.exists("result.json"):
         raise UserError(f"The run '{run_dir}' is done; there is nothing to stop.")
     last = attempts(store)[-1:]

@@ -10,11 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 from rayproj.errors import UserError
+from rayproj.runtime.run import attempts
 from rayproj.storage.store import Store, from_json
+
+SILENT_SECONDS = 900.0
 
 
 def runs(root: str) -> list[dict[str, Any]]:
     """One row for each run: name, state, step, last commit, loss, ε and the age of the last sign of life in seconds.
+
+    The state is done; stopped or failed, with the reason of the latter; running; or silent, where a driver took the run
+    up and has neither left it nor shown a sign of life for a quarter of an hour.
 
     Raises:
         UserError: there is no run.
@@ -28,20 +34,27 @@ def runs(root: str) -> list[dict[str, Any]]:
 
 
 def _row(store: Store, folder: str, files: list[str]) -> dict[str, Any]:
-    run = store.at(folder) if folder else store
+    run = store.at(folder.rstrip("/")) if folder else store
     rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()] if run.exists("metrics.jsonl") else []
     result = from_json(run.read("result.json")) if run.exists("result.json") else None
     steps = [int(f.split("step-")[1][:8]) for f in files if f.endswith("/COMMIT.json")]
     last = rows[-1] if rows else {}
-    when = result["finished_at"] if result else last.get("time")
+    latest = attempts(run)[-1:]
+    times = [last.get("time"), result and result["finished_at"], *(a.ended or a.began for a in latest)]
+    when = max((t for t in times if t), default=None)
+    age = time.time() - when if when else None
+    state = "done" if result else "new"
+    if latest and not result:
+        state = latest[0].outcome or ("running" if age is not None and age < SILENT_SECONDS else "silent")
     return {
         "run": folder or store.uri,
-        "state": "done" if result else "open",
+        "state": state,
+        "why": "" if result or not latest else latest[0].why,
         "step": last.get("step"),
         "commit": max(steps, default=None),
         "loss": last.get("loss"),
         "epsilon": last.get("epsilon"),
-        "age": time.time() - when if when else None,
+        "age": age,
     }
 
 
@@ -49,10 +62,14 @@ def print_status(root: str) -> int:
     table = Table(box=None, pad_edge=False)
     for name in ("run", "state", "step", "last commit", "loss", "ε", "last sign"):
         table.add_column(name, justify="left" if name in ("run", "state") else "right")
-    for row in runs(root):
+    rows = runs(root)
+    for row in rows:
         forms = ("{:d}", "{:d}", "{:.4f}", "{:.3f}", "{:.0f} s ago")
         cells = [row[key] for key in ("step", "commit", "loss", "epsilon", "age")]
         shown = ["–" if cell is None else form.format(cell) for form, cell in zip(forms, cells, strict=True)]
         table.add_row(row["run"], row["state"], *shown)
     Console().print(table)
+    for row in rows:
+        if row["why"]:
+            print(f"{row['run']}: {row['why']}")
     return 0

@@ -8,11 +8,16 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rayproj.errors import UserError
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
 # Ray's dashboard refuses a body of more than 100 MiB, with 413.
 MAX_BYTES = 95 << 20
+HEAD_SECONDS = 300.0  # to wait for a head that does not answer
 EXCLUDES = [".git", ".venv", "runs", "wandb", "dist", "build", "__pycache__", "*.tar", "*_cache", "*.egg-info"]
 
 
@@ -84,43 +89,95 @@ def auth_mode() -> str:
     return os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")
 
 
-def submit(request: Request, address: str | None, follow: bool) -> int:
-    """Send the job; with `follow`, print its log and return 0 if it succeeded.
+def submit(request: Request, address: str | None, follow: bool, retries: int = 0) -> int:
+    """Send the job; with `follow`, print its log and end as it does.
+
+    Args:
+        address: of the cluster's dashboard; None: RAY_API_SERVER_ADDRESS.
+        retries: how often the job is sent again when its driver or the head was lost, or it failed for another reason
+            than its input. It then goes on from its last commit.
+
+    Returns:
+        0 if it was sent, or succeeded; else the exit code of the job's driver, or 1.
 
     Raises:
         UserError: nothing answers at the address, or the request cannot be sent.
     """
     check(request)
+    client = _connect(address)
+    for left in range(retries, -1, -1):
+        job = _send(client, request)
+        if not follow and not retries:
+            return 0
+        code = _follow(client, job)
+        if code in (0, 2) or code is None or not left:
+            return 1 if code is None else code
+        print(f"{job} is sent again, and goes on from its last commit; {left - 1} more times.", flush=True)
+    raise AssertionError
+
+
+def _connect(address: str | None) -> JobSubmissionClient:
     os.environ["RAY_AUTH_MODE"] = auth_mode()
-    from ray.job_submission import JobStatus, JobSubmissionClient
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
 
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
     if not address:
         raise UserError("Give the cluster's dashboard: --address http://HEAD:8265, or RAY_API_SERVER_ADDRESS.")
     try:
-        client = JobSubmissionClient(address)
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise UserError(
+            f"The cluster at {address} wants its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to it."
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
             f"No Ray dashboard answers at {address} ({str(error).splitlines()[0]}); check the address."
         ) from error
-    job = client.submit_job(
+
+
+def _send(client: JobSubmissionClient, request: Request) -> str:
+    environment = {"RAY_AUTH_MODE": auth_mode(), "PYTHONUNBUFFERED": "1"}
+    job: str = client.submit_job(
         entrypoint=request.entrypoint,
-        runtime_env={
-            "working_dir": str(request.folder),
-            "excludes": EXCLUDES,
-            "env_vars": {"RAY_AUTH_MODE": auth_mode(), "PYTHONUNBUFFERED": "1"},
-        },
+        runtime_env={"working_dir": str(request.folder), "excludes": EXCLUDES, "env_vars": environment},
     )
-    print(f"submitted {job} to {address}", flush=True)
-    if not follow:
-        return 0
-    shown = 0
+    print(f"submitted {job} to {client.get_address()}", flush=True)
+    return job
+
+
+def _follow(client: JobSubmissionClient, job: str) -> int | None:
+    """Print the job's log until it ends; returns its driver's exit code, 1 if it was lost, None if a person stopped it.
+
+    A head that does not answer is waited for; one that came back without its memory has lost the job.
+    """
+    from ray.job_submission import JobStatus
+
+    shown, answered = 0, time.monotonic()
     while True:
-        state = client.get_job_status(job)
-        log = client.get_job_logs(job)
+        try:
+            details = client.get_job_info(job)
+            log = client.get_job_logs(job)
+        except RuntimeError as error:  # what the head answers
+            if "404" not in str(error) and time.monotonic() - answered < HEAD_SECONDS:
+                time.sleep(1)
+                continue
+            print(f"{job}: lost with its head", flush=True)
+            return 1
+        except OSError as error:  # requests' are
+            if time.monotonic() - answered > HEAD_SECONDS:
+                raise UserError(
+                    f"The head has not answered for {HEAD_SECONDS:.0f} s ({type(error).__name__}); start it again, and "
+                    "then send the same command: the run goes on from its last commit."
+                ) from error
+            time.sleep(1)
+            continue
+        answered = time.monotonic()
         print(log[shown:], end="", flush=True)
         shown = len(log)
-        if state in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED):
-            print(f"{job}: {state.value.lower()}", flush=True)
-            return 0 if state is JobStatus.SUCCEEDED else 1
+        if details.status in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED):
+            print(f"{job}: {details.status.value.lower()}", flush=True)
+            if details.status is JobStatus.STOPPED:
+                return None
+            return 0 if details.status is JobStatus.SUCCEEDED else details.driver_exit_code or 1
         time.sleep(1)

@@ -79,9 +79,9 @@ def fit(run: Run, entry: str, config: GroupConfig, worlds: Iterable[int] | None 
             if is_full_disk(end.error):
                 raise UserError(
                     f"There is no space left for {run.store.uri}; free some, and run the same command again."
-                )
+                ) from end.error
             original = getattr(end.error, "cause", None) or end.error
-            raise type(original)(*original.args)  # without Ray's wrapping
+            raise type(original)(*original.args) from end.error  # without Ray's wrapping
         may_shrink = may_shrink or end.cause in (Cause.node_lost, Cause.drained)
         what = one_line(end.cause, end.error)
         if not budgets.charge(end.cause, end.committed):

@@ -81,7 +81,7 @@ def test_rayproj_submit_and_ray_job_submit(head: str, tmp_path: Path) -> None:
 
     failing = [*RAYPROJ, "submit", "jobs/train_autoencoder.py", "configs/train_autoencoder.yaml", "train.stepz=1"]
     failed = run(*failing, "--address", head, "--follow")
-    assert failed.returncode == 1 and "did you mean 'train.steps'?" in failed.stdout
+    assert failed.returncode == 2 and "did you mean 'train.steps'?" in failed.stdout
 
 
 def test_a_dry_run_says_what_would_be_sent() -> None:

@@ -71,8 +71,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_sizes_that_do() -> Non
         UserError, match=r"batch=10 does not divide over 4 ranks; set cluster.ranks to one of \[1, 2, 5"
     ):
         PlainStep(10, 0, 4)
-    with pytest.raises(
-        UserError, match=r"does not divide over 2 ranks in micro-batches of 2; set cluster.ranks to one of \[1, 5\]"
-    ):
+    says = r"does not divide over 2 ranks in micro-batches of 2; set cluster.ranks to one of \[1, 5\]"
+    with pytest.raises(UserError, match=says):
         PlainStep(10, 2, 2)
     assert PlainStep(12, 2, 3).micro_batches == 2

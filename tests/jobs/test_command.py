@@ -16,6 +16,7 @@ from rayproj.storage.store import Store
 from tests.support.commands import ROOT, environment, job, run
 
 SOURCE = ["data.source.kind=fashion_mnist", 'data.source.path=""', "data.fractions={public: 0.1, rest: 0.9}"]
+RAYPROJ = [sys.executable, "-m", "rayproj.cli"]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_a_run_dir_of_another_config_and_a_stop_that_loses_nothing(data: Path, t
     other = job("train_autoencoder", config, *words, "train.batch=32")
     assert other.returncode == 2 and "train.batch was 16, now 32" in other.stderr
 
-    resumed = job("train_autoencoder", config, *words)
+    resumed = run(*RAYPROJ, "resume", store.uri)
     assert resumed.returncode == 0 and re.search(rf"going on from step {stopped_at}", resumed.stderr)
     undisturbed = job("train_autoencoder", config, *autoencoder(data, tmp_path / "other"))
     assert undisturbed.returncode == 0
@@ -95,16 +96,64 @@ def test_a_run_dir_of_another_config_and_a_stop_that_loses_nothing(data: Path, t
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def start(data: Path, run_dir: Path) -> subprocess.Popen[str]:
+    """A driver in the background, after its first commit."""
+    words = [*autoencoder(data, run_dir), "train.steps=2000", "train.checkpoint.every_steps=5"]
+    command = [sys.executable, "jobs/train_autoencoder.py", "configs/train_autoencoder.yaml", *words]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not commits(Store(str(run_dir))):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    return process
+
+
+def test_stopped_from_elsewhere_and_seen_from_there(data: Path, tmp_path: Path) -> None:
+    process = start(data, tmp_path / "run")
+    try:
+        words = [*autoencoder(data, tmp_path / "run"), "train.steps=2000", "train.checkpoint.every_steps=5"]
+        second = job("train_autoencoder", "configs/train_autoencoder.yaml", *words)
+        assert second.returncode == 2 and f"process {process.pid} works on the run" in second.stderr
+        assert "running" in run(*RAYPROJ, "status", str(tmp_path)).stdout
+        assert "commit and stop" in run(*RAYPROJ, "stop", str(tmp_path / "run")).stdout
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0 and "To go on: python" in stderr
+    finally:
+        process.kill()
+    assert "stopped" in run(*RAYPROJ, "status", str(tmp_path)).stdout
+    said = run(*RAYPROJ, "logs", str(tmp_path / "run"), "--follow")
+    assert said.returncode == 0
+    lines = said.stdout.splitlines()
+    assert "begun on" in lines[0] and "step 5  loss" in lines[1] and lines[-1].endswith("stopped")
+
+
+def test_a_second_ctrl_c_and_a_killed_driver_leave_the_last_commit_good(data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(data, run_dir)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM and "Leaving at once; the last commit is good." in stderr
+    reached = commits(Store(str(run_dir)))[-1].step
+    process = start(data, run_dir)
+    while commits(Store(str(run_dir)))[-1].step == reached:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    again = run(*RAYPROJ, "resume", str(run_dir), "train.steps=2000", "cluster.ranks=1", "train.log_every=1000")
+    assert "driver of the last attempt was lost" in again.stderr
+
+
 def test_doctor_says_what_is_fine() -> None:
-    done = run(sys.executable, "-m", "rayproj.cli", "doctor")
+    done = run(*RAYPROJ, "doctor")
     assert done.returncode == 0, done.stdout
     assert all(line.startswith("ok ") for line in done.stdout.splitlines())
-    bad = run(sys.executable, "-m", "rayproj.cli", "doctor", WANDB_MODE="online", HOME="/nonexistent")
+    bad = run(*RAYPROJ, "doctor", WANDB_MODE="online", HOME="/nonexistent")
     assert bad.returncode == 1 and "set WANDB_API_KEY" in bad.stdout
 
 
 def test_status_of_nothing(tmp_path: Path) -> None:
-    done = run(sys.executable, "-m", "rayproj.cli", "status", str(tmp_path))
+    done = run(*RAYPROJ, "status", str(tmp_path))
     assert done.returncode == 2 and "There is no run below" in done.stderr
 
 
