@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
+from rayproj.engine.task import Batch
 from rayproj.engine.training import Link
 from rayproj.engine.world import World
 from rayproj.errors import UserError
@@ -32,6 +34,8 @@ class RunOnly:
     cluster: GroupConfig = field(default_factory=GroupConfig)
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(wandb=WandbMode.disabled))
     steps: int = 1
+    pause: float = 0.0  # seconds that a step takes longer
+    dropout: bool = True
 
 
 def sum_of_ranks(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
@@ -45,6 +49,52 @@ def train_regression(config: dict[str, Any], world: World, link: Link) -> dict[s
     found = regression.run(world, config["run"]["dir"], regression.config(10), link.attempt, link=link)
     weights = {name: tensor.tolist() for name, tensor in found["weights"].items()}
     return {"step": found["step"], "weights": weights, "attempt": link.attempt}
+
+
+class Slow(regression.Regression):
+    """Time for something to happen; the numbers are those of the quick one."""
+
+    def __init__(self, pause: float, dropout: float) -> None:
+        super().__init__(dropout)
+        self.pause = pause
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        time.sleep(self.pause)
+        return super().losses(model, batch)
+
+
+def train_slowly(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    pids = Path(os.environ["RAYPROJ_TEST_PIDS"], config["run"]["dir"].rpartition("/")[2])
+    pids.mkdir(exist_ok=True)
+    (pids / str(world.rank)).write_text(str(os.getpid()))
+    settings, task = regression.config(config["steps"]), Slow(config["pause"], 0.2 if config["dropout"] else 0.0)
+    found = regression.run(world, config["run"]["dir"], settings, link.attempt, task=task, link=link)
+    weights = {name: tensor.tolist() for name, tensor in found["weights"].items()}
+    return {"step": found["step"], "weights": weights, "ranks": world.world_size}
+
+
+class Bursting(regression.Regression):
+    """Its loss is infinite from a step on."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return super().losses(model, batch) / (batch["row"][:, 1:2] < 6)
+
+
+def train_to_infinity(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    settings = regression.config(config["steps"])
+    regression.run(world, config["run"]["dir"], settings, link.attempt, task=Bursting(), link=link)
+    return {}
+
+
+def eats_memory(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
+    """Rank 1 takes 100 MiB after another, until it is ended."""
+    link.beat(0)
+    kept = []
+    while not link.stop_requested():
+        if world.rank == 1:
+            kept.append(np.ones(100 << 17))
+        time.sleep(0.05)
+    return {}
 
 
 def user_error(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:

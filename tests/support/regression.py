@@ -20,9 +20,12 @@ from rayproj.storage.store import Store
 
 
 class Regression:
+    def __init__(self, dropout: float = 0.2) -> None:
+        self.dropout = dropout
+
     def build(self) -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(7, 13), nn.GELU(), nn.Dropout(0.2), nn.Linear(13, 1))
+        return nn.Sequential(nn.Linear(7, 13), nn.GELU(), nn.Dropout(self.dropout), nn.Linear(13, 1))
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         noisy = batch["x"] + 0.1 * keyed.normal(0, "noise", batch["row"], (7,))
