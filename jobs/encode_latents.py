@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayproj.data.dataset import Dataset
+from rayproj.data.dataset import Dataset, Header, Inputs
 from rayproj.diffusion.encode import latent_header
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import PoolConfig, produce
@@ -30,14 +30,25 @@ class Config:
         return [] if self.images else ["images must name at least one dataset, such as images.public=runs/data/public."]
 
 
+def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:
+    """What is written, as far as it is known before the images and the autoencoder are there."""
+    return {
+        f"{config.out}/{part}": inputs.header(uri, lambda uri=uri: latents_of(config, uri))  # type: ignore[misc]
+        for part, uri in config.images.items()
+    }
+
+
+def latents_of(config: Config, uri: str) -> Header:
+    return latent_header(Dataset.open(uri).header, config.autoencoder)
+
+
 def main(config: Config) -> dict[str, Any]:
     with Run.open("encode_latents", config) as run:
         if run.result:
             return run.result
         parts = {}
         for part, uri in config.images.items():
-            header = latent_header(Dataset.open(uri).header, config.autoencoder)
-            latents = Dataset.create(f"{config.out}/{part}", header)
+            latents = Dataset.create(f"{config.out}/{part}", latents_of(config, uri))
             maker = {"images": uri, "autoencoder": config.autoencoder, "batch": config.batch}
             parts[part] = produce(run, latents, "rayproj.diffusion.encode:Encoder", config.pool, maker)
         return run.finish({"parts": parts, "samples": sum(part["samples"] for part in parts.values())})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj import config as configuration
-from rayproj.data.dataset import Dataset
+from rayproj.data.dataset import Dataset, Header
 from rayproj.data.loader import Batches
 from rayproj.data.reader import Reader
 from rayproj.diffusion.autoencoder import Codec
@@ -38,6 +38,10 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+def task_of(config: Config, header: Header, codec: Codec | None = None) -> DiffusionTask:
+    return DiffusionTask(config.diffusion, header, config.run.seed, codec)
+
+
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     config = configuration.from_dict(Config, values)
     store = Store(config.run.dir)
@@ -45,20 +49,16 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     header = latents.header
     shows = config.train.preview_every and config.privacy.unsafe_metrics
     codec = Codec.load(header.provenance["autoencoder"], world.device) if shows else None
-    task = DiffusionTask(config.diffusion, header, config.run.seed, codec)
+    task = task_of(config, header, codec)
     mechanism = plan(config.privacy, header.num_samples, config.train.steps)
     key = secret_key(store)
     sampling = PoissonSampling(mechanism.num_samples, mechanism.sample_rate, key)
     batches = Batches(Reader(latents), sampling, world.rank, world.world_size)
     step = PrivateStep(mechanism, key, store, config.privacy.chunk, config.privacy.unsafe_metrics)
     engine = train(Recipe(task, step, batches, config.train), world, store, link)
-    privacy = {
-        **mechanism.describe(),
-        "epsilon": epsilon_spent(spent(store), mechanism.delta),
-        "releases": len(spent(store)),
-        "unsafe_metrics": config.privacy.unsafe_metrics,
-    }
-    return {**summary(engine, world), "privacy": privacy}
+    found, marked = spent(store), {"unsafe_metrics": config.privacy.unsafe_metrics}
+    privacy = {"epsilon": epsilon_spent(found, mechanism.delta), "releases": len(found), **marked}
+    return {**summary(engine, world), "privacy": {**mechanism.describe(), **privacy}}
 
 
 def main(config: Config) -> dict[str, Any]:

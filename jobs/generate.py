@@ -5,10 +5,10 @@ python jobs/generate.py configs/generate.yaml key=value ...
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rayproj.data.dataset import Dataset
+from rayproj.data.dataset import Dataset, Header, Inputs
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import PoolConfig, produce
 from rayproj.runtime.run import Run, RunConfig
@@ -23,6 +23,13 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:
+    """What is written, as far as it is known before the model is there."""
+    header = inputs.header(config.generate.model, lambda: plan(config.generate, config.run.seed))
+    header = replace(header, num_samples=config.generate.samples, shard_size=config.generate.shard_size)
+    return {config.generate.out: header}
 
 
 def main(config: Config) -> dict[str, Any]:

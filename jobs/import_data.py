@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayproj.data.importing import ImportConfig, import_dataset
+from rayproj.data.dataset import Header, Inputs
+from rayproj.data.importing import ImportConfig, headers, import_dataset
 from rayproj.runtime.command import command
 from rayproj.runtime.run import Run, RunConfig
 from rayproj.tracking.tracker import TrackingConfig
@@ -19,6 +20,10 @@ class Config:
     data: ImportConfig = field(default_factory=ImportConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:
+    return headers(config.data)
 
 
 def main(config: Config) -> dict[str, Any]:

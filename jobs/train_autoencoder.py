@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rayproj import config as configuration
-from rayproj.data.dataset import Dataset
+from rayproj.data.dataset import Dataset, Header
 from rayproj.data.loader import Batches
 from rayproj.data.order import Shuffled
 from rayproj.data.reader import Reader
@@ -38,12 +38,16 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+def task_of(config: Config, header: Header, shown: np.ndarray | None = None) -> AutoencoderTask:
+    return AutoencoderTask(config.autoencoder, header.fields["image"].shape, config.run.seed, shown)
+
+
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     config = configuration.from_dict(Config, values)
     dataset = Dataset.open(config.data)
     header, reader = dataset.header, Reader(dataset, fields=["image"])
     shown = reader.gather(np.arange(min(512, header.num_samples)))["image"]
-    task = AutoencoderTask(config.autoencoder, header.fields["image"].shape, config.run.seed, shown[:16])
+    task = task_of(config, header, shown[:16])
     order = Shuffled(header.num_samples, header.shard_size, config.train.batch, config.run.seed)
     step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)
     recipe = Recipe(task, step, Batches(reader, order, world.rank, world.world_size), config.train)

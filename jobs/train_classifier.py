@@ -11,7 +11,7 @@ from typing import Any
 from rayproj import config as configuration
 from rayproj.classifiers.model import ClassifierConfig
 from rayproj.classifiers.task import ClassificationTask
-from rayproj.data.dataset import Dataset
+from rayproj.data.dataset import Dataset, Header
 from rayproj.data.loader import Batches, Streamed
 from rayproj.data.order import Shuffled
 from rayproj.data.reader import Reader
@@ -40,11 +40,15 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+def task_of(config: Config, header: Header) -> ClassificationTask:
+    return ClassificationTask(config.classifier, header, config.run.seed, config.shift, config.flip)
+
+
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     config = configuration.from_dict(Config, values)
     dataset = Dataset.open(config.data, config.wait_seconds, link.stop_requested)
     header = dataset.header
-    task = ClassificationTask(config.classifier, header, config.run.seed, config.shift, config.flip)
+    task = task_of(config, header)
     streams = bool(config.consumer)
     order = Shuffled(header.num_samples, header.shard_size, config.train.batch, config.run.seed, streams)
     reader = Reader(dataset, fields=["image", "label"], wait_seconds=config.wait_seconds, stop=link.stop_requested)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj import config as configuration
-from rayproj.data.dataset import Dataset
+from rayproj.data.dataset import Dataset, Header
 from rayproj.data.loader import Batches
 from rayproj.data.order import Shuffled
 from rayproj.data.reader import Reader
@@ -35,12 +35,16 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+def task_of(config: Config, header: Header, codec: Codec | None = None) -> DiffusionTask:
+    return DiffusionTask(config.diffusion, header, config.run.seed, codec)
+
+
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     config = configuration.from_dict(Config, values)
     latents = Dataset.open(config.diffusion.latents)
     header = latents.header
     codec = Codec.load(header.provenance["autoencoder"], world.device) if config.train.preview_every else None
-    task = DiffusionTask(config.diffusion, header, config.run.seed, codec)
+    task = task_of(config, header, codec)
     order = Shuffled(header.num_samples, header.shard_size, config.train.batch, config.run.seed)
     batches = Batches(Reader(latents), order, world.rank, world.world_size)
     step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)

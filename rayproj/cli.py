@@ -1,4 +1,4 @@
-"""The `rayproj` command: demo, submit, status, logs, stop, resume, export, doctor."""
+"""The `rayproj` command: demo, submit, plan, status, logs, stop, resume, export, doctor."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def main(argv: list[str] | None = None) -> int:
     submit.add_argument("--follow", action="store_true", help="stream the log and exit as the job does")
     submit.add_argument("--retries", type=int, default=0, metavar="N", help="follow, and send it again if it is lost")
     submit.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
+    plan = commands.add_parser("plan", help="what a job would need and do, without starting anything")
+    plan.add_argument("job", help="a script, such as jobs/train_diffusion.py, or its name, or demo")
+    plan.add_argument("config", help="a YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--samples", type=int, default=0, metavar="N", help="of an input that is not there yet")
+    plan.add_argument("--shape", default="", metavar="CxHxW", help="of its images or latents, such as 4x8x8")
+    plan.add_argument("--classes", type=int, default=0, metavar="N", help="of it")
+    plan.add_argument("--json", action="store_true", help="the same for programs, sizes in bytes")
     status = commands.add_parser("status", help="the runs below a folder")
     status.add_argument("root", nargs="?", default="runs")
     logs = commands.add_parser("logs", help="what a run has said, on whatever machine")
@@ -63,6 +71,8 @@ def _run(arguments: argparse.Namespace) -> int:
             print(submit.describe(request))
             return 0
         return submit.submit(request, arguments.address, arguments.follow, arguments.retries)
+    if arguments.command == "plan":
+        return run_plan(arguments)
     if arguments.command == "status":
         from rayproj.runtime.status import print_status
 
@@ -101,6 +111,17 @@ def run_demo(overrides: list[str]) -> int:
         return result
 
     return run_guarded(lambda: config.load(demo.Config, config_path("demo.yaml"), overrides), chain)
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """What a job would need, with what the command line says of inputs that are not there yet."""
+    from rayproj import planning
+
+    shape = arguments.shape.split("x") if arguments.shape else []
+    if arguments.shape and (len(shape) != 3 or not all(side.isdigit() and int(side) for side in shape)):
+        raise UserError(f"--shape={arguments.shape} is not a shape; write CxHxW, such as 4x8x8.")
+    assumed = planning.Assumed(arguments.samples, tuple(map(int, shape)), arguments.classes)
+    return planning.print_plans(arguments.job, arguments.config, arguments.overrides, assumed, arguments.json)
 
 
 def run_resume(run_dir: str, overrides: list[str]) -> int:

@@ -76,6 +76,28 @@ class ShardRecord:
     committed_at: float  # unix time
 
 
+class Inputs:
+    """Headers of datasets that may not be there yet, for planning.
+
+    Args:
+        assumed: stands in for every header that is not there; None: an empty header does.
+
+    Attributes:
+        missing: what was not there.
+    """
+
+    def __init__(self, assumed: Header | None = None) -> None:
+        self.assumed, self.missing = assumed, list[str]()
+
+    def header(self, uri: str, read: Callable[[], Header] | None = None) -> Header:
+        """The header at a URI, or what `read` makes of what is there."""
+        try:
+            return read() if read else Dataset.open(uri).header
+        except (UserError, FileNotFoundError):
+            self.missing.append(uri)
+            return self.assumed or Header("", {}, 0, 1, ())
+
+
 class Dataset:
     """A dataset on a store, complete or still being written."""
 

@@ -41,15 +41,7 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
     Returns:
         Samples, shards and class counts of each part.
     """
-    source = open_source(config.source)
-    parts: dict[str, list[Sample]] = {}
-    for sample in source.samples():
-        split, group = sample.pop("split"), sample.pop("group")
-        part = assign(group, config.fractions, config.seed) if config.fractions and split == "train" else split
-        parts.setdefault(part, []).append(sample)
-    missing = sorted(set(config.fractions) - set(parts))
-    if missing:
-        raise UserError(f"The part '{missing[0]}' got no sample; the source is too small for data.fractions.")
+    source, parts = _read(config)
     datasets = {part: Dataset.create(f"{config.out}/{part}", _header(source, part, samples, config))
                 for part, samples in parts.items()}  # fmt: skip
     total = sum(dataset.header.num_shards for dataset in datasets.values())
@@ -76,6 +68,26 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
         "licence": source.licence,
         "attribution": source.attribution,
     }
+
+
+def headers(config: ImportConfig) -> dict[str, Header]:
+    """What an import would write, by URI."""
+    source, parts = _read(config)
+    return {f"{config.out}/{part}": _header(source, part, samples, config) for part, samples in parts.items()}
+
+
+def _read(config: ImportConfig) -> tuple[Source, dict[str, list[Sample]]]:
+    """The samples of each part."""
+    source = open_source(config.source)
+    parts: dict[str, list[Sample]] = {}
+    for sample in source.samples():
+        split, group = sample.pop("split"), sample.pop("group")
+        part = assign(group, config.fractions, config.seed) if config.fractions and split == "train" else split
+        parts.setdefault(part, []).append(sample)
+    missing = sorted(set(config.fractions) - set(parts))
+    if missing:
+        raise UserError(f"The part '{missing[0]}' got no sample; the source is too small for data.fractions.")
+    return source, parts
 
 
 def _position(key: str, seed: int) -> bytes:

@@ -49,9 +49,13 @@ class DiffusionTask:
         self.latent_shape = (double // 2, *sides)
         self.num_classes = len(latents.classes)
 
-    def build(self) -> nn.Module:
+    def network(self) -> nn.Module:
+        """The model as it is before any training."""
         torch.manual_seed(self.seed)
-        model = Denoiser(self.config.denoiser, self.latent_shape, self.num_classes)
+        return Denoiser(self.config.denoiser, self.latent_shape, self.num_classes)
+
+    def build(self) -> nn.Module:
+        model = self.network()
         if self.config.init:
             load_flat(model, load_ema(Store(self.config.init))[0])
         return model

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rayproj.engine.engine import Engine
+from rayproj.engine.engine import Engine, EngineConfig
 from rayproj.engine.task import Batch, Task
 from rayproj.errors import UserError
 from rayproj.privacy.clipping import clipped_sum, refuse_cross_example_layers
@@ -52,10 +52,7 @@ class PrivateStep:
             RuntimeError: the engine does not do what is accounted for.
         """
         refuse_cross_example_layers(engine.module)
-        if engine.config.zero_stage == 3:
-            raise UserError("Private training shards the optimizer and the gradients; set train.engine.zero_stage=2.")
-        if engine.config.optimizer.clip_grad_norm:
-            raise UserError("Private training clips each example; set train.engine.optimizer.clip_grad_norm=0.")
+        refuse_engine(engine.config)
         start: list[Any] = [next_start(self.store), spent(self.store)] if engine.world.rank == 0 else [None, None]
         dist.broadcast_object_list(start, src=0)
         self.ledger = Ledger(self.store, self.plan, self.key, start[0])
@@ -94,6 +91,14 @@ class PrivateStep:
         sums = [float(len(losses)), float(losses.nan_to_num(0, 0, 0).sum()), float(clipped_or_dropped.sum())]
         count, loss, clipped = engine.mean_over_ranks(sums)
         return {"loss": loss / max(count, 1e-9), "clip_fraction": clipped / max(count, 1e-9)}
+
+
+def refuse_engine(config: EngineConfig) -> None:
+    """Raise UserError for an engine that cannot train privately."""
+    if config.zero_stage == 3:
+        raise UserError("Private training shards the optimizer and the gradients; set train.engine.zero_stage=2.")
+    if config.optimizer.clip_grad_norm:
+        raise UserError("Private training clips each example; set train.engine.optimizer.clip_grad_norm=0.")
 
 
 def reduce_to_partition(engine: Engine, flat: Tensor) -> Tensor:
