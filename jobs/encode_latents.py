@@ -6,6 +6,7 @@ python jobs/encode_latents.py configs/encode_latents.yaml key=value ...
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rayproj.data.dataset import Dataset, Header, Inputs
@@ -32,10 +33,11 @@ class Config:
 
 def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:
     """What is written, as far as it is known before the images and the autoencoder are there."""
-    return {
-        f"{config.out}/{part}": inputs.header(uri, lambda uri=uri: latents_of(config, uri))  # type: ignore[misc]
-        for part, uri in config.images.items()
-    }
+    found = {}
+    for part, uri in config.images.items():
+        header = inputs.header(uri, partial(latents_of, config, uri))
+        found[f"{config.out}/{part}"] = header.only("moments", "label")
+    return found
 
 
 def latents_of(config: Config, uri: str) -> Header:

@@ -28,7 +28,11 @@ class Config:
 def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:
     """What is written, as far as it is known before the model is there."""
     header = inputs.header(config.generate.model, lambda: plan(config.generate, config.run.seed))
-    header = replace(header, num_samples=config.generate.samples, shard_size=config.generate.shard_size)
+    header = replace(
+        header.only("image", "label", "seed"),
+        num_samples=config.generate.samples,
+        shard_size=config.generate.shard_size,
+    )
     return {config.generate.out: header}
 
 

@@ -23,7 +23,7 @@ class Config:
 
 
 def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:
-    return headers(config.data)
+    return headers(config.data, inputs)
 
 
 def main(config: Config) -> dict[str, Any]:

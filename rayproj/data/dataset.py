@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rayproj.errors import Interrupted, UserError
@@ -49,6 +49,10 @@ class Header:
     def shard_range(self, shard: int) -> range:
         """Global indices of the samples of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
+
+    def only(self, *names: str) -> Header:
+        """With these fields alone, as far as there are any."""
+        return replace(self, fields={name: field for name, field in self.fields.items() if name in names})
 
     def to_json(self) -> bytes:
         return to_json(asdict(self))
@@ -94,8 +98,12 @@ class Inputs:
         try:
             return read() if read else Dataset.open(uri).header
         except (UserError, FileNotFoundError):
-            self.missing.append(uri)
-            return self.assumed or Header("", {}, 0, 1, ())
+            return self.absent(uri)
+
+    def absent(self, uri: str) -> Header:
+        """What stands in for the header of what is not there."""
+        self.missing.append(uri)
+        return self.assumed or Header("", {}, 0, 1, ())
 
 
 class Dataset:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from glob import glob
 from typing import Any
 
-from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.data.dataset import Dataset, Field, Header, Inputs
 from rayproj.data.sources import Source, SourceConfig, open_source
 from rayproj.data.split import assign
 from rayproj.data.writer import Sample, commit_shard
@@ -70,8 +71,14 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
     }
 
 
-def headers(config: ImportConfig) -> dict[str, Header]:
-    """What an import would write, by URI."""
+def headers(config: ImportConfig, inputs: Inputs) -> dict[str, Header]:
+    """What an import would write, by URI; of a source that is not there, as many training samples as are assumed."""
+    path = config.source.path
+    if path and "://" not in path and not glob(path):
+        whole = replace(inputs.absent(path).only("image", "label"), shard_size=config.shard_size)
+        fractions = config.fractions or {"train": 1.0}
+        sizes = {part: round(fraction * whole.num_samples) for part, fraction in fractions.items()}
+        return {f"{config.out}/{part}": replace(whole, num_samples=size) for part, size in sizes.items()}
     source, parts = _read(config)
     return {f"{config.out}/{part}": _header(source, part, samples, config) for part, samples in parts.items()}
 
