@@ -49,15 +49,13 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     dataset = Dataset.open(config.data, config.wait_seconds, link.stop_requested)
     header = dataset.header
     task = task_of(config, header)
-    streams = bool(config.consumer)
-    order = Shuffled(header.num_samples, header.shard_size, config.train.batch, config.run.seed, streams)
+    order = Shuffled(header.num_samples, header.shard_size, config.train.batch, config.run.seed, bool(config.consumer))
     reader = Reader(dataset, fields=["image", "label"], wait_seconds=config.wait_seconds, stop=link.stop_requested)
     batches: Any = Batches(reader, order, world.rank, world.world_size)
-    if streams:
-        batches = Streamed(batches, order, dataset, config.consumer)
+    batches = Streamed(batches, order, dataset, config.consumer) if config.consumer else batches
     step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)
     engine = train(Recipe(task, step, batches, config.train), world, Store(config.run.dir), link)
-    if streams:
+    if config.consumer:
         batches.finish()
     return summary(engine, world)
 

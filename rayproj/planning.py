@@ -28,7 +28,7 @@ from rayproj.engine.engine import Precision
 from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import TrainConfig
 from rayproj.errors import UserError
-from rayproj.privacy.clipping import clipped_sum
+from rayproj.privacy.clipping import clipped_sum, refuse_cross_example_layers
 from rayproj.privacy.noise import gaussian
 from rayproj.privacy.plan import PrivacyConfig
 from rayproj.privacy.plan import plan as privacy_plan
@@ -167,6 +167,8 @@ def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs)
     precision = train.engine.precision
     bf16 = precision is Precision.bf16 or (precision is Precision.auto and on_gpu)
     model = memory.Model(module.task_of(config, header), bf16)
+    if privacy:
+        refuse_cross_example_layers(model.module)
     found.parameters, found.commit = model.parameters, memory.checkpoint_bytes(model)
     held = {"decoded data": min(READER_CACHE, _decoded(header))}
     passing = example_memory(model, header, batch // ranks // micro_batches, privacy)

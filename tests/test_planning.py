@@ -208,6 +208,10 @@ def test_too_little_is_said_with_the_remedy(tmp_path, capsys, monkeypatch) -> No
         (["report", "x.yaml"], "The config file 'x.yaml' does not exist"),
         (["train_diffusion", str(ROOT / "configs/report.yaml")], "there is no 'root'"),
         (["report", str(ROOT / "configs/report.yaml"), "--shape", "4x4"], "write CxHxW"),
+        (
+            ["finetune_private", str(ROOT / "configs/finetune_private.yaml"), "train.engine.zero_stage=3"],
+            "set train.engine.zero_stage=2",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
