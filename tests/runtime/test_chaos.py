@@ -146,8 +146,8 @@ def ended(process: subprocess.Popen[str], seconds: float = 120) -> str:
 
 
 def events(store: Store, kind: str = "restart") -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in store.read("events.jsonl").splitlines()] if store.exists("events.jsonl") else []
-    return [row for row in rows if row["type"] == kind]
+    text = store.read("events.jsonl") if store.exists("events.jsonl") else b""
+    return [row for row in map(json.loads, text.splitlines()) if row["type"] == kind]
 
 
 def causes(store: Store) -> list[str]:
@@ -180,7 +180,8 @@ def test_a_drained_node_is_left_after_a_commit(chaos: Chaos, tmp_path: Path, und
     until_committed(store, process)
     chaos.add()
     notice = [RAY, "drain-node", "--address", chaos.cluster.address, "--node-id", leaving.node_id]
-    notice += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds=600"]
+    notice += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    notice += ["--deadline-remaining-seconds=600"]
     told = subprocess.run(notice, env=chaos.env, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     said = ended(process)
