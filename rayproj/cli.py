@@ -1,4 +1,4 @@
-"""The `rayproj` command: demo, submit, plan, status, logs, stop, resume, export, doctor."""
+"""The `rayproj` command: demo, submit, plan, status, logs, stop, resume, export, verify, gc, doctor."""
 
 from __future__ import annotations
 
@@ -46,7 +46,14 @@ def main(argv: list[str] | None = None) -> int:
     export = commands.add_parser("export", help="the model of a run, with a model card, in formats that others read")
     export.add_argument("run", metavar="RUN", help="run dir of a training job")
     export.add_argument("--to", required=True, metavar="DIR", help="a folder that is not there yet")
-    commands.add_parser("doctor", help="whether this machine is fit, and what to do where it is not")
+    verify = commands.add_parser("verify", help="read and hash every file of the checkpoints and datasets of a folder")
+    verify.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
+    gc = commands.add_parser("gc", help="delete what no commit holds, as killed processes leave it")
+    gc.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
+    gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS", help="(default: %(default)g)")
+    gc.add_argument("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
+    doctor = commands.add_parser("doctor", help="whether this machine is fit, and what to do where it is not")
+    doctor.add_argument("uri", nargs="?", metavar="URI", help="where runs are to be kept; by default this folder")
     arguments, rest = parser.parse_known_args(argv)
     # argparse leaves words that stand behind an option; they can only be overrides.
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
@@ -93,9 +100,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print(export(arguments.run, arguments.to))
         return 0
+    if arguments.command == "verify":
+        from rayproj.maintenance import print_verified
+
+        return print_verified(arguments.uri)
+    if arguments.command == "gc":
+        from rayproj.maintenance import print_garbage
+
+        return print_garbage(arguments.uri, arguments.older_than, arguments.dry_run)
     from rayproj.runtime.doctor import print_checks
 
-    return print_checks()
+    return print_checks(arguments.uri or ".")
 
 
 def run_demo(overrides: list[str]) -> int:

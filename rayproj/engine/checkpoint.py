@@ -100,14 +100,23 @@ def expired(config: CheckpointConfig, committed: Iterable[Commit]) -> list[int]:
 
 
 def commits(store: Store, name: str = "COMMIT.json") -> list[Commit]:
-    """Every committed checkpoint of a run, oldest first."""
-    found = []
+    """Every committed checkpoint of a run whose record can be read, oldest first."""
+    return sorted(filter(None, records(store, name).values()), key=lambda c: c.step)
+
+
+def records(store: Store, name: str = "COMMIT.json") -> dict[str, Commit | None]:
+    """Every record of a run's checkpoints by its path; None for one that cannot be read."""
+    found: dict[str, Commit | None] = {}
     for path in store.list("checkpoints"):
         if re.fullmatch(rf"checkpoints/step-\d{{8}}/{re.escape(name)}", path):
-            record = from_json(store.read(path))
-            files = tuple(FileRecord(**f) for f in record.pop("files"))
-            found.append(Commit(files=files, **record))
-    return sorted(found, key=lambda c: c.step)
+            try:
+                record = from_json(store.read(path))
+                found[path] = Commit(files=tuple(FileRecord(**f) for f in record.pop("files")), **record)
+            except FileNotFoundError:  # deleted meanwhile, as what has expired is
+                continue
+            except (ValueError, TypeError, KeyError, AttributeError):
+                found[path] = None
+    return found
 
 
 class Saver:
@@ -224,7 +233,7 @@ def tidy(store: Store, config: CheckpointConfig, attempt: str, faults_of: int = 
         # The record goes first: what has no record is not a checkpoint, however much of it is left.
         store.delete_tree(f"checkpoints/step-{step:08d}/COMMIT.json")
         faults.maybe("checkpoint.half_deleted", faults_of)
-        store.delete_tree(f"checkpoints/step-{step:08d}")
+        discard(store, f"checkpoints/step-{step:08d}")
     for folder in orphans(store):
         if not folder.endswith(f"/a-{attempt}") and int(folder.split("/step-")[1][:8]) <= done[-1].step:
             discard(store, folder)
@@ -239,9 +248,9 @@ def orphans(store: Store) -> list[str]:
 
 
 def discard(store: Store, folder: str) -> None:
-    """Delete an attempt, its lists first, so that nobody can commit it on the way."""
+    """Delete an attempt or a checkpoint, its record and lists first, so that nobody loads or commits half of it."""
     for path in store.list(folder):
-        if re.search(r"/files-\d{5}\.json$", path):
+        if re.search(r"/(COMMIT|files-\d{5})\.json$", path):
             store.delete_tree(path)
     store.delete_tree(folder)
 
@@ -259,7 +268,12 @@ def restore(engine: Engine, store: Store, warn: Callable[[str], Any]) -> int | N
     Raises:
         UserError: there are commits but none is sound, or they are of another model.
     """
-    known: list[Any] = [commits(store) if engine.world.rank == 0 else None]
+    known: list[Any] = [None]
+    if engine.world.rank == 0:
+        for path in (path for path, commit in records(store).items() if commit is None):
+            warn(f"The record {path} is damaged; trying the checkpoint before it.")
+            set_aside(store, path)
+        known = [commits(store)]
     dist.broadcast_object_list(known, src=0)
     for commit in reversed(known[0]):
         with tempfile.TemporaryDirectory(prefix="rayproj-") as scratch:
@@ -272,7 +286,7 @@ def restore(engine: Engine, store: Store, warn: Callable[[str], Any]) -> int | N
         if engine.world.rank == 0:
             what = next(text for text in found if text)
             warn(f"The checkpoint of step {commit.step} is damaged ({what}); trying the one before it.")
-            set_aside(store, commit)
+            set_aside(store, f"checkpoints/step-{commit.step:08d}/COMMIT.json")
     if known[0]:
         raise UserError(f"All checkpoints below {store.uri}/checkpoints are damaged; start again in another run.dir.")
     return None
@@ -288,11 +302,10 @@ def needed(commit: Commit, engine: Engine) -> list[FileRecord]:
     return [f for f in commit.files if f.path.endswith(mine) or f.path in ("state.json", "fixed.safetensors")]
 
 
-def set_aside(store: Store, commit: Commit) -> None:
-    """Make a damaged commit no commit."""
-    place = f"checkpoints/step-{commit.step:08d}"
-    store.write(f"{place}/DAMAGED.json", store.read(f"{place}/COMMIT.json"))
-    store.delete_tree(f"{place}/COMMIT.json")
+def set_aside(store: Store, path: str) -> None:
+    """Make a damaged commit no commit, by the path of its record."""
+    store.write(path.replace("COMMIT.json", "DAMAGED.json"), store.read(path))
+    store.delete_tree(path)
 
 
 def load_ema(store: Store) -> tuple[dict[str, Tensor], Commit]:

@@ -28,8 +28,10 @@ from rayproj.storage.store import Store, from_json, to_json
 from rayproj.tracking.tracker import Tracker
 
 # What may differ between two starts of one run: where and how it runs, not what it computes.
-FREE = ("run.dir", "cluster", "pool", "tracking", "wait_seconds")
-FREE += ("train.checkpoint", "train.log_every", "train.preview_every", "train.peak_tflops")
+FREE = (
+    *("run.dir", "cluster", "pool", "tracking", "wait_seconds"),
+    *("train.checkpoint", "train.log_every", "train.preview_every", "train.peak_tflops"),
+)
 LOOK_SECONDS = 2.0  # between looks for the wish of a person to stop
 
 

@@ -104,7 +104,7 @@ def submit(request: Request, address: str | None, follow: bool, retries: int = 0
         UserError: nothing answers at the address, or the request cannot be sent.
     """
     check(request)
-    client = _connect(address)
+    client = connect(address)
     for left in range(retries, -1, -1):
         job = _send(client, request)
         if not follow and not retries:
@@ -116,7 +116,12 @@ def submit(request: Request, address: str | None, follow: bool, retries: int = 0
     raise AssertionError
 
 
-def _connect(address: str | None) -> JobSubmissionClient:
+def connect(address: str | None) -> JobSubmissionClient:
+    """A client of the dashboard at an address, by default that of RAY_API_SERVER_ADDRESS.
+
+    Raises:
+        UserError: there is no address, nothing answers there, or it wants another token.
+    """
     os.environ["RAY_AUTH_MODE"] = auth_mode()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient

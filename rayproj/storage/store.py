@@ -230,14 +230,22 @@ class Store:
         return True
 
     def list(self, prefix: str = "") -> list[str]:
-        """Every file below a folder, relative to this store, sorted."""
+        """Every file below a folder, relative to this store, sorted; none that is still being written."""
+        return sorted(path for path in self.sizes(prefix) if not path.endswith(".tmp"))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of every file below a folder, by path relative to this store; those that are still being written too."""
         try:
             found = self._persist(lambda: self._fs.find(self._path(prefix), detail=True))
         except FileNotFoundError:
-            return []
+            return {}
         # Consoles of S3 make folders as empty files with a "/"; a folder that fills just now s3fs finds as itself.
-        files = (str(path)[len(self._root) + 1 :] for path, info in found.items() if info["type"] == "file")
-        return sorted(path for path in files if not path.endswith((".tmp", "/")))
+        files = {str(path)[len(self._root) + 1 :]: info for path, info in found.items() if info["type"] == "file"}
+        return {path: info["size"] for path, info in files.items() if not path.endswith("/")}
+
+    def modified(self, path: str) -> float:
+        """When a file was last written, in unix seconds. Raises FileNotFoundError."""
+        return float(self._persist(lambda: self._fs.modified(self._path(path))).timestamp())
 
     def delete_tree(self, prefix: str) -> None:
         """Delete a file or a folder with all below it; nothing there is fine."""
@@ -269,9 +277,24 @@ class Store:
             FileNotFoundError: it is not there.
         """
         self._persist(lambda: self._fs.get_file(self._path(record.path), str(local)))
-        found = _record(local, record.path)
-        if found != record:
+        try:
+            self._require(record, _record(local, record.path))
+        except IntegrityError:
             local.unlink()
+            raise
+
+    def check(self, record: FileRecord) -> None:
+        """Read a file and check it against its record, without keeping it. Raises as `download` does."""
+
+        def read() -> FileRecord:
+            with self._fs.open(self._path(record.path), "rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+                return FileRecord(record.path, content.tell(), digest)
+
+        self._require(record, self._persist(read))
+
+    def _require(self, record: FileRecord, found: FileRecord) -> None:
+        if found != record:
             raise IntegrityError(
                 f"{self.uri}/{record.path} has {found.size} bytes and sha256 {found.sha256[:12]}…, "
                 f"its record says {record.size} bytes and {record.sha256[:12]}…"

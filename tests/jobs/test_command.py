@@ -144,12 +144,22 @@ def test_a_second_ctrl_c_and_a_killed_driver_leave_the_last_commit_good(data: Pa
     assert "driver of the last attempt was lost" in again.stderr
 
 
-def test_doctor_says_what_is_fine() -> None:
-    done = run(*RAYPROJ, "doctor")
+def test_doctor_says_what_is_fine(tmp_path: Path) -> None:
+    done = run(*RAYPROJ, "doctor", str(tmp_path))
     assert done.returncode == 0, done.stdout
     assert all(line.startswith("ok ") for line in done.stdout.splitlines())
-    bad = run(*RAYPROJ, "doctor", WANDB_MODE="online", HOME="/nonexistent")
-    assert bad.returncode == 1 and "set WANDB_API_KEY" in bad.stdout
+    assert f"{tmp_path}: of two creators of a file one wins" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_doctor_says_what_to_do_about_what_is_not(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = {"WANDB_MODE": "online", "HOME": "/nonexistent", "RAY_ADDRESS": "127.0.0.1:9"}
+    bad = run(*RAYPROJ, "doctor", str(tmp_path / "file"), RAY_API_SERVER_ADDRESS="http://127.0.0.1:9", **settings)
+    assert bad.returncode == 1 and "Traceback" not in bad.stderr
+    found = {line[5:].split("  ")[0]: line for line in bad.stdout.splitlines() if line.startswith("BAD")}
+    assert set(found) == {"wandb", "ray address", "ray dashboard", "store"}
+    assert "set WANDB_API_KEY" in found["wandb"] and "check the address" in found["ray dashboard"]
+    assert "start that cluster" in found["ray address"] and "make it writable" in found["store"]
 
 
 def test_status_of_nothing(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class RunOnly:
     steps: int = 1
     pause: float = 0.0  # seconds that a step takes longer
     dropout: bool = True
+    every_steps: int = 4  # between commits
 
 
 def sum_of_ranks(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
@@ -67,7 +68,8 @@ def train_slowly(config: dict[str, Any], world: World, link: Link) -> dict[str, 
     pids = Path(os.environ["RAYPROJ_TEST_PIDS"], config["run"]["dir"].rpartition("/")[2])
     pids.mkdir(exist_ok=True)
     (pids / str(world.rank)).write_text(str(os.getpid()))
-    settings, task = regression.config(config["steps"]), Slow(config["pause"], 0.2 if config["dropout"] else 0.0)
+    settings = regression.config(config["steps"], every_steps=config["every_steps"])
+    task = Slow(config["pause"], 0.2 if config["dropout"] else 0.0)
     found = regression.run(world, config["run"]["dir"], settings, link.attempt, task=task, link=link)
     weights = {name: tensor.tolist() for name, tensor in found["weights"].items()}
     return {"step": found["step"], "weights": weights, "ranks": world.world_size}
