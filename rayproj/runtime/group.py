@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -74,6 +75,12 @@ def set_environment(threads: int, folder: str) -> None:
         os.chdir(folder)  # relative paths of a config mean the driver's folder
 
 
+def interface_of(address: str) -> str | None:
+    """The name of this machine's network interface that has an address."""
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if any(one.address == address for one in found)), None)
+
+
 class _Rank:
     """One rank. `run` occupies the actor's own thread; the rest answers meanwhile."""
 
@@ -112,6 +119,9 @@ class _Rank:
             MASTER_ADDR=host,
             MASTER_PORT=str(port),
         )
+        # Gloo would take the interface of this machine's name, which often is the loopback; no other node reaches that.
+        if interface := interface_of(ray.util.get_node_ip_address()):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         import torch
         import torch.distributed as dist
 
