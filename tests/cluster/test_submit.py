@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,15 +10,22 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
+from rayproj.engine.checkpoint import commits, load_ema
+from rayproj.storage.store import Store
+from tests.support import images
 from tests.support.commands import ROOT, environment, run
 
 RAYPROJ = [sys.executable, "-m", "rayproj.cli"]
+FAILING = [*RAYPROJ, "submit", "jobs/train_autoencoder.py", "configs/train_autoencoder.yaml", "train.stepz=1"]
 
 
 def free_port(low: int = 6400, high: int = 9900) -> int:
@@ -29,33 +37,54 @@ def free_port(low: int = 6400, high: int = 9900) -> int:
     raise RuntimeError("no free port")
 
 
+class Head:
+    """A head with its dashboard, by cluster/local.sh; only its own processes are ended."""
+
+    def __init__(self, **extra: str) -> None:
+        gcs = free_port()
+        dashboard, client = free_port(gcs + 1), free_port(gcs + 10)
+        self.folder = tempfile.mkdtemp(prefix="rp", dir="/tmp")  # Ray's sockets need a short path
+        self.command = [str(ROOT / "cluster" / "local.sh"), str(gcs), str(dashboard), "--num-cpus=2"]
+        self.command += [f"--ray-client-server-port={client}", f"--temp-dir={self.folder}"]
+        # An empty PYTHONPATH: the job's working directory alone must be enough.
+        self.env = environment(PYTHONPATH="", **extra)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        self.start()
+
+    def start(self) -> None:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(self.command, env=self.env, start_new_session=True, **quiet)  # type: ignore
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.address}/api/version", timeout=2)
+                break
+            except urllib.error.HTTPError:  # it wants a token
+                break
+            except OSError:
+                time.sleep(0.5)
+
+    def kill(self) -> None:
+        """As a power cut: all that it had started is gone."""
+        for process in [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
+            process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    """The address of a dashboard; the cluster is this test's own, and only its processes are ended."""
-    gcs = free_port()
-    dashboard, client = free_port(gcs + 1), free_port(gcs + 10)
-    folder = tempfile.mkdtemp(prefix="rp", dir="/tmp")  # Ray's sockets need a short path
-    command = [str(ROOT / "cluster" / "local.sh"), str(gcs), str(dashboard), "--num-cpus=2"]
-    command += [f"--ray-client-server-port={client}", f"--temp-dir={folder}"]
-    # An empty PYTHONPATH: the job's working directory alone must be enough.
-    process = subprocess.Popen(
-        command, env=environment(PYTHONPATH=""), start_new_session=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    address, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 90
-    while time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(f"{address}/api/version", timeout=2)
-            break
-        except OSError:
-            time.sleep(0.5)
-    yield address
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-    shutil.rmtree(folder, ignore_errors=True)
+    """The address of a dashboard."""
+    found = Head()
+    yield found.address
+    found.end()
 
 
 @pytest.mark.timeout(280)
@@ -79,9 +108,59 @@ def test_rayproj_submit_and_ray_job_submit(head: str, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "ae" / "result.json").read_text())
     assert (result["steps"], result["ranks"]) == (4, 2)
 
-    failing = [*RAYPROJ, "submit", "jobs/train_autoencoder.py", "configs/train_autoencoder.yaml", "train.stepz=1"]
-    failed = run(*failing, "--address", head, "--follow")
+    failed = run(*FAILING, "--address", head, "--follow")
     assert failed.returncode == 2 and "did you mean 'train.steps'?" in failed.stdout
+
+
+@pytest.mark.timeout(280)
+def test_a_head_that_dies_and_comes_back_gets_the_job_again(tmp_path: Path) -> None:
+    """With its head die the driver and the ranks; what is left is the store. The end is that of a quiet run, bit by bit."""
+    images.write(str(tmp_path / "data"), num_samples=64)
+    words = [f"data={tmp_path}/data", "train.steps=60", "train.batch=8", "autoencoder.channels=[8,8,8]"]
+    words += ["train.checkpoint.every_steps=5", "train.log_every=5"]
+    lost, quiet = Store(str(tmp_path / "lost")), Store(str(tmp_path / "quiet"))
+    head = Head()
+    try:
+        command = [*RAYPROJ, "submit", "jobs/train_autoencoder.py", "configs/train_autoencoder.yaml", *words]
+        submit = subprocess.Popen(
+            [*command, f"run.dir={lost.uri}", "--address", head.address, "--retries", "1"],
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not commits(lost):
+            assert time.monotonic() < deadline and submit.poll() is None
+            time.sleep(0.02)
+        head.kill()
+        reached = commits(lost)[-1].step
+        assert reached < 60 and not lost.exists("result.json")
+        head.start()
+        said, _ = submit.communicate(timeout=150)
+        assert submit.returncode == 0, said
+    finally:
+        head.end()
+    assert "lost with its head" in said and "is sent again, and goes on from its last commit" in said
+    assert int(re.search(r"going on from step (\d+)", said)[1]) >= reached  # type: ignore[index]
+    assert json.loads(lost.read("result.json"))["restarts"] == {"driver lost": 1}
+    done = run(sys.executable, *command[4:], f"run.dir={quiet.uri}")
+    assert done.returncode == 0, done.stderr
+    first, second = load_ema(lost)[0], load_ema(quiet)[0]
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_head_with_a_token(tmp_path: Path) -> None:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-this-test-alone-0123456789"}
+    head = Head(**token)
+    try:
+        without = run(*FAILING, "--address", head.address, "--follow", HOME=str(tmp_path))
+        assert without.returncode == 2 and "wants its token; set RAY_AUTH_MODE=token" in without.stderr
+        wrong = run(*FAILING, "--address", head.address, **token | {"RAY_AUTH_TOKEN": "another"})
+        assert wrong.returncode == 2 and "wants its token" in wrong.stderr
+        # That the job's driver and its Ray have the token shows in the job's own error, which comes after connecting.
+        missing = ["submit", "jobs/train_autoencoder.py", "configs/train_autoencoder.yaml", f"data={tmp_path}/none"]
+        right = run(*RAYPROJ, *missing, f"run.dir={tmp_path}/run", "--address", head.address, "--follow", **token)
+        assert right.returncode == 2 and "There is no dataset at" in right.stdout, right.stdout + right.stderr
+    finally:
+        head.end()
 
 
 def test_a_dry_run_says_what_would_be_sent() -> None:
