@@ -17,9 +17,9 @@ MASK = 0xFFFFFFFF
 
 
 def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product, by halves so that no step leaves 63 bits."""
-    low, high = multiplier * (word & 0xFFFF), multiplier * (word >> 16)
-    return (high + (low >> 16)) >> 16, ((high << 16) + low) & MASK
+    """High and low 32 bits of the 64-bit product: int64 wraps modulo 2^64, which leaves every bit in its place."""
+    product = multiplier * word
+    return (product >> 32) & MASK, product & MASK
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import threading
+import time
 
 import ray
 import ray._private.state
+
+from rayproj.tracking.progress import say
+
+HEAD_LOOK_SECONDS = 1.0
+HEAD_MISSES = 3  # in a row, and the head counts as lost
 
 
 def connect() -> None:
@@ -19,6 +27,7 @@ def connect() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        threading.Thread(target=_watch_head, name="head", daemon=True).start()
         return
     # Ray 2.60 turns token authentication on unless told; an embedded cluster listens to this machine alone.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -30,6 +39,24 @@ def connect() -> None:
         logging_level=logging.ERROR,
         object_store_memory=256 << 20,  # images never go through it
     )
+
+
+def _watch_head() -> None:
+    """Say that the head is lost while there is somebody to say it: Ray then ends the process, and no handler runs."""
+    address, misses = ray.get_runtime_context().gcs_address, 0
+    host, _, port = address.rpartition(":")
+    while ray.is_initialized() and misses < HEAD_MISSES:
+        time.sleep(HEAD_LOOK_SECONDS)
+        try:
+            socket.create_connection((host, int(port)), HEAD_LOOK_SECONDS).close()
+            misses = 0
+        except OSError:
+            misses += 1
+    if misses == HEAD_MISSES:
+        say(
+            f"The head of the Ray cluster, {address}, does not answer; if it stays away, Ray ends this driver. Start it "
+            "again, and run the same command: the run goes on from its last commit."
+        )
 
 
 def lost_nodes(nodes: set[str]) -> set[str]:

@@ -7,6 +7,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rayproj.engine.world import World
 from rayproj.runtime.placement import Placed
 from rayproj.runtime.policy import RetryConfig
+
+FATE_SECONDS = 60.0  # Ray takes a node for dead after 5 to 30 seconds without a sign of it
 
 
 @dataclass
@@ -219,6 +222,24 @@ class RankGroup:
                 continue
         return answers
 
+    def deaths(self, errors: list[BaseException]) -> list[BaseException]:
+        """How ranks died, where all that is known of one is that it cannot be reached: Ray learns in its own time
+        whether that was its process or its node."""
+        found: list[BaseException] = []
+        unknown = list(self.actors) if any(map(_unreachable, errors)) else []
+        deadline = time.monotonic() + FATE_SECONDS
+        while unknown and time.monotonic() < deadline:
+            for actor in unknown[:]:
+                try:
+                    ray.get(actor.stacks.remote(), timeout=5)
+                    unknown.remove(actor)
+                except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):
+                    time.sleep(0.2)
+                except ray.exceptions.RayActorError as error:
+                    found.append(error)
+                    unknown.remove(actor)
+        return found
+
     def request_stop(self) -> None:
         for actor in self.actors:
             actor.request_stop.remote()
@@ -227,3 +248,7 @@ class RankGroup:
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
         remove_placement_group(self.placed.group)
+
+
+def _unreachable(error: BaseException) -> bool:
+    return isinstance(error, ray.exceptions.ActorUnavailableError)

@@ -21,6 +21,7 @@ class Leases:
     done: set[int] = field(default_factory=set)
     held: dict[int, tuple[str, float]] = field(default_factory=dict)  # shard -> (holder, since)
     tries: dict[int, int] = field(default_factory=dict)
+    _first: int = 0  # all before it are done
 
     def grant(self, holder: str, now: float, consumed: int = 0) -> int | None:
         """The next shard for a holder, or None if none may be granted now.
@@ -32,7 +33,9 @@ class Leases:
             PoisonShard: the shard was tried too often.
         """
         limit = self.num_shards if self.max_ahead is None else min(self.num_shards, consumed + self.max_ahead)
-        for shard in range(limit):
+        while self._first in self.done:
+            self._first += 1
+        for shard in range(self._first, limit):
             if shard in self.done:
                 continue
             if shard in self.held and now - self.held[shard][1] < self.lease_seconds:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from rayproj.errors import Interrupted, NonFiniteLoss, UserError
 from rayproj.storage.retry import StoreUnavailable
@@ -100,7 +100,7 @@ def _cause(error: BaseException, node_lost: bool) -> Cause:
         return Cause.stopped
     if isinstance(error, OutOfMemoryError) or "memory pressure" in str(error) or "out of memory" in str(error):
         return Cause.out_of_memory
-    if isinstance(error, (RayActorError, ActorUnavailableError)) and node_lost:
+    if isinstance(error, RayActorError) and (node_lost or "node has died" in str(error)):
         return Cause.node_lost
     return Cause.failure
 
@@ -159,4 +159,5 @@ def next_size(wanted: int, capacity: int, worlds: Iterable[int] | None) -> int:
 
 def capacity(bundle: dict[str, float], nodes: Iterable[dict[str, float]]) -> int:
     """How many bundles fit on nodes with these free resources."""
-    return sum(int(min(free.get(kind, 0.0) / need for kind, need in bundle.items() if need)) for free in nodes)
+    # 0.3 holds 0.1 three times, which floats deny; Ray itself counts in 1/10000.
+    return sum(int(min(free.get(k, 0.0) / need for k, need in bundle.items() if need) + 1e-6) for free in nodes)

@@ -132,7 +132,7 @@ class _Watch:
             self._pass_on_events()
             failed = [error for error in map(_error, done) if error]
             if failed:
-                return self._end(*failed, *_errors_of(waiting))
+                return self._end(*failed, *_errors_of(waiting), *self.group.deaths(failed))
             if not waiting:
                 cause = self.leaving or (Cause.stopped if interrupt.requested() else None)
                 return End(ray.get(refs[0]), cause, committed=self.committed)
@@ -141,17 +141,10 @@ class _Watch:
             self._look()
 
     def _end(self, *errors: BaseException) -> End:
-        cause, error = classify(errors, bool(self._lost_nodes(wait=any(map(_is_death, errors)))))
+        cause, error = classify(errors, bool(lost_nodes(self.group.nodes)))
         if cause is Cause.stopped:  # a rank was waiting for data when it was asked to stop; its last commit stands
             cause = self.leaving or Cause.stopped
         return End(cause=cause, error=error, committed=self.committed)
-
-    def _lost_nodes(self, wait: bool) -> set[str]:
-        """Ray may tell of a node's death a little after that of its actors."""
-        deadline = time.monotonic() + (2.0 if wait else 0.0)
-        while not (lost := lost_nodes(self.group.nodes)) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return lost
 
     def _pass_on_events(self) -> None:
         events, alive = self.group.poll()
@@ -209,7 +202,3 @@ def _errors_of(waiting: list[ray.ObjectRef]) -> list[BaseException]:
         done, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         found += [error for error in map(_error, done) if error]
     return found
-
-
-def _is_death(error: BaseException) -> bool:
-    return isinstance(error, ray.exceptions.RayActorError)

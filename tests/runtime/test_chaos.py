@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ RAY = str(Path(sys.executable).parent / "ray")
 class Chaos:
     """A cluster whose head has no CPU, and drivers on it."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, **extra: str) -> None:
         self.pids = Path(folder, "pids")
         self.pids.mkdir()
         self.env = environment(PYTHONPATH=str(ROOT), RAYPROJ_TEST_PIDS=str(self.pids))
-        # A lost node is known after 2 s, not 30.
-        quick = {"RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "500"}
-        self.env |= quick | {"RAY_health_check_failure_threshold": "3", "RAY_health_check_initial_delay_ms": "0"}
+        # A lost node is known after 4 s, not after 12 to 30.
+        quick = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000"}
+        self.env |= quick | {"RAY_health_check_failure_threshold": "4", "RAY_health_check_initial_delay_ms": "0"}
+        self.env |= extra
         Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # Cluster notes its address there
         with self.environ():
             head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
@@ -96,13 +98,21 @@ class _undoing:
         self.patch.undo()
 
 
+@contextmanager
+def cluster(**extra: str) -> Iterator[Chaos]:
+    folder = tempfile.mkdtemp(prefix="rp", dir="/tmp")  # Ray's sockets need a short path
+    found = Chaos(folder, **extra)
+    try:
+        yield found
+    finally:
+        found.cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def chaotic() -> Iterator[Chaos]:
-    folder = tempfile.mkdtemp(prefix="rp", dir="/tmp")  # Ray's sockets need a short path
-    found = Chaos(folder)
-    yield found
-    found.cluster.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with cluster() as found:
+        yield found
 
 
 @pytest.fixture
@@ -235,6 +245,25 @@ def test_a_killed_driver_is_followed_by_another(chaos: Chaos, tmp_path: Path, un
     process.kill()
     ended(chaos.start("train_slowly", store.uri, "pause=0.3"))
     assert causes(store) == ["driver lost"]
+    assert_equal(store, undisturbed)
+
+
+def test_a_lost_head_is_said_and_the_last_commit_is_good(tmp_path: Path, undisturbed) -> None:  # type: ignore[no-untyped-def]
+    store = Store(str(tmp_path / "run"))
+    with cluster(RAY_gcs_rpc_server_reconnect_timeout_s="8") as chaos:
+        chaos.add(), chaos.add()
+        process = chaos.start("train_slowly", store.uri, "pause=0.3")
+        until_committed(store, process)
+        chaos.cluster.head_node.all_processes["gcs_server"][0].process.kill()
+        _, stderr = process.communicate(timeout=60)
+        chaos.end()
+    assert process.returncode == 1
+    assert "does not answer" in stderr and "run the same command: the run goes on from its last commit" in stderr
+    assert not store.exists("result.json")
+    with cluster() as chaos:
+        chaos.add(), chaos.add()
+        said = ended(chaos.start("train_slowly", store.uri, "pause=0.3"))
+    assert re.search(r"going on from step (4|8|12|16)\.", said) and causes(store) == ["driver lost"]
     assert_equal(store, undisturbed)
 
 
