@@ -166,7 +166,7 @@ class RankGroup:
         nodes: ids of the nodes that its ranks are on.
     """
 
-    def __init__(self, config: GroupConfig, bundle: dict[str, float], placed: Placed) -> None:
+    def __init__(self, run_id: str, config: GroupConfig, bundle: dict[str, float], placed: Placed) -> None:
         self.attempt = uuid.uuid4().hex[:8]
         self.placed = placed
         self.nodes = set(placed.nodes)
@@ -178,9 +178,10 @@ class RankGroup:
                 num_cpus=config.cpus_per_rank,
                 num_gpus=bundle.get("GPU", 0),
                 max_restarts=0,
+                name=f"{run_id} rank {rank} ({self.attempt})",
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placed.group, index),
             ).remote(self.attempt, max(1, int(config.cpus_per_rank)), os.getcwd())
-            for index, _ in order
+            for rank, (index, _) in enumerate(order)
         ]
         self._beats = [0] * len(order)
 

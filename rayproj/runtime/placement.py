@@ -29,13 +29,16 @@ def bundle(cpus: float, gpus: float | None) -> dict[str, float]:
     return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
 
-def place(ranks: int, bundle: dict[str, float], timeout: float) -> Placed | None:
+def place(ranks: int, bundle: dict[str, float], timeout: float, name: str) -> Placed | None:
     """Reserve one bundle for each rank, together; None if there was no room within `timeout` seconds.
+
+    Args:
+        name: shows in Ray's dashboard and `ray list placement-groups`.
 
     Raises:
         Interrupted: a stop was asked for meanwhile.
     """
-    group, deadline = placement_group([bundle] * ranks, strategy="PACK"), time.monotonic() + timeout
+    group, deadline = placement_group([bundle] * ranks, strategy="PACK", name=name), time.monotonic() + timeout
     try:
         while not group.wait(max(0.0, min(1.0, deadline - time.monotonic()))):
             interrupt.check()

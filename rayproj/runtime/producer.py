@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +63,8 @@ class _Pool:
         gpus = config.gpus_per_actor
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-        options = {"num_cpus": config.cpus_per_actor, "num_gpus": gpus, "max_restarts": 0}
-        self._actor = ray.remote(_Maker).options(**options)
+        self._actor = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=gpus, max_restarts=0)(_Maker)
+        self._label = f"{run.id} {{}} ({uuid.uuid4().hex[:8]})"
         self._arguments = (maker, values, dataset.uri, max(1, int(config.cpus_per_actor)), os.getcwd())
         self._started = 0
         self.actors: dict[str, Any] = {}
@@ -75,7 +76,7 @@ class _Pool:
         while len(self.actors) < self.max_actors:
             name = f"maker {self._started}"
             self._started += 1
-            self.actors[name] = self._actor.remote(name, *self._arguments)
+            self.actors[name] = self._actor.options(name=self._label.format(name)).remote(name, *self._arguments)
         return [name for name in self.actors if name not in {holder for holder, _ in self.busy.values()}]
 
     def give(self, name: str, shard: int) -> None:

@@ -65,7 +65,7 @@ def fit(run: Run, entry: str, config: GroupConfig, worlds: Iterable[int] | None 
     while True:
         interrupt.check()
         placed = _place(run, config, need, sizes, may_shrink)
-        group = RankGroup(config, need, placed)
+        group = RankGroup(run.id, config, need, placed)
         try:
             end = _Watch(run, group, config, need, sizes).until_end(entry)
         finally:
@@ -95,14 +95,14 @@ def fit(run: Run, entry: str, config: GroupConfig, worlds: Iterable[int] | None 
 def _place(run: Run, config: GroupConfig, need: dict[str, float], sizes: list[int] | None, may_shrink: bool) -> Placed:
     """Room for all ranks, or for as many as may be."""
     timeout = config.shrink_after if may_shrink else config.start_timeout
-    if placed := place(config.ranks, need, timeout):
+    if placed := place(config.ranks, need, timeout, run.id):
         return placed
     while may_shrink:
         interrupt.check()
         size = next_size(config.ranks, capacity(need, free_resources()), sizes)
         if size < max(1, config.min_ranks):
             break
-        if placed := place(size, need, timeout=10):
+        if placed := place(size, need, timeout=10, name=run.id):
             text = f"There is room for {size} of {config.ranks} ranks; going on with {size}."
             run.tracker.event({"type": "warning", "text": text})
             return placed
