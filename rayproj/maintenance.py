@@ -98,9 +98,14 @@ def garbage(uri: str, now: float, older_than_hours: float = ORPHAN_HOURS) -> lis
 
     Args:
         now: unix seconds.
+
+    Raises:
+        UserError: there is nothing at all.
     """
     root = Store(uri)
     sizes = root.sizes()
+    if not sizes:
+        raise UserError(f"There is nothing below '{uri}'; give a run, a dataset, or a folder of them.")
     found = {path: "left by a process that died while it wrote" for path in sizes if path.endswith(".tmp")}
     for folder in _folders(root, r"checkpoints/step-\d{8}/.*"):
         run, prefix = _at(root, folder), f"{folder}/" if folder else ""

@@ -71,9 +71,11 @@ def test_a_record_that_cannot_be_read_is_damage(root: Path, capsys: pytest.Captu
     assert f"{record} cannot be read" in capsys.readouterr().out
 
 
-def test_nothing_to_verify(tmp_path: Path) -> None:
+def test_nothing_to_verify_or_to_delete(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a checkpoint nor a dataset"):
         list(maintenance.verify(str(tmp_path)))
+    with pytest.raises(UserError, match="There is nothing below"):
+        maintenance.garbage(str(tmp_path), time.time())
 
 
 def snapshot(root: Path) -> dict[str, bytes]:

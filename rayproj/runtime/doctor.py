@@ -123,9 +123,11 @@ def storage(uri: str) -> Check:
         store = Store(uri)
         exclusive = store.exclusive and store.put_once(path, b"1") and not store.put_once(path, b"2")
         store.delete_tree(path)
+    except UserError as error:
+        return Check("store", False, f"{uri} cannot be used", str(error))
     except Exception as error:
-        remedy = str(error) if isinstance(error, UserError) else "correct the address, or make it writable"
-        return Check("store", False, f"{uri} cannot be used ({type(error).__name__})", remedy)
+        text = f"{uri} cannot be used ({type(error).__name__})"
+        return Check("store", False, text, "correct the address, or make it writable")
     text = "of two creators of a file one wins" if exclusive else "both of two creators of a file win"
     remedy = "let one driver alone work on a run, or use a store with conditional writes"
     return Check("store", exclusive, f"{store.uri}: {text}", remedy)

@@ -89,6 +89,8 @@ class _Rank:
 
     def __init__(self, attempt: str, threads: int, folder: str) -> None:
         set_environment(threads, folder)
+        import torch  # noqa: F401  here, so that all ranks spend this second at once, and not after the rendezvous
+
         self.threads = threads
         self.link = ActorLink(attempt)
 
@@ -128,7 +130,7 @@ class _Rank:
         import torch
         import torch.distributed as dist
 
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads)  # of this thread, which is not the one that made the actor
         store = self.store if rank == 0 else dist.TCPStore(host, port, is_master=False)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
