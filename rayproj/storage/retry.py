@@ -32,6 +32,8 @@ TRANSIENT_TYPES = {
 TRANSIENT_STATUS = {408, 409, 425, 429, *range(500, 600)} - {501, 505}
 # S3 says 400 to a transfer that stalled or arrived damaged, too.
 TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
+# Credentials for a time, which are over. To a HEAD request, whose answer has no body, S3 says 400 and no more.
+EXPIRED_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "400"}
 CREDENTIAL_TYPES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
 
 _log = logging.getLogger("rayproj")
@@ -96,12 +98,16 @@ def _users(error: BaseException, store: str) -> UserError | None:
         return UserError(
             f"There are no usable credentials for {store} ({error}); set AWS_PROFILE or AWS_ACCESS_KEY_ID."
         )
+    if _code(error) in EXPIRED_CODES:
+        return UserError(
+            f"{store} refuses the request ({error}); renew the credentials, or correct AWS_DEFAULT_REGION."
+        )
     if isinstance(error, PermissionError):
         return UserError(
             f"{store} may not be used ({error}); correct the credentials, or who may read and write there."
         )
     if "ParamValidationError" in _types(error):
-        return UserError(f"{store} is no address of a store ({error}); correct it.")
+        return UserError(f"{store} is no address of a store ({' '.join(str(error).split())}); correct it.")
     return None
 
 

@@ -241,7 +241,7 @@ class Store:
             return {}
         # Consoles of S3 make folders as empty files with a "/"; a folder that fills just now s3fs finds as itself.
         files = {str(path)[len(self._root) + 1 :]: info for path, info in found.items() if info["type"] == "file"}
-        return {path: info["size"] for path, info in files.items() if not path.endswith("/")}
+        return {path: info["size"] for path, info in files.items() if path and not path.endswith("/")}
 
     def modified(self, path: str) -> float:
         """When a file was last written, in unix seconds. Raises FileNotFoundError."""
@@ -276,7 +276,10 @@ class Store:
             IntegrityError: its size or hash is another; the local copy is gone.
             FileNotFoundError: it is not there.
         """
-        self._persist(lambda: self._fs.get_file(self._path(record.path), str(local)))
+        try:
+            self._persist(lambda: self._fs.get_file(self._path(record.path), str(local)))
+        except FileNotFoundError as error:  # whose text is at most a path
+            raise FileNotFoundError(f"{self.uri}/{record.path} is not there") from error
         try:
             self._require(record, _record(local, record.path))
         except IntegrityError:
@@ -289,7 +292,8 @@ class Store:
         def read() -> FileRecord:
             with self._fs.open(self._path(record.path), "rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
-                return FileRecord(record.path, content.tell(), digest)
+                # Not `tell`: a digest of what is in memory does not move.
+                return FileRecord(record.path, content.seek(0, os.SEEK_END), digest)
 
         self._require(record, self._persist(read))
 

@@ -144,6 +144,9 @@ class Tracker:
             self._wandb.close()
             self._wandb = None
         if self._scratch:
+            for path in self._folder.glob("wandb/offline-run-*/**/*"):  # for `wandb sync`
+                if path.is_file():
+                    self.store.write(path.relative_to(self._folder).as_posix(), path.read_bytes())
             self._scratch.cleanup()
 
     def _lines(self, name: str) -> list[dict[str, Any]]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rayproj.tracking.progress import say
 
 CLOSE_SECONDS = 30.0
+
+_open: set[WandbSink] = set()  # of this process, which share W&B's service
+_opening = threading.Lock()
 
 
 class WandbSink:
@@ -22,6 +29,7 @@ class WandbSink:
     def __init__(self, run_id: str, folder: Path, config: Any, settings: dict[str, Any]) -> None:
         self.mode = os.environ.get("WANDB_MODE") or config.wandb.value
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._run_id, self._given_up = run_id, False
         self._thread = threading.Thread(target=self._work, args=(run_id, folder, config, settings), daemon=True)
         if self.mode != "disabled":
             self._thread.start()
@@ -35,8 +43,14 @@ class WandbSink:
         if self._thread.is_alive():
             self._queue.put(("close", None))
             self._thread.join(CLOSE_SECONDS)
+            if self._thread.is_alive():
+                self._given_up = True
+                say(f"{self._run_id}: W&B does not take the rest of this run; metrics.jsonl has everything.")
+                atexit.register(_kill_service)
 
     def _work(self, run_id: str, folder: Path, config: Any, settings: dict[str, Any]) -> None:
+        with _opening:
+            _open.add(self)
         try:
             import wandb
 
@@ -60,7 +74,32 @@ class WandbSink:
                     return
                 _write(run, kind, value)
         except Exception as error:
-            say(f"{run_id}: W&B is off for this run ({type(error).__name__}: {error}); metrics.jsonl has everything.")
+            if not self._given_up:
+                what = f"{type(error).__name__}: {error}"
+                say(f"{run_id}: W&B is off for this run ({what}); metrics.jsonl has everything.")
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """End the service, if nobody else needs it: only then an offline file is complete."""
+        with _opening:
+            _open.discard(self)
+            if not _open and self.mode == "offline":
+                import wandb
+
+                wandb.teardown()
+
+
+def _kill_service() -> None:
+    """At the process's exit, which W&B's own hook would have wait for its service; that hook comes after this one."""
+    import wandb
+
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.name() == "wandb-core":
+                child.kill()
+    with suppress(Exception, SystemExit):  # the service has gone, and so its exit is no good one
+        wandb.teardown()
 
 
 def _write(run: Any, kind: str, value: Any) -> None:

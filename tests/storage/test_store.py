@@ -2,16 +2,27 @@
 
 import pickle
 import threading
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rayproj.storage.store import FileRecord, IntegrityError, Store, from_json, sha256_hex, to_json
+from tests.support.s3 import S3Server, s3_server
 
 
-@pytest.fixture(params=["local", "file-uri", "memory"])
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture(params=["local", "file-uri", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "s3":
+        return Store(f"s3://{request.getfixturevalue('server').bucket()}/folder")
     uris = {"local": str(tmp_path), "file-uri": f"file://{tmp_path}", "memory": f"memory://{uuid.uuid4().hex}"}
     return Store(uris[request.param])
 
@@ -38,7 +49,9 @@ def test_of_many_creators_exactly_one_wins_and_its_content_is_whole(store: Store
             thread.start()
         for thread in threads:
             thread.join()
-        if store.local_path() is None:  # fsspec's memory filesystem is not made for threads; processes are what counts
+        if store.uri.startswith(
+            "memory:"
+        ):  # fsspec's memory filesystem is not made for threads; processes are what counts
             assert store.read(f"r{round_}") in contents
         else:
             assert [store.read(f"r{round_}")] == won
@@ -86,6 +99,30 @@ def test_a_damaged_file_is_named_and_not_left_behind(store: Store, tmp_path: Pat
     with pytest.raises(IntegrityError, match=r"data\.bin"):
         store.download(record, target)
     assert not target.exists()
+    with pytest.raises(IntegrityError, match=r"data\.bin"):
+        store.check(record)
+
+
+def test_a_lost_file_is_named(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "in.bin"
+    source.write_bytes(b"some bytes that matter")
+    record = store.upload(source, "a/data.bin")
+    store.check(record)
+    store.delete_tree("a")
+    with pytest.raises(FileNotFoundError, match=r"a/data\.bin is not there"):
+        store.download(record, tmp_path / "out.bin")
+    with pytest.raises(FileNotFoundError):
+        store.check(record)
+
+
+def test_sizes_and_times_of_all_that_is_there_and_lists_without_what_is_being_written(store: Store) -> None:
+    before = time.time()
+    store.write("a/b", b"123")
+    store.write("a/.b.tmp", b"12")
+    assert store.sizes() == {"a/b": 3, "a/.b.tmp": 2} and store.list() == ["a/b"]
+    assert before - 2 < store.modified("a/b") < time.time() + 2
+    with pytest.raises(FileNotFoundError):
+        store.modified("c")
 
 
 def test_a_store_travels_to_another_process(store: Store) -> None:

@@ -1,10 +1,16 @@
 """One place for metrics: the file is the source of truth, W&B has the same, and W&B's failure stops nothing."""
 
 import json
+import os
+import socket
 import struct
+import subprocess
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +21,24 @@ from PIL import Image
 from rayproj.storage.store import Store
 from rayproj.tracking.tracker import Tracker, TrackingConfig, WandbMode, grid
 
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {"train": {"lr": 0.1, "steps": 10}, "name": "ε"}
+
+
+@pytest.fixture(autouse=True)
+def wandb_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of W&B in the home of whoever runs the tests."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("DATA", "CACHE", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path_factory.mktemp("wandb")))
+
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def track(store: Store, config: TrackingConfig, steps: range, resumed: int = 0) -> None:
-    tracker = Tracker("demo-train", "train", store, config, {"train": {"lr": 0.1}})
+    tracker = Tracker("demo-train", "train", store, config, SETTINGS)
     tracker.start()
     tracker.event({"type": "total", "steps": 10})
     tracker.event({"type": "resumed", "step": resumed, "ranks": 1})
@@ -48,35 +65,106 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             parts = []
 
 
-def wandb_rows(folder: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Run id and logged rows of an offline run."""
+@dataclass
+class Logged:
+    """What an offline file of W&B holds."""
+
+    folder: Path
+    run_id: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    artifacts: dict[str, tuple[str, dict[str, int]]] = field(default_factory=dict)  # by name: type, sizes by file
+    finished: bool = False
+
+
+def items(found: Any) -> dict[str, Any]:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in found}
+
+
+def read_wandb(path: Path) -> Logged:
     from wandb.proto import wandb_internal_pb2
 
-    run_id, rows = "", []
-    for data in wandb_records(next(folder.glob("wandb/offline-run-*/*.wandb"))):
+    logged = Logged(path.parent)
+    for data in wandb_records(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "run":
-            run_id = record.run.run_id
-        elif record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return run_id, rows
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            logged.run_id, logged.config = record.run.run_id, items(record.run.config.update)
+        elif kind == "history":
+            logged.rows.append(items(record.history.item))
+        elif kind == "summary":
+            logged.summary |= items(record.summary.update)
+        elif kind == "artifact":
+            sizes = {entry.path: entry.size for entry in record.artifact.manifest.contents}
+            logged.artifacts[record.artifact.name] = (record.artifact.type, sizes)
+        logged.finished |= kind == "exit"
+    return logged
 
 
-def test_wandb_has_what_the_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+def wandb_runs(folder: Path, count: int = 1) -> list[Logged]:
+    """The offline files below a run, oldest first, when all of them are complete."""
+    deadline = time.monotonic() + 20  # W&B's service writes them in its own time
+    while True:
+        found = [read_wandb(path) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
+        if len(found) == count and all(logged.finished for logged in found):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
+def test_wandb_has_what_the_file_has(tmp_path: Path) -> None:
     track(Store(str(tmp_path)), TrackingConfig(), range(1, 6))
     rows = lines(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(s, 1.0 / s) for s in range(1, 6)]
-    run_id, logged, deadline = "", [], time.monotonic() + 20  # W&B's service writes the file in its own time
-    while not any("preview" in key for row in logged for key in row) and time.monotonic() < deadline:
-        run_id, logged = wandb_rows(tmp_path)
-    assert run_id == "demo-train"
-    assert [(row["trainer/step"], row["loss"]) for row in logged if "loss" in row] == [
-        (s, 1.0 / s) for s in range(1, 6)
-    ]
-    assert any("preview" in key for row in logged for key in row)
+    (logged,) = wandb_runs(tmp_path)
+    assert logged.run_id == "demo-train"
+    assert {key: value for key, value in logged.config.items() if key != "_wandb"} == SETTINGS
+    own = [{k: v for k, v in row.items() if k[0] != "_"} for row in logged.rows if "loss" in row]
+    assert own == [{"trainer/step": r.pop("step"), **{k: v for k, v in r.items() if k != "time"}} for r in rows]
+    assert {"seconds": 3.0, "steps": 10}.items() <= logged.summary.items()
+
+
+def test_wandb_has_the_samples_as_a_picture_and_files_as_artifacts(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_bytes(b"x" * 123)
+    tracker = Tracker("demo-train", "train", Store(str(tmp_path)), TrackingConfig(), SETTINGS)
+    tracker.start()
+    images = np.arange(3 * 3 * 2 * 2, dtype=np.uint8).reshape(3, 3, 2, 2)
+    tracker.event({"type": "images", "name": "preview", "step": 4, "images": images})
+    tracker.event({"type": "file", "name": "report", "path": str(tmp_path / "report.html")})
+    tracker.event({"type": "table", "name": "scores", "columns": ["class", "score"], "rows": [["a", 1], ["b", 2]]})
+    tracker.close()
+    (logged,) = wandb_runs(tmp_path)
+    (row,) = [row for row in logged.rows if "preview/path" in row]
+    assert row["trainer/step"] == 4 and row["preview/_type"] == "image-file"
+    assert np.array_equal(np.array(Image.open(logged.folder / "files" / row["preview/path"])), grid(images))
+    assert logged.artifacts["demo-train-report"] == ("report", {"report.html": 123})
+    (row,) = [row for row in logged.rows if "scores/path" in row]
+    table = json.loads((logged.folder / "files" / row["scores/path"]).read_text())
+    assert table["columns"] == ["class", "score"] and table["data"] == [["a", 1], ["b", 2]]
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path: Path) -> None:
+    track(Store(str(tmp_path)), TrackingConfig(), range(1, 8))
+    time.sleep(1.1)  # W&B names folders by the second
+    track(Store(str(tmp_path)), TrackingConfig(), range(5, 11), resumed=4)
+    runs = wandb_runs(tmp_path, 2)
+    assert [logged.run_id for logged in runs] == ["demo-train"] * 2
+    steps = [[row["trainer/step"] for row in logged.rows if "loss" in row] for logged in runs]
+    assert steps == [list(range(1, 8)), list(range(5, 11))]
+    assert set(steps[0]) | set(steps[1]) == {row["step"] for row in lines(tmp_path / "metrics.jsonl")}
+
+
+def test_a_run_in_an_object_store_keeps_its_wandb_files_there(tmp_path: Path) -> None:
+    store = Store(f"memory://{uuid.uuid4().hex}")
+    track(store, TrackingConfig(), range(1, 4))
+    for path in store.list("wandb"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(store.read(path))
+    (logged,) = wandb_runs(tmp_path)
+    assert [row["loss"] for row in logged.rows if "loss" in row] == [1.0, 1 / 2, 1 / 3]
+    assert list(logged.folder.glob("files/media/images/preview*.png"))
 
 
 def test_a_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
@@ -90,13 +178,60 @@ def test_a_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
 def test_wandb_that_cannot_be_reached_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Online without a key: W&B refuses to start; the run goes on and the file is whole."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
+    """W&B refuses to start; the run goes on and the file is whole."""
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     track(Store(str(tmp_path)), TrackingConfig(), range(1, 4))
     assert capfd.readouterr().err.count("W&B is off for this run") == 1
     assert len(lines(tmp_path / "metrics.jsonl")) == 3
+
+
+UNREACHABLE = """
+import json, sys, time
+from rayproj.storage.store import Store
+from rayproj.tracking import wandb_sink
+from rayproj.tracking.tracker import Tracker, TrackingConfig
+wandb_sink.CLOSE_SECONDS = 2.0
+tracker, marks = Tracker("demo-train", "train", Store(sys.argv[1]), TrackingConfig(), {}), [time.monotonic()]
+tracker.start()
+for step in range(1, 101):
+    tracker.event({"type": "metrics", "step": step, "loss": 1.0 / step})
+marks.append(time.monotonic())
+time.sleep(1)  # training
+tracker.close()
+marks.append(time.monotonic())
+print(json.dumps([marks[1] - marks[0], marks[2] - marks[1] - 1]), flush=True)
+"""
+
+
+def test_training_never_waits_for_wandb_not_even_at_its_end(tmp_path: Path) -> None:
+    """A server that takes every connection and never answers."""
+    taken: list[Any] = []
+
+    def take(server: socket.socket) -> None:
+        while True:
+            try:
+                taken.append(server.accept())
+            except OSError:
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=take, args=(server,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        online = {"WANDB_MODE": "online", "WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40}
+        env = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} | online  # a process of W&B of its own
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(
+            [sys.executable, "-c", UNREACHABLE, str(tmp_path)], cwd=ROOT, env=env, text=True, **pipes
+        )
+        events, close = json.loads(process.stdout.readline())
+        closed = time.monotonic()
+        _, stderr = process.communicate(timeout=100)
+        left = time.monotonic() - closed
+    assert taken, "W&B did try"
+    assert events < 0.5 and close < 4 and left < 10
+    assert process.returncode == 0 and "Traceback" not in stderr
+    assert stderr.count("demo-train: W&B does not take the rest of this run; metrics.jsonl has everything") == 1
+    assert len(lines(tmp_path / "metrics.jsonl")) == 100
 
 
 def test_a_store_that_cannot_append_gets_whole_files() -> None:
