@@ -156,6 +156,18 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path: Path) -> None:
     assert set(steps[0]) | set(steps[1]) == {row["step"] for row in lines(tmp_path / "metrics.jsonl")}
 
 
+def test_of_two_runs_in_one_process_one_may_end_before_the_other(tmp_path: Path) -> None:
+    trackers = [Tracker(n, "train", Store(str(tmp_path / n)), TrackingConfig(), SETTINGS) for n in ("a", "b")]
+    for tracker in trackers:
+        tracker.start()
+    for step, tracker in enumerate(trackers, 1):
+        tracker.event({"type": "metrics", "step": step, "loss": 1.0})
+        tracker.close()
+    for step, name in enumerate("ab", 1):
+        (logged,) = wandb_runs(tmp_path / name)
+        assert [row["trainer/step"] for row in logged.rows] == [step]
+
+
 def test_a_run_in_an_object_store_keeps_its_wandb_files_there(tmp_path: Path) -> None:
     store = Store(f"memory://{uuid.uuid4().hex}")
     track(store, TrackingConfig(), range(1, 4))
