@@ -96,9 +96,9 @@ def test_a_run_dir_of_another_config_and_a_stop_that_loses_nothing(data: Path, t
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def start(data: Path, run_dir: Path) -> subprocess.Popen[str]:
+def start(data: Path, run_dir: Path, steps: int = 2000) -> subprocess.Popen[str]:
     """A driver in the background, after its first commit."""
-    words = [*autoencoder(data, run_dir), "train.steps=2000", "train.checkpoint.every_steps=5"]
+    words = [*autoencoder(data, run_dir), f"train.steps={steps}", "train.checkpoint.every_steps=5"]
     command = [sys.executable, "jobs/train_autoencoder.py", "configs/train_autoencoder.yaml", *words]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
@@ -129,19 +129,21 @@ def test_stopped_from_elsewhere_and_seen_from_there(data: Path, tmp_path: Path) 
 
 def test_a_second_ctrl_c_and_a_killed_driver_leave_the_last_commit_good(data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    process = start(data, run_dir)
+    process = start(data, run_dir, 500)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGTERM and "Leaving at once; the last commit is good." in stderr
     reached = commits(Store(str(run_dir)))[-1].step
-    process = start(data, run_dir)
+    process = start(data, run_dir, 500)
     while commits(Store(str(run_dir)))[-1].step == reached:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    again = run(*RAYPROJ, "resume", str(run_dir), "train.steps=2000", "cluster.ranks=1", "train.log_every=1000")
-    assert "driver of the last attempt was lost" in again.stderr
+    elsewhere = ["cluster.ranks=1", "train.engine.zero_stage=3", "train.micro_batch=4", "train.log_every=1000"]
+    again = run(*RAYPROJ, "resume", str(run_dir), *elsewhere)
+    assert again.returncode == 0 and "driver of the last attempt was lost" in again.stderr, again.stderr
+    assert commits(Store(str(run_dir)))[-1].zero_stage == 3
 
 
 def test_doctor_says_what_is_fine(tmp_path: Path) -> None:
