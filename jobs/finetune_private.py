@@ -51,8 +51,9 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     codec = Codec.load(header.provenance["autoencoder"], world.device) if shows else None
     task = task_of(config, header, codec)
     mechanism = plan(config.privacy, header.num_samples, config.train.steps)
+    config.train.steps = mechanism.steps
     key = secret_key(store)
-    sampling = PoissonSampling(mechanism.num_samples, mechanism.sample_rate, key)
+    sampling = PoissonSampling(mechanism.num_samples, mechanism.sample_rate, key, mechanism.max_batch)
     batches = Batches(Reader(latents), sampling, world.rank, world.world_size)
     step = PrivateStep(mechanism, key, store, config.privacy.chunk, config.privacy.unsafe_metrics)
     engine = train(Recipe(task, step, batches, config.train), world, store, link)

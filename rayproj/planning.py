@@ -10,7 +10,7 @@ import os
 import pkgutil
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from math import prod
 from pathlib import Path
@@ -30,7 +30,7 @@ from rayproj.engine.training import TrainConfig
 from rayproj.errors import UserError
 from rayproj.privacy.clipping import clipped_sum, refuse_cross_example_layers
 from rayproj.privacy.noise import gaussian
-from rayproj.privacy.plan import PrivacyConfig
+from rayproj.privacy.plan import PrivacyConfig, PrivacyPlan
 from rayproj.privacy.plan import plan as privacy_plan
 from rayproj.privacy.step import refuse_engine
 from rayproj.storage.store import Store, to_json
@@ -75,7 +75,7 @@ class Plan:
     steps: int | None = None
     samples: int | None = None  # seen in training; expected ones if private
     epochs: float | None = None
-    privacy: dict[str, float] | None = None
+    privacy: dict[str, Any] | None = None  # as `bought` says
     memory: dict[int, dict[str, int]] = field(default_factory=dict)  # bytes of a rank by ZeRO stage, by part
     host: dict[str, int] = field(default_factory=dict)  # bytes of a rank on the host, where the device is a GPU
     base: int = BASE
@@ -147,22 +147,20 @@ def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs)
     else:
         refuse_engine(train.engine)
     batch = privacy.expected_batch if privacy else train.batch
-    found.samples = train.steps * batch
+    found.samples = train.steps * batch or None
     if hasattr(config, "diffusion"):
         header = inputs.header(config.diffusion.latents).only("moments", "label")
     else:
         header = inputs.header(config.data).only("image", "label")
     if not header.fields:
         return
-    found.epochs = found.samples / header.num_samples
     if privacy:
         mechanism = privacy_plan(privacy, header.num_samples, train.steps)
-        found.privacy = {
-            "epsilon": mechanism.epsilon(),
-            "delta": mechanism.delta,
-            "noise_multiplier": mechanism.noise_multiplier,
-            "sample_rate": mechanism.sample_rate,
-        }
+        found.steps, batch = mechanism.steps, int(mechanism.normaliser)
+        found.samples = found.steps * batch
+        found.privacy = bought(mechanism)
+    assert found.samples is not None
+    found.epochs = found.samples / header.num_samples
     on_gpu = "GPU" in (found.bundles[0] if found.bundles else {})
     precision = train.engine.precision
     bf16 = precision is Precision.bf16 or (precision is Precision.auto and on_gpu)
@@ -172,12 +170,36 @@ def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs)
     found.parameters, found.commit = model.parameters, memory.checkpoint_bytes(model)
     held = {"decoded data": min(READER_CACHE, _decoded(header))}
     passing = example_memory(model, header, batch // ranks // micro_batches, privacy)
-    for stage in (1, 2) if privacy else (1, 2, 3):
+    for stage in (1, 2, 3):
         layout = memory.Layout(stage, ranks, bf16, on_gpu, micro_batches)
         parts, host = rank_memory(model, layout, passing, train, privacy)
         found.memory[stage] = parts if on_gpu else parts | host | held
         if on_gpu and stage == found.zero_stage:
             found.host = host | held
+
+
+def bought(mechanism: PrivacyPlan) -> dict[str, Any]:
+    """What a private plan costs, on the way and beside other settings of each of its knobs."""
+    per_epoch = 1 / mechanism.sample_rate
+    epochs = mechanism.steps / per_epoch
+    # Every epoch of a few, else ten of them.
+    marks = {max(1, round(epochs * k / min(10, max(1, round(epochs))))) for k in range(1, 11)}
+    others: dict[str, dict[str, Any]] = {
+        "half the steps": {"steps": max(1, mechanism.steps // 2)},
+        "twice the steps": {"steps": 2 * mechanism.steps},
+        "half the expected batch": {"sample_rate": mechanism.sample_rate / 2},
+        "twice the expected batch": {"sample_rate": min(1.0, 2 * mechanism.sample_rate)},
+        "1.5 times the noise": {"noise_multiplier": 1.5 * mechanism.noise_multiplier},
+        "a tenth of δ": {"delta": mechanism.delta / 10},
+    }
+    return {
+        "epsilon": mechanism.epsilon(),
+        "delta": mechanism.delta,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "sample_rate": mechanism.sample_rate,
+        "by_epoch": {n: mechanism.epsilon(round(n * per_epoch)) for n in sorted(marks) if n <= epochs},
+        "instead": {what: replace(mechanism, **change).epsilon() for what, change in others.items()},
+    }
 
 
 def example_memory(model: memory.Model, header: Header, examples: int, privacy: PrivacyConfig | None) -> dict[str, int]:
@@ -222,6 +244,8 @@ def rank_memory(
         # The sum over the ranks, and beside it its noise, drawn for this rank's whole share at once, or the update.
         noise = model.peak(lambda: gaussian(bytes(16), 0, 0, range(share // 4)))
         work = whole + max(noise, 4 * share)
+        if layout.zero_stage == 3:  # whole for the length of a step's forwards and backwards
+            work += whole // 2 if layout.bf16 else whole
     if train.preview_every:
         work = max(work, 3 * whole)  # the averaged weights, as shares and joined, and a model of them
     host = memory.snapshot(model, layout)
@@ -329,7 +353,10 @@ def show(found: Plan) -> str:
         lines.append(("ranks allowed", some))
         known = f", {found.epochs:.4g} epochs" if found.epochs else ""
         expected = "about " if found.privacy else ""
-        lines.append(("training", f"{found.steps:,} steps, {expected}{found.samples:,} samples{known}"))
+        samples = f", {expected}{found.samples:,} samples" if found.samples else ""
+        lines.append(
+            ("training", f"{f'{found.steps:,}' if found.steps else 'as many as ε allows'} steps{samples}{known}")
+        )
     if found.parameters is not None:
         lines.append(("parameters", f"{found.parameters:,}"))
     if found.privacy:
@@ -337,6 +364,9 @@ def show(found: Plan) -> str:
         text = f"ε = {p['epsilon']:.4g} at δ = {p['delta']:g} after the last step, if no step is done twice"
         noise = f"noise multiplier {p['noise_multiplier']:.4g}, sample rate {p['sample_rate']:.4g}"
         lines.append(("privacy", f"{text}; {noise}"))
+        if p["by_epoch"]:
+            lines.append(("ε after epoch", ", ".join(f"{n}: {value:.3g}" for n, value in p["by_epoch"].items())))
+        lines.append(("ε would be", ", ".join(f"{value:.3g} with {what}" for what, value in p["instead"].items())))
     if found.commit is not None:
         total = _size(found.commit * (found.commits or 0))
         lines.append(("checkpoints", f"{_size(found.commit)} each, at most {found.commits} at a time: {total}"))

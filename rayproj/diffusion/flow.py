@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -23,6 +23,27 @@ def noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     """dx_t/dt = noise - x0."""
     return noise - x0
+
+
+class TimeDensity(Enum):
+    logit_normal = "logit_normal"  # Esser et al. 2024, "Scaling rectified flow transformers", section 3.1
+    uniform = "uniform"
+    mixture = "mixture"  # of uniforms, as in Ghalebikesabi et al. 2023, "Differentially private diffusion models ..."
+
+
+def mixture_of_uniforms(u: Tensor, pieces: Sequence[Sequence[float]]) -> Tensor:
+    """Times by the inverse distribution function: uniform on [low, high] with the given weight, piece by piece.
+
+    Args:
+        u: uniforms in [0, 1), of any shape.
+        pieces: (low, high, weight) each.
+    """
+    low, high, weight = torch.tensor(pieces, dtype=torch.float64, device=u.device).T
+    ends = (weight / weight.sum()).cumsum(0)
+    starts = ends - weight / weight.sum()
+    piece = (u.double()[..., None] >= ends[:-1]).sum(-1)
+    inside = (u.double() - starts[piece]) / (ends - starts)[piece]
+    return (low[piece] + inside * (high - low)[piece]).to(u.dtype)
 
 
 def logit_normal(normals: Tensor, mean: float, std: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,10 +15,11 @@ from rayproj.data.dataset import Dataset, Header
 from rayproj.diffusion import flow
 from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig
-from rayproj.diffusion.flow import SamplerConfig
+from rayproj.diffusion.flow import SamplerConfig, TimeDensity
 from rayproj.engine.checkpoint import load_ema
 from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch
+from rayproj.errors import UserError
 from rayproj.storage.store import Store
 
 
@@ -27,11 +29,24 @@ class DiffusionConfig:
 
     latents: str = "???"  # the dataset that jobs/encode_latents.py wrote
     init: str = ""  # run dir of a trained model to start from
+    trainable: str = ""  # regular expression: parameters in whose names it is found are trained, the others stay
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     label_dropout: float = 0.1  # share of examples trained without their label, for guidance
-    time_mean: float = 0.0  # of the logit of the training times
+    time_density: TimeDensity = TimeDensity.logit_normal  # of the training times; 1 is pure noise
+    time_mean: float = 0.0  # of their logit, where that is normal
     time_std: float = 1.0
+    time_mixture: list[list[float]] = field(default_factory=list)  # [low, high, weight] of each uniform of a mixture
     preview: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def problems(self) -> list[str]:
+        try:
+            re.compile(self.trainable)
+        except re.error as error:
+            return [f"diffusion.trainable='{self.trainable}' is no regular expression ({error})."]
+        if (self.time_density is TimeDensity.mixture) != bool(self.time_mixture):
+            return ["diffusion.time_mixture goes with diffusion.time_density=mixture: a list of [low, high, weight]."]
+        sound = (len(p) == 3 and 0 <= p[0] < p[1] <= 1 and p[2] > 0 for p in self.time_mixture)
+        return [] if all(sound) else ["diffusion.time_mixture: each is [low, high, weight], 0 <= low < high <= 1."]
 
 
 class DiffusionTask:
@@ -49,15 +64,24 @@ class DiffusionTask:
         self.latent_shape = (double // 2, *sides)
         self.num_classes = len(latents.classes)
 
-    def network(self) -> nn.Module:
-        """The model as it is before any training."""
-        torch.manual_seed(self.seed)
-        return Denoiser(self.config.denoiser, self.latent_shape, self.num_classes)
-
     def build(self) -> nn.Module:
         model = self.network()
         if self.config.init:
             load_flat(model, load_ema(Store(self.config.init))[0])
+        return model
+
+    def network(self) -> nn.Module:
+        """The model as it is before any training."""
+        torch.manual_seed(self.seed)
+        model = Denoiser(self.config.denoiser, self.latent_shape, self.num_classes)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(bool(re.search(self.config.trainable, name)))
+        if not any(p.requires_grad for p in model.parameters()):
+            names = ", ".join(sorted({n.rsplit(".", 2)[0] for n, _ in model.named_parameters()})[:8])
+            raise UserError(
+                f"diffusion.trainable='{self.config.trainable}' is found in no parameter's name, so nothing would be "
+                f"trained; there are {names}, ..."
+            )
         return model
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -65,11 +89,18 @@ class DiffusionTask:
         mean, std = batch["moments"].float().chunk(2, dim=1)
         x0 = mean + std * keyed.normal(self.seed, "posterior", row, self.latent_shape)
         noise = keyed.normal(self.seed, "noise", row, self.latent_shape)
-        t = flow.logit_normal(keyed.normal(self.seed, "time", row), self.config.time_mean, self.config.time_std)
+        t = self._times(row)
         dropped = keyed.uniform(self.seed, "label_dropout", row) < self.config.label_dropout
         label = torch.where(dropped, self.num_classes, batch["label"])
         velocity = model(flow.noised(x0, noise, t), t, label)
         return (velocity.float() - flow.velocity_target(x0, noise)).square().flatten(1).mean(1)
+
+    def _times(self, row: Tensor) -> Tensor:
+        config = self.config
+        if config.time_density is TimeDensity.logit_normal:
+            return flow.logit_normal(keyed.normal(self.seed, "time", row), config.time_mean, config.time_std)
+        u = keyed.uniform(self.seed, "time", row)
+        return flow.mixture_of_uniforms(u, config.time_mixture) if config.time_mixture else u
 
     def preview(self, model: nn.Module) -> np.ndarray | None:
         if self.codec is None:

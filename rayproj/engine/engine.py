@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rayproj.engine.layout import Piece, cut, join, pieces
+from rayproj.engine.layout import Piece, Run, cut, join, pieces, runs
 from rayproj.engine.timing import StepTimer, charge_collectives
 from rayproj.engine.world import World
 from rayproj.errors import UserError
@@ -97,6 +98,7 @@ class Engine:
         world: this rank's place.
         module: the model itself. ZeRO-1 and 2 keep it whole on every rank; at ZeRO-3 its parameters are empty outside
             of a forward or backward.
+        plain: the same model without DeepSpeed's hooks, of the same parameters; to be used within `whole_weights` alone.
         deepspeed: the DeepSpeed engine around it.
         optimizer: DeepSpeed's ZeRO optimizer.
         parameters: (name, parameter) of what is trained, in the order of the flat vector.
@@ -122,6 +124,8 @@ class Engine:
         bf16 = config.precision is Precision.bf16 or (
             config.precision is Precision.auto and world.device.startswith("cuda")
         )
+        # Before DeepSpeed hooks into the model; without memory of its own.
+        plain = copy.deepcopy(model).to("meta") if config.zero_stage == 3 else None
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         numel = {id(p): p.numel() for p in trainable.values()}  # ZeRO-3 is about to empty them
         opt = config.optimizer
@@ -154,6 +158,7 @@ class Engine:
         self.parameters: list[tuple[str, nn.Parameter]] = [(names[id(p)], p) for p in group]
         self.sizes = {names[id(p)]: numel[id(p)] for p in group}
         self.ema: Tensor = self.master.detach().clone()
+        self.plain = self.module if plain is None else _sharing(plain, self.module)
 
     @property
     def master(self) -> Tensor:
@@ -162,46 +167,55 @@ class Engine:
             return self.optimizer.fp32_partitioned_groups_flat[0]
         return self.optimizer.single_partition_of_fp32_groups[0]
 
-    @property
-    def partition(self) -> range:
-        """ZeRO-1 and 2: this rank's interval of the padded flat vector, in elements."""
-        assert self.config.zero_stage in (1, 2), "ZeRO-3 cuts each parameter by itself"
-        size = len(self.master)
-        return range(self.world.rank * size, (self.world.rank + 1) * size)
-
     def pieces(self, rank: int | None = None) -> list[Piece]:
         """What the share of a rank, by default this one, holds."""
         rank = self.world.rank if rank is None else rank
         return pieces(self.sizes, self.config.zero_stage, self.world.world_size, rank, len(self.master))
 
-    def update(self, partition_gradient: Tensor, samples: int = 0) -> None:
-        """One optimizer update from a gradient that the caller made, as private training does.
+    def runs(self) -> list[Run]:
+        """This rank's share as runs of the flat vector of all trained parameters."""
+        return runs(self.sizes, self.pieces())
 
-        Collective. ZeRO-1 and 2.
+    def take(self, flat: Tensor) -> Tensor:
+        """This rank's share of a flat vector; padding is zero."""
+        share = torch.zeros(len(self.master), dtype=flat.dtype, device=flat.device)
+        for run in self.runs():
+            share[run.offset : run.offset + run.length] = flat[run.start : run.start + run.length]
+        return share
+
+    def whole_weights(self) -> Any:
+        """A block in which the parameters are whole on every rank, as they always are at ZeRO-1 and 2. Collective."""
+        import deepspeed
+
+        parameters = list(self.module.parameters())
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3)
+
+    def update(self, share_of_gradient: Tensor, samples: int = 0) -> None:
+        """One optimizer update from a gradient that the caller made, as private training does. Collective.
 
         Args:
-            partition_gradient: fp32 [len(partition)], this rank's interval of the gradient of the whole batch.
+            share_of_gradient: fp32 [share], what `take` takes of the gradient of the whole batch.
             samples: examples of the whole batch.
         """
-        assert partition_gradient.shape == (len(self.partition),), partition_gradient.shape
+        assert share_of_gradient.shape == self.master.shape, share_of_gradient.shape
         self._set_learning_rate()
         with self.timer.phase("optimizer"):
-            self.optimizer.averaged_gradients[0] = [partition_gradient]
+            self.optimizer.averaged_gradients[0] = [share_of_gradient]
             self.optimizer.step()
             self._after_update(samples)
 
-    def gradient_that_reaches_the_optimizer(self, partition_gradient: Tensor) -> Tensor:
+    def gradient_that_reaches_the_optimizer(self, share_of_gradient: Tensor) -> Tensor:
         """What `update` would hand to the wrapped optimizer, without updating: for self-tests. Collective."""
         seen: list[Tensor] = []
         # An instance attribute hides the method for the length of the call.
         self.optimizer._optimizer_step = lambda group: seen.append(self.master.grad.clone())  # type: ignore[union-attr]
         try:
-            self.optimizer.averaged_gradients[0] = [partition_gradient]
+            self.optimizer.averaged_gradients[0] = [share_of_gradient]
             self.optimizer.step()
         finally:
             del self.optimizer._optimizer_step
         # DeepSpeed skips an update that is not finite.
-        return seen[0] if seen else torch.full_like(partition_gradient, torch.nan)
+        return seen[0] if seen else torch.full_like(share_of_gradient, torch.nan)
 
     def accumulate(self, loss: Tensor, samples: int) -> None:
         """Backward of one micro-batch's mean loss; the last one of an update takes the optimizer step. Collective."""
@@ -344,6 +358,14 @@ class Engine:
             for name, tensor in self.module.state_dict().items():
                 if name not in self.sizes:
                     tensor.copy_(_checked(fixed, name, tensor.numel()).view_as(tensor).to(tensor))
+
+
+def _sharing(plain: nn.Module, module: nn.Module) -> nn.Module:
+    """`plain` with the parameters and buffers of `module`."""
+    for name, layer in module.named_modules():
+        for held, own in ((layer._parameters, "_parameters"), (layer._buffers, "_buffers")):
+            getattr(plain.get_submodule(name), own).update(held)
+    return plain
 
 
 def to_host(tensor: Tensor) -> Tensor:

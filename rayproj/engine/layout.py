@@ -52,6 +52,31 @@ def pieces(sizes: Mapping[str, int], zero_stage: int, world_size: int, rank: int
     return found
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run of elements that lie side by side both in the flat vector of all parameters and in a rank's share."""
+
+    start: int  # in the flat vector
+    length: int
+    offset: int  # in the share
+
+
+def runs(sizes: Mapping[str, int], held: Iterable[Piece]) -> list[Run]:
+    """Pieces as runs of the flat vector, as few as may be: one at ZeRO-1 and 2."""
+    begins, begin = {}, 0
+    for name, size in sizes.items():
+        begins[name] = begin
+        begin += size
+    found: list[Run] = []
+    for p in held:
+        start = begins[p.name] + p.start
+        if found and found[-1].start + found[-1].length == start and found[-1].offset + found[-1].length == p.offset:
+            found[-1] = Run(found[-1].start, found[-1].length + p.length, found[-1].offset)
+        else:
+            found.append(Run(start, p.length, p.offset))
+    return found
+
+
 def cut(share: Tensor, held: Iterable[Piece]) -> dict[str, Tensor]:
     """The pieces of a share by their keys; views."""
     return {p.key: share[p.offset : p.offset + p.length] for p in held}

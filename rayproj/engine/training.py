@@ -19,7 +19,7 @@ from rayproj.engine.flops import flops_per_sample, peak_tflops
 from rayproj.engine.steps import Step
 from rayproj.engine.task import Batch, Task
 from rayproj.engine.world import World
-from rayproj.errors import NonFiniteLoss
+from rayproj.errors import NonFiniteLoss, UserError
 from rayproj.storage.store import Store
 
 
@@ -47,7 +47,7 @@ class Batches(Protocol):
 class TrainConfig:
     """One run of the loop."""
 
-    steps: int = 1000
+    steps: int = 1000  # private training: 0, where privacy.epsilon and privacy.noise_multiplier fix them
     batch: int = 256  # examples in one update, over all ranks; private training has privacy.expected_batch instead
     micro_batch: int = 0  # examples in one forward and backward of a rank; 0: the rank's whole slice
     log_every: int = 10
@@ -57,8 +57,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def problems(self) -> list[str]:
-        found = [f"train.{k} must be positive." for k in ("steps", "batch", "log_every") if getattr(self, k) <= 0]
-        return found
+        found = [f"train.{k} must be positive." for k in ("batch", "log_every") if getattr(self, k) <= 0]
+        return found if self.steps >= 0 else [*found, "train.steps must not be negative."]
 
 
 @dataclass
@@ -80,6 +80,8 @@ def train(
     whether the plan was completed.
     """
     config = recipe.config
+    if not config.steps:
+        raise UserError("There are no steps to train; set train.steps to a positive number.")
     torch.manual_seed(world.rank)  # for layers that draw by themselves, such as dropout; the rest is keyed
     engine = Engine(recipe.task.build(), config.engine, config.steps, world, recipe.step.micro_batches)
     committed = checkpoint.restore(engine, store, warn=lambda text: link.report({"type": "warning", "text": text}))

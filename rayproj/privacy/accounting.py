@@ -11,17 +11,32 @@ from typing import Any
 from rayproj.errors import UserError
 
 
-def epsilon(sample_rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
-    """ε at δ after `steps` updates."""
-    return epsilon_of([(sample_rate, noise_multiplier, steps)], delta)
+def epsilon(sample_rate: float, noise_multiplier: float, steps: int, delta: float, tau: float = 0.0) -> float:
+    """ε at δ after `steps` updates; `tau` as in `epsilon_of`."""
+    return epsilon_of([(sample_rate, noise_multiplier, steps)], delta, tau)
 
 
-def epsilon_of(segments: Iterable[tuple[float, float, int]], delta: float) -> float:
-    """ε at δ of several mechanisms together: (sample rate, noise multiplier, updates) each."""
+def epsilon_of(segments: Iterable[tuple[float, float, int]], delta: float, tau: float = 0.0) -> float:
+    """ε at δ of several mechanisms together: (sample rate, noise multiplier, updates) each.
+
+    Args:
+        tau: total variation between what was run and these mechanisms, such as the probability that a bound on the batch
+            was met. What lies so near to an (ε, δ')-private mechanism is (ε, δ' + (1 + e^ε) τ)-private, so ε is that at
+            δ' = δ - (1 + e^ε) τ; infinite where δ does not cover it.
+    """
     counts: Counter[tuple[float, float]] = Counter()
     for rate, sigma, steps in segments:
         counts[rate, sigma] += steps
-    return _epsilon(tuple(sorted((*key, n) for key, n in counts.items() if n)), delta)
+    whole = tuple(sorted((*key, n) for key, n in counts.items() if n))
+    found = _epsilon(whole, delta)
+    while tau:  # ε grows as δ' shrinks, and δ' shrinks as ε grows: up to the fixed point
+        left = delta - (1 + math.exp(min(found, 700.0))) * tau
+        if left <= 0:
+            return math.inf
+        if (after := _epsilon(whole, left)) <= found * (1 + 1e-6):
+            return after
+        found = after
+    return found
 
 
 @lru_cache(maxsize=4096)
@@ -49,14 +64,14 @@ def _one_update(rate: float, sigma: float, spacing: float) -> Any:
     )
 
 
-def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float) -> float:
-    """The least noise multiplier, to 0.1 %, whose ε does not exceed the target.
+def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float, tau: float = 0.0) -> float:
+    """The least noise multiplier, to 0.1 %, whose ε does not exceed the target; `tau` as in `epsilon_of`.
 
     Raises:
         UserError: no sensible amount of noise reaches it.
     """
     low, high = 0.0, 1.0
-    while epsilon(sample_rate, high, steps, delta) > target:
+    while epsilon(sample_rate, high, steps, delta, tau) > target:
         low, high = high, 2 * high
         if high > 4096:
             raise UserError(
@@ -64,7 +79,7 @@ def noise_multiplier(target: float, sample_rate: float, steps: int, delta: float
             )
     while high - low > 1e-3 * high:
         middle = 0.5 * (low + high)
-        if middle < 0.2 or epsilon(sample_rate, middle, steps, delta) > target:
+        if middle < 0.2 or epsilon(sample_rate, middle, steps, delta, tau) > target:
             low = middle
         else:
             high = middle

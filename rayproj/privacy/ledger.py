@@ -63,6 +63,7 @@ class Ledger:
             "start": self.start,
             "sample_rate": self.plan.sample_rate,
             "noise_multiplier": self.plan.noise_multiplier,
+            "overflow": self.plan.overflow,
             "plan": self.plan.digest(),
             "key": self.key_id,
         }
@@ -100,4 +101,5 @@ def mechanisms(records: list[dict[str, Any]]) -> list[tuple[float, float, int]]:
 
 def epsilon_spent(records: list[dict[str, Any]], delta: float) -> float:
     """ε at δ of all that was recorded; a step that was charged twice counts twice."""
-    return accounting.epsilon_of(mechanisms(records), delta)
+    draws = {(record["step"], record["key"]): record["overflow"] for record in records}
+    return accounting.epsilon_of(mechanisms(records), delta, sum(draws.values()))

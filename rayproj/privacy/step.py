@@ -61,10 +61,11 @@ class PrivateStep:
 
     def __call__(self, engine: Engine, task: Task, batch: Batch) -> dict[str, float]:
         plan, step = self.plan, engine.step
-        flat, losses, norms = clipped_sum(
-            engine.module, task.losses, engine.parameters, batch, plan.multiplicity, plan.clip_norm, self.chunk
-        )
-        share = reduce_to_partition(engine, flat)
+        with engine.whole_weights():
+            flat, losses, norms = clipped_sum(
+                engine.plain, task.losses, engine.parameters, batch, plan.multiplicity, plan.clip_norm, self.chunk
+            )
+        share = reduce_to_share(engine, flat)
         if engine.world.rank == 0:
             self.ledger.charge(step)
         dist.barrier()  # nobody draws noise for a release that is not on record
@@ -76,14 +77,20 @@ class PrivateStep:
         return metrics
 
     def privatise(self, engine: Engine, share: Tensor, step: int) -> Tensor:
-        """(sum + noise) / normaliser on this rank's interval; padding has no noise."""
-        plan, start, begin = self.plan, self.ledger.start, engine.partition.start
-        noisy = max(0, sum(p.numel() for _, p in engine.parameters) - begin)
-        if share.is_cuda:
-            return add_noise(share, self.key, step, start, begin, noisy, plan.noise_std, plan.normaliser)
-        noise = gaussian(self.key, step, start, engine.partition, str(share.device))
-        noise[noisy:] = 0
-        return (share + plan.noise_std * noise) / plan.normaliser
+        """(sum + noise) / normaliser on this rank's share; padding has no noise."""
+        plan, start = self.plan, self.ledger.start
+        private = share / plan.normaliser
+        for run in engine.runs():
+            part = slice(run.offset, run.offset + run.length)
+            if share.is_cuda:
+                noisy = add_noise(
+                    share[part], self.key, step, start, run.start, run.length, plan.noise_std, plan.normaliser
+                )
+            else:
+                noise = gaussian(self.key, step, start, range(run.start, run.start + run.length), str(share.device))
+                noisy = (share[part] + plan.noise_std * noise) / plan.normaliser
+            private[part] = noisy
+        return private
 
     def _private_metrics(self, engine: Engine, losses: Tensor, norms: Tensor) -> dict[str, float]:
         clipped_or_dropped = ~(norms <= self.plan.clip_norm)
@@ -95,19 +102,14 @@ class PrivateStep:
 
 def refuse_engine(config: EngineConfig) -> None:
     """Raise UserError for an engine that cannot train privately."""
-    if config.zero_stage == 3:
-        raise UserError("Private training shards the optimizer and the gradients; set train.engine.zero_stage=2.")
     if config.optimizer.clip_grad_norm:
         raise UserError("Private training clips each example; set train.engine.optimizer.clip_grad_norm=0.")
 
 
-def reduce_to_partition(engine: Engine, flat: Tensor) -> Tensor:
-    """The sum over the ranks of their flat vectors, this rank's interval of it. Collective; fp32."""
-    size = len(engine.partition)
-    padded = torch.zeros(size * engine.world.world_size, dtype=flat.dtype, device=flat.device)
-    padded[: len(flat)] = flat
-    dist.all_reduce(padded)
-    return padded[engine.partition.start : engine.partition.stop]
+def reduce_to_share(engine: Engine, flat: Tensor) -> Tensor:
+    """The sum over the ranks of their flat vectors, this rank's share of it. Collective; fp32."""
+    dist.all_reduce(flat)
+    return engine.take(flat)
 
 
 def self_test(engine: Engine, step: PrivateStep) -> None:
@@ -123,17 +125,17 @@ def self_test(engine: Engine, step: PrivateStep) -> None:
     plan, world = step.plan, engine.world
     noiseless = copy.copy(step)
     noiseless.plan = dataclasses.replace(plan, noise_multiplier=0.0)
-    share = reduce_to_partition(engine, _known_sum(engine, step))
+    share = reduce_to_share(engine, _known_sum(engine, step))
     signal = engine.gradient_that_reaches_the_optimizer(noiseless.privatise(engine, share, SELF_TEST_STEP))
-    expected = torch.zeros(len(engine.partition) * world.world_size, device=world.device)
+    expected = torch.zeros(sum(engine.sizes.values()), device=world.device)
     for rank in range(world.world_size):
         direction = _direction(engine, rank)
         _, small = _scales(direction, plan.clip_norm)
-        expected[: len(direction)] += direction * (plan.clip_norm / direction.norm() + small) / plan.normaliser
+        expected += direction * (plan.clip_norm / direction.norm() + small) / plan.normaliser
     made = step.privatise(engine, torch.zeros_like(share), SELF_TEST_STEP)
     noise = engine.gradient_that_reaches_the_optimizer(made)
     wrong = [
-        not _close(signal, expected[engine.partition.start : engine.partition.stop], expected.abs().max()),
+        not _close(signal, engine.take(expected), expected.abs().max()),
         not _close(noise, made, made.abs().max()),
         not _is_noise(engine, step),
     ]
@@ -169,14 +171,15 @@ def _known_sum(engine: Engine, step: PrivateStep) -> Tensor:
             begin += parameter.numel()
         return rows["scale"] * total
 
-    return clipped_sum(engine.module, losses, engine.parameters, batch, plan.multiplicity, plan.clip_norm, step.chunk)[
-        0
-    ]
+    with engine.whole_weights():
+        return clipped_sum(
+            engine.plain, losses, engine.parameters, batch, plan.multiplicity, plan.clip_norm, step.chunk
+        )[0]
 
 
 def _direction(engine: Engine, rank: int) -> Tensor:
     """A flat vector of 2 and 1/2, which no two ranks have alike."""
-    position = torch.arange(sum(p.numel() for _, p in engine.parameters), device=engine.world.device)
+    position = torch.arange(sum(engine.sizes.values()), device=engine.world.device)
     return torch.where(position % (engine.world.world_size + 1) == rank, 2.0, 0.5)
 
 
@@ -189,12 +192,12 @@ def _scales(direction: Tensor, clip_norm: float) -> tuple[float, float]:
 
 def _is_noise(engine: Engine, step: PrivateStep) -> bool:
     """Whether the noise over all ranks, of enough steps for 20,000 draws, has mean 0 and the planned variance."""
-    total = sum(p.numel() for _, p in engine.parameters)
-    held = max(0, min(len(engine.partition), total - engine.partition.start))
-    zeros = torch.zeros(len(engine.partition), device=engine.world.device)
+    total, held = sum(engine.sizes.values()), sum(run.length for run in engine.runs())
+    zeros = torch.zeros(len(engine.master), device=engine.world.device)
     sums = torch.zeros(3, dtype=torch.float64, device=engine.world.device)
     for k in range(-(-20_000 // total)):
-        noise = step.privatise(engine, zeros, SELF_TEST_STEP - k)[:held].double() * step.plan.normaliser
+        # Padding has none, so it adds nothing to the sums.
+        noise = step.privatise(engine, zeros, SELF_TEST_STEP - k).double() * step.plan.normaliser
         sums += torch.stack([noise.sum(), noise.square().sum(), torch.full_like(noise.sum(), held)])
     dist.all_reduce(sums)
     mean, square = (sums[:2] / sums[2] / torch.tensor([step.plan.noise_std, step.plan.noise_std**2]).to(sums)).tolist()

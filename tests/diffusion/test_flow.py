@@ -6,7 +6,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from rayproj.diffusion.flow import SamplerConfig, Solver, guided, integrate, logit_normal, noised, velocity_target
+from rayproj.diffusion.flow import (
+    SamplerConfig,
+    Solver,
+    guided,
+    integrate,
+    logit_normal,
+    mixture_of_uniforms,
+    noised,
+    velocity_target,
+)
 
 MEAN, STD = 1.5, 0.4
 
@@ -60,3 +69,17 @@ def test_guidance_extrapolates_from_the_null_label() -> None:
 def test_times_have_a_normal_logit() -> None:
     normals = torch.linspace(-3, 3, 7, dtype=torch.float64)
     torch.testing.assert_close(torch.logit(logit_normal(normals, 0.3, 2.0)), 0.3 + 2.0 * normals)
+
+
+def test_a_mixture_of_uniforms_has_its_weights_and_is_uniform_within() -> None:
+    from scipy import stats
+
+    pieces = [[0.0, 0.03, 1.5], [0.03, 0.6, 78.5], [0.7, 1.0, 20.0]]
+    u = torch.rand(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    times = mixture_of_uniforms(u, pieces)
+    for low, high, weight in pieces:
+        inside = times[(times >= low) & (times < high)]
+        assert abs(len(inside) / len(u) - weight / 100) < 5 * math.sqrt(weight / 100 / len(u))
+        assert stats.kstest(((inside - low) / (high - low)).numpy(), "uniform").pvalue > 1e-3
+    assert not ((times > 0.6) & (times < 0.7)).any()
+    assert torch.equal(mixture_of_uniforms(u, [[0.0, 1.0, 3.0]]), u)

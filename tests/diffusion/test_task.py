@@ -1,5 +1,7 @@
 """The diffusion and autoencoder tasks keep the promises that private training and caching stand on."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,10 @@ from rayproj.classifiers.task import ClassificationTask, shifted_and_flipped
 from rayproj.data.dataset import Field, Header
 from rayproj.diffusion.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderTask, Codec, measure, to_uint8
 from rayproj.diffusion.denoiser import DenoiserConfig
-from rayproj.diffusion.flow import SamplerConfig
+from rayproj.diffusion.flow import SamplerConfig, TimeDensity
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, draw
 from rayproj.errors import UserError
+from rayproj.privacy.clipping import clipped_sum
 
 LATENTS = Header("x", {"moments": Field("npy", (8, 4, 4)), "label": Field("int")}, 10, 5, tuple("abc"))
 IMAGES = Header("x", {"image": Field("png", (1, 16, 16)), "label": Field("int")}, 10, 5, tuple("abc"))
@@ -127,3 +130,43 @@ def test_shifts_and_flips_written_out() -> None:
 def test_image_sides_that_do_not_halve_are_refused() -> None:
     with pytest.raises(UserError, match="30x30 do not divide by 4"):
         AutoencoderTask(TINY_AE, (1, 30, 30), 0)
+
+
+def test_only_what_is_named_is_trained_and_clipped() -> None:
+    """Last layers and labels; the rest stays, and the clipped sum is theirs alone."""
+    task = DiffusionTask(replace(SMALL, trainable=r"class_embedding|conv_out"), LATENTS, seed=0)
+    model, whole = task.build(), TASKS["diffusion"].build()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert {name.removeprefix("unet.").split(".")[0] for name, _ in trained} == {"class_embedding", "conv_out"}
+    assert all(torch.equal(p, dict(whole.named_parameters())[name]) for name, p in model.named_parameters())
+    batch, expected = batch_of("diffusion"), torch.zeros(sum(p.numel() for _, p in trained))
+    for i in range(4):
+        loss = task.losses(model, {n: t[i : i + 1] for n, t in batch.items()}).sum()
+        flat = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for _, p in trained])])
+        expected += flat * min(1.0, 0.3 / flat.norm().item())
+    for chunk in (1, 4):
+        found, _, _ = clipped_sum(model, task.losses, trained, batch, 1, 0.3, chunk)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match=r"trainable='attention_of_nobody' is found in no parameter's name"):
+        DiffusionTask(replace(SMALL, trainable="attention_of_nobody"), LATENTS, seed=0).build()
+
+
+@pytest.mark.parametrize(("density", "mixture"), [("uniform", []), ("mixture", [[0.2, 0.4, 1.0], [0.8, 1.0, 3.0]])])
+def test_training_times_have_the_density_of_the_config(density: str, mixture: list[list[float]]) -> None:
+    config = replace(SMALL, time_density=TimeDensity(density), time_mixture=mixture)
+    times = DiffusionTask(config, LATENTS, seed=0)._times(rows(20_000))
+    inside = [((times >= low) & (times < high)).float().mean().item() for low, high in ((0, 0.2), (0.2, 0.4), (0.8, 1))]
+    assert inside == pytest.approx([0.2, 0.2, 0.2] if density == "uniform" else [0.0, 0.25, 0.75], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"time_density": TimeDensity.mixture},
+        {"time_mixture": [[0.0, 1.0, 1.0]]},
+        {"time_density": TimeDensity.mixture, "time_mixture": [[0.5, 0.2, 1.0]]},
+        {"trainable": "("},
+    ],
+)
+def test_what_no_training_can_be_made_of(wrong: dict) -> None:
+    assert len(replace(SMALL, **wrong).problems()) == 1 and SMALL.problems() == []

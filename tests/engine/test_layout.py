@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from rayproj.engine.layout import cut, join, pieces
+from rayproj.engine.layout import cut, join, pieces, runs
 
 Share = list[tuple[str, int] | None]
 """The elements of a rank, by parameter and index; None is padding."""
@@ -34,6 +34,7 @@ def test_each_element_is_held_once_where_a_loop_puts_it_and_all_join_back(zero_s
         sizes = {f"layer@{i}.weight": draw.choice([1, 2, 3, 7, draw.randint(1, 60)]) for i in range(draw.randint(1, 6))}
         expected = shares_of(sizes, zero_stage, world_size, padding=draw.randint(0, 9))
         # An element's value is its place in the model.
+        flat: Share = [(name, i) for name, size in sizes.items() for i in range(size)]
         first, whole = 0, {}
         for name, size in sizes.items():
             whole[name] = torch.arange(first, first + size).float()
@@ -47,6 +48,10 @@ def test_each_element_is_held_once_where_a_loop_puts_it_and_all_join_back(zero_s
                     assert found[piece.offset + i] is None
                     found[piece.offset + i] = (piece.name, piece.start + i)
             assert found == share
+            taken: Share = [None] * len(share)
+            for run in runs(sizes, held):
+                taken[run.offset : run.offset + run.length] = flat[run.start : run.start + run.length]
+            assert taken == share and (zero_stage == 3 or len(runs(sizes, held)) <= 1)
             values = torch.tensor([-1.0 if element is None else whole[element[0]][element[1]] for element in share])
             mine = cut(values, held)
             assert not set(mine) & set(parts)

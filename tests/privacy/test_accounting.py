@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import pytest
 
@@ -91,7 +92,46 @@ def test_plans_that_mean_nothing_are_refused(config: PrivacyConfig, says: str) -
         plan(config, 1000, 5)
 
 
-def test_exactly_one_of_epsilon_and_noise() -> None:
-    assert PrivacyConfig().problems() and PrivacyConfig(epsilon=1.0, noise_multiplier=1.0).problems()
-    assert not PrivacyConfig(epsilon=1.0).problems()
-    assert len(PrivacyConfig(epsilon=-1.0, clip_norm=0, multiplicity=0).problems()) == 3
+ANY_THREE = {"epsilon": 4.0, "noise_multiplier": 1.1, "expected_batch": 100}
+
+
+def test_any_one_unknown_is_solved_for() -> None:
+    """The largest batch, and the most steps, whose ε does not exceed the target: one more of either does."""
+    most = plan(PrivacyConfig(**ANY_THREE), 5000, steps=0)  # type: ignore[arg-type]
+    assert most.epsilon() <= 4.0 < accounting.epsilon(0.02, 1.1, most.steps + 1, 1e-5) and most.steps > 10
+    largest = plan(PrivacyConfig(**ANY_THREE | {"expected_batch": 0}), 5000, steps=300)  # type: ignore[arg-type]
+    assert largest.normaliser == 5000 * largest.sample_rate
+    next_rate = (largest.normaliser + 1) / 5000
+    assert largest.epsilon() <= 4.0 < accounting.epsilon(next_rate, 1.1, 300, 1e-5)
+    with pytest.raises(UserError, match="Even a single update"):
+        plan(PrivacyConfig(**ANY_THREE | {"noise_multiplier": 0.3}), 5000, steps=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [({}, 10), ({"epsilon": None}, 0), ({"epsilon": None, "expected_batch": 0}, 10), ({"expected_batch": 0}, 0)],
+)
+def test_three_of_four_must_be_given(changes: dict, steps: int) -> None:
+    with pytest.raises(UserError, match=r"three must be given, and the fourth follows; [24] are"):
+        plan(PrivacyConfig(**ANY_THREE | changes), 5000, steps)
+
+
+def test_a_bound_on_the_batch_costs_what_total_variation_costs() -> None:
+    """τ is the probability of a batch beyond the bound in any step; (ε, δ') at distance τ is (ε, δ' + (1 + e^ε) τ)."""
+    config = PrivacyConfig(noise_multiplier=1.0, delta=1e-5, expected_batch=100, max_batch=170)
+    free, bounded = plan(dataclasses.replace(config, max_batch=0), 5000, 50), plan(config, 5000, 50)
+    terms = [float(math.comb(5000, k) * Fraction(1, 50) ** k * Fraction(49, 50) ** (5000 - k)) for k in range(171, 250)]
+    tau = 50 * sum(terms)
+    assert bounded.overflow == pytest.approx(sum(terms), rel=1e-6) and free.overflow == 0
+    assert bounded.epsilon() > free.epsilon()
+    left = 1e-5 - (1 + math.exp(bounded.epsilon())) * tau
+    assert accounting.epsilon(0.02, 1.0, 50, left) == pytest.approx(bounded.epsilon(), rel=1e-4)
+    solved = plan(dataclasses.replace(config, noise_multiplier=None, epsilon=3.0), 5000, 50)
+    assert solved.epsilon() <= 3.0 and solved.noise_multiplier > 0
+    with pytest.raises(UserError, match=r"max_batch=110 would be met with a probability of .*raise it"):
+        plan(dataclasses.replace(config, max_batch=110), 5000, 50)
+
+
+def test_what_no_plan_can_be_made_of() -> None:
+    assert PrivacyConfig().problems() and not PrivacyConfig(epsilon=1.0).problems()
+    assert len(PrivacyConfig(epsilon=-1.0, clip_norm=0, multiplicity=0, max_batch=-1).problems()) == 4

@@ -64,3 +64,22 @@ def test_the_draw_depends_on_step_and_key_alone() -> None:
     assert not np.array_equal(PoissonSampling(99, 0.3, KEY).indices(5), PoissonSampling(99, 0.3, KEY).indices(6))
     assert not np.array_equal(PoissonSampling(99, 0.3, KEY).indices(5), PoissonSampling(99, 0.3, KEY[::-1]).indices(5))
     assert any(len(PoissonSampling(20, 0.01, KEY).indices(step)) == 0 for step in range(20))
+
+
+def test_with_a_bound_a_larger_draw_becomes_a_uniform_subset_of_that_size() -> None:
+    """Below the bound nothing changes; at it every example is as likely as any other."""
+    free, bounded = PoissonSampling(50, 0.3, KEY), PoissonSampling(50, 0.3, KEY, max_batch=15)
+    counts, met = np.zeros(50), 0
+    for step in range(4000):
+        whole, found = free.indices(step), bounded.indices(step)
+        if len(whole) <= 15:
+            assert np.array_equal(whole, found)
+        else:
+            assert len(found) == 15 == len(set(found))
+            counts[found] += 1
+            met += 1
+    assert met > 1000
+    expected = met * 15 / 50
+    # Negatively correlated within a draw, so that the statistic is chi-square times (1 - 15/50).
+    statistic = ((counts - expected) ** 2).sum() / expected / (1 - 15 / 50)
+    assert stats.chi2.sf(statistic, 49) > 1e-4

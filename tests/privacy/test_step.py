@@ -54,7 +54,7 @@ def train_at(world: World, uri: str, stages: tuple[int, ...]) -> list[dict[str, 
     return [private.run(world, f"{uri}/{stage}", private.settings(4, stage), "a") for stage in stages]
 
 
-@pytest.mark.parametrize(("world_size", "stages"), [(1, (1,)), (2, (1, 2)), (3, (2,))])
+@pytest.mark.parametrize(("world_size", "stages"), [(1, (1, 3)), (2, (1, 2, 3)), (3, (2, 3))])
 def test_any_layout_equals_dp_sgd_written_out(tmp_path, world_size: int, stages: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
     expected = reference(4)
     for results in run_ranks(train_at, world_size, str(tmp_path), stages):
@@ -84,7 +84,7 @@ FAULTS = (
 
 def refusals(world: World, uri: str) -> dict[str, str]:
     """What training says to each broken mechanism, one after another in the same processes."""
-    sound = (step_module.gaussian, step_module.reduce_to_partition, step_module.clipped_sum, clipping.clip_factor)
+    sound = (step_module.gaussian, step_module.reduce_to_share, step_module.clipped_sum, clipping.clip_factor)
     said = {}
     for fault in FAULTS:
         if fault == "a bias outside the norm":
@@ -96,7 +96,7 @@ def refusals(world: World, uri: str) -> dict[str, str]:
             said[fault] = "trained"
         except RuntimeError as error:
             said[fault] = str(error)
-        step_module.gaussian, step_module.reduce_to_partition, step_module.clipped_sum, clipping.clip_factor = sound
+        step_module.gaussian, step_module.reduce_to_share, step_module.clipped_sum, clipping.clip_factor = sound
     return said
 
 

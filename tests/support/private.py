@@ -63,7 +63,7 @@ def run(
         original = step_module.gaussian
         step_module.gaussian = lambda *a: original(*a) / world.world_size**0.5  # type: ignore[assignment]
     elif fault == "sum of one rank only":
-        step_module.reduce_to_partition = lambda engine, flat: _pad(engine, flat)  # type: ignore[assignment]
+        step_module.reduce_to_share = lambda engine, flat: engine.take(flat)  # type: ignore[assignment]
     elif fault == "no clipping":
         clipping.clip_factor = lambda norm, c: torch.ones_like(norm)  # type: ignore[assignment]
     plan_ = mechanism(config.steps)
@@ -76,17 +76,11 @@ def run(
     engine = train(recipe, world, store, link)
     return {
         "step": engine.step,
-        "weights": {name: p.detach().clone() for name, p in engine.parameters},
+        "weights": regression.weights_of(engine),
         "events": link.events,
         "epsilon": epsilon_spent(spent(store), plan_.delta),
         "releases": [(r["step"], r["start"]) for r in spent(store)],
     }
-
-
-def _pad(engine: Any, flat: torch.Tensor) -> torch.Tensor:
-    padded = torch.zeros(len(engine.partition) * engine.world.world_size)
-    padded[: len(flat)] = flat
-    return padded[engine.partition.start : engine.partition.stop]
 
 
 def _deaf(prepare: Any) -> Any:
