@@ -241,15 +241,20 @@ def rank_memory(
     if privacy is None:
         work = memory.update(model, layout)
     else:
-        # The sum over the ranks, and beside it its noise, drawn for this rank's whole share at once, or the update.
-        noise = model.peak(lambda: gaussian(bytes(16), 0, 0, range(share // 4)))
-        work = whole + max(noise, 4 * share)
-        if layout.zero_stage == 3:  # whole for the length of a step's forwards and backwards
-            work += whole // 2 if layout.bf16 else whole
+        if layout.zero_stage == 3:
+            # The sum over the ranks, and the weights, whole for the length of the forwards and backwards. Noise is drawn
+            # parameter by parameter: it and the update fit into what the clipping freed.
+            work = whole + layout.weight * model.parameters
+        else:
+            # The sum over the ranks, and beside it its noise, drawn for this rank's whole share at once, or the update.
+            noise = model.peak(lambda: gaussian(bytes(16), 0, 0, range(share // 4)))
+            work = whole + max(noise, 4 * share)
     if train.preview_every:
         work = max(work, 3 * whole)  # the averaged weights, as shares and joined, and a model of them
     host = memory.snapshot(model, layout)
     parts = memory.kept(model, layout) | passing
+    if privacy is not None and not layout.on_gpu:
+        parts.pop("gradients", None)  # DeepSpeed's buffers, which nothing is ever written to
     if layout.on_gpu:
         return parts | {"update": work}, {"checkpoint's copy": host}
     if train.checkpoint.asynchronous:

@@ -139,10 +139,12 @@ def write_plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_can_be_planned_without_ray(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_config_can_be_planned_without_ray(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", None)
     assert cli.main(["plan", name, str(ROOT / "configs" / f"{name}.yaml")]) == 0
     assert capsys.readouterr().out.startswith("job ")
-    assert not ray.is_initialized()
 
 
 def test_an_input_that_is_not_there_may_be_described(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]

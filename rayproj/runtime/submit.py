@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Ray's dashboard refuses a body of more than 100 MiB, with 413.
 MAX_BYTES = 95 << 20
 HEAD_SECONDS = 300.0  # to wait for a head that does not answer
+AGENT_SECONDS = 60.0  # to wait for a new head to take jobs
 EXCLUDES = [".git", ".venv", "runs", "wandb", "dist", "build", "__pycache__", "*.tar", "*_cache", "*.egg-info"]
 
 
@@ -143,10 +144,18 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 def _send(client: JobSubmissionClient, request: Request) -> str:
     environment = {"RAY_AUTH_MODE": auth_mode(), "PYTHONUNBUFFERED": "1"}
-    job: str = client.submit_job(
-        entrypoint=request.entrypoint,
-        runtime_env={"working_dir": str(request.folder), "excludes": EXCLUDES, "env_vars": environment},
-    )
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            job: str = client.submit_job(
+                entrypoint=request.entrypoint,
+                runtime_env={"working_dir": str(request.folder), "excludes": EXCLUDES, "env_vars": environment},
+            )
+            break
+        except RuntimeError as error:  # a head that has just come up answers before its agent does
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
     print(f"submitted {job} to {client.get_address()}", flush=True)
     return job
 
