@@ -42,10 +42,12 @@ class Head:
 
     def __init__(self, **extra: str) -> None:
         gcs = free_port()
-        dashboard, client = free_port(gcs + 1), free_port(gcs + 10)
+        dashboard, client, agent = (free_port(gcs + step) for step in (1, 10, 20))
         self.folder = tempfile.mkdtemp(prefix="rp", dir="/tmp")  # Ray's sockets need a short path
         self.command = [str(ROOT / "cluster" / "local.sh"), str(gcs), str(dashboard), "--num-cpus=2"]
         self.command += [f"--ray-client-server-port={client}", f"--temp-dir={self.folder}"]
+        # Of two heads on one machine only one could have the agent's usual port, and without an agent there are no jobs.
+        self.command += [f"--dashboard-agent-listen-port={agent}"]
         # An empty PYTHONPATH: the job's working directory alone must be enough.
         self.env = environment(PYTHONPATH="", **extra)
         self.address = f"http://127.0.0.1:{dashboard}"
