@@ -101,7 +101,8 @@ def _weight(
 
 def _square(t: Tensor) -> Tensor:
     """[B], of each entry."""
-    return t.flatten(1).square().sum(1)
+    t = t.flatten(1)
+    return torch.linalg.vecdot(t, t)
 
 
 def _linear(tape: Tape, call: Call, g: Tensor, alone: bool) -> None:
