@@ -16,6 +16,7 @@ from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
+from rayproj.privacy.budget import register
 from rayproj.privacy.ledger import epsilon_spent, secret_key, spent
 from rayproj.privacy.plan import PrivacyConfig, plan
 from rayproj.privacy.sampling import PoissonSampling
@@ -64,7 +65,11 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
 
 def main(config: Config) -> dict[str, Any]:
     with Run.open("finetune_private", config) as run:
-        return run.result or run.finish(fit(run, "rayproj.jobs.finetune_private:worker", config.cluster))
+        if run.result:
+            return run.result
+        latents = Dataset.open(config.diffusion.latents)
+        register(latents.store, run.store, plan(config.privacy, latents.header.num_samples, config.train.steps))
+        return run.finish(fit(run, "rayproj.jobs.finetune_private:worker", config.cluster))
 
 
 if __name__ == "__main__":

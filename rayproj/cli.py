@@ -1,4 +1,4 @@
-"""The `rayproj` command: demo, submit, plan, status, logs, stop, resume, export, verify, gc, doctor."""
+"""The `rayproj` command: demo, submit, plan, status, logs, stop, resume, privacy, export, verify, gc, doctor."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     resume = commands.add_parser("resume", help="go on with a run, here or on RAY_ADDRESS's cluster")
     resume.add_argument("run", metavar="RUN", help="a run dir")
     resume.add_argument("overrides", nargs="*", metavar="key=value", help="of where and how it runs")
+    privacy = commands.add_parser("privacy", help="what private runs have spent, and the budgets of private datasets")
+    questions = privacy.add_subparsers(dest="question", required=True, metavar="QUESTION")
+    show = questions.add_parser("show", help="what runs have spent, and what is left of their datasets' budgets")
+    show.add_argument("runs", nargs="+", metavar="RUN", help="a run dir of jobs/finetune_private.py")
+    budget = questions.add_parser("budget", help="what all private runs on a dataset may spend together")
+    budget.add_argument("dataset", metavar="DATASET_URI", help="the private latents")
+    budget.add_argument("--epsilon", type=float, metavar="E", help="set it, once and for all; without: show it")
+    budget.add_argument("--delta", type=float, metavar="D", help="less than one over the number of examples")
     export = commands.add_parser("export", help="the model of a run, with a model card, in formats that others read")
     export.add_argument("run", metavar="RUN", help="run dir of a training job")
     export.add_argument("--to", required=True, metavar="DIR", help="a folder that is not there yet")
@@ -99,6 +107,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.command == "resume":
         return run_resume(arguments.run, arguments.overrides)
+    if arguments.command == "privacy":
+        return run_privacy(arguments)
     if arguments.command == "export":
         from rayproj.export import export
 
@@ -141,6 +151,22 @@ def run_plan(arguments: argparse.Namespace) -> int:
         raise UserError(f"--shape={arguments.shape} is not a shape; write CxHxW, such as 4x8x8.")
     assumed = planning.Assumed(arguments.samples, tuple(map(int, shape)), arguments.classes)
     return planning.print_plans(arguments.job, arguments.config, arguments.overrides, assumed, arguments.json)
+
+
+def run_privacy(arguments: argparse.Namespace) -> int:
+    """What was spent, or the budget of a dataset."""
+    from rayproj.data.dataset import Dataset
+    from rayproj.privacy import budget
+
+    if arguments.question == "show":
+        print(budget.show_runs(arguments.runs))
+        return 0
+    if (arguments.epsilon is None) != (arguments.delta is None):
+        raise UserError("A budget is an ε at a δ; give both --epsilon and --delta, or neither to see what is left.")
+    if arguments.epsilon is not None:
+        budget.set_budget(arguments.dataset, arguments.epsilon, arguments.delta)
+    print(budget.show_budget(Dataset.open(arguments.dataset).store))
+    return 0
 
 
 def run_resume(run_dir: str, overrides: list[str]) -> int:

@@ -206,7 +206,7 @@ def test_too_little_is_said_with_the_remedy(tmp_path, capsys, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["jobs/nothing.py", "x.yaml"], "There is no job 'jobs/nothing.py'; give one of benchmark, encode_latents"),
+        (["jobs/nothing.py", "x.yaml"], "There is no job 'jobs/nothing.py'; give one of audit_privacy, benchmark"),
         (["benchmark", "x.yaml"], "has no config"),
         (["report", "x.yaml"], "The config file 'x.yaml' does not exist"),
         (["train_diffusion", str(ROOT / "configs/report.yaml")], "there is no 'root'"),

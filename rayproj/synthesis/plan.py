@@ -15,6 +15,7 @@ from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.diffusion.flow import SamplerConfig
 from rayproj.engine.checkpoint import Commit, commits
 from rayproj.errors import UserError
+from rayproj.privacy.certificate import certificate
 from rayproj.storage.store import Store, from_json, to_json
 
 
@@ -51,7 +52,7 @@ def plan(config: GenerateConfig, seed: int) -> Header:
     autoencoder = Store(latents.provenance["autoencoder"])
     shape = tuple(from_json(autoencoder.read("result.json"))["image_shape"])
     newest = _newest(run)
-    result = from_json(run.read("result.json")) if run.exists("result.json") else {}
+    private = certificate(run)
     provenance: dict[str, Any] = {
         "model": run.uri,
         "model_commit": commit_hash(newest),
@@ -59,7 +60,8 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         "autoencoder_commit": commit_hash(_newest(autoencoder)),
         "sampler": configuration.to_dict(config.sampler),
         "seed": seed,
-        "private": result.get("privacy"),
+        # Read after the commit, so that the ledger has every release that is in it.
+        "private": private and {**private, "model_commit": commit_hash(newest)},
     }
     fields = {"image": Field("png", shape), "label": Field("int"), "seed": Field("int")}
     layout = {"samples": config.samples, "shard_size": config.shard_size, "classes": list(latents.classes)}
