@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ def row(metric: str, unit: str, ours: float, peer: str, value: float, better: st
     return found | {"ratio": ours / value, "better": better, "goal": goal}
 
 
-class Training:
+class Training(ABC):
     """A training in processes of its own.
 
     Attributes:
@@ -79,15 +80,15 @@ class Training:
             stdout=subprocess.DEVNULL, stderr=(folder / "stderr").open("w"),
         )  # fmt: skip
 
-    def command(self) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def command(self) -> list[str]: ...
 
-    def signs(self) -> list[tuple[int, float]]:
-        raise NotImplementedError
+    @abstractmethod
+    def signs(self) -> list[tuple[int, float]]: ...
 
+    @abstractmethod
     def rank(self) -> psutil.Process:
         """The process of one that is not the first."""
-        raise NotImplementedError
 
     def wait(self) -> None:
         if self.process.wait():
