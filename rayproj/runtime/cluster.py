@@ -65,6 +65,18 @@ def lost_nodes(nodes: set[str]) -> set[str]:
     return nodes - alive
 
 
+def silent_nodes(nodes: set[str]) -> set[str]:
+    """Which of these nodes Ray still takes for alive, though nobody listens there: it finds out in 5 to 30 seconds."""
+    found = set()
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] in nodes:
+            try:
+                socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), 2.0).close()
+            except OSError:
+                found.add(node["NodeID"])
+    return found
+
+
 def draining_nodes() -> set[str]:
     """Ids of the nodes that are to go away, as after a spot notice or `ray drain-node`."""
     # Ray Train reads its preemption notices in the same place; there is no public way.

@@ -187,9 +187,13 @@ class RankGroup:
         ]
         self._beats = [0] * len(order)
 
-    def start(self, entry: str, config: dict[str, Any]) -> list[ray.ObjectRef]:
+    def serve(self) -> ray.ObjectRef:
+        """Rank 0 opens the rendezvous; done as soon as Ray has made its actor."""
+        return self.actors[0].serve.remote()
+
+    def start(self, entry: str, config: dict[str, Any], rendezvous: ray.ObjectRef) -> list[ray.ObjectRef]:
         """Call `entry(config, world, link)` on every rank; the refs are of what the ranks return."""
-        host, port = ray.get(self.actors[0].serve.remote())
+        host, port = ray.get(rendezvous)
         return [
             actor.run.remote(entry, config, rank, len(self.actors), self.locals[rank], host, port)
             for rank, actor in enumerate(self.actors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ray
@@ -29,20 +30,21 @@ def bundle(cpus: float, gpus: float | None) -> dict[str, float]:
     return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
 
-def place(ranks: int, bundle: dict[str, float], timeout: float, name: str) -> Placed | None:
-    """Reserve one bundle for each rank, together; None if there was no room within `timeout` seconds.
+def place(ranks: int, bundle: dict[str, float], patience: Callable[[], float], name: str) -> Placed | None:
+    """Reserve one bundle for each rank, together; None if there was no room in time.
 
     Args:
+        patience: seconds to wait in all; asked again and again, as what is known of the cluster changes meanwhile.
         name: shows in Ray's dashboard and `ray list placement-groups`.
 
     Raises:
         Interrupted: a stop was asked for meanwhile.
     """
-    group, deadline = placement_group([bundle] * ranks, strategy="PACK", name=name), time.monotonic() + timeout
+    group, began = placement_group([bundle] * ranks, strategy="PACK", name=name), time.monotonic()
     try:
-        while not group.wait(max(0.0, min(1.0, deadline - time.monotonic()))):
+        while not group.wait(max(0.0, min(1.0, began + patience() - time.monotonic()))):
             interrupt.check()
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= began + patience():
                 remove_placement_group(group)
                 return None
     except Interrupted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import ray
 
 from rayproj.errors import Interrupted, UserError
 from rayproj.runtime import interrupt
-from rayproj.runtime.cluster import draining_nodes, free_resources, lost_nodes
+from rayproj.runtime.cluster import draining_nodes, free_resources, lost_nodes, silent_nodes
 from rayproj.runtime.group import GroupConfig, RankGroup
 from rayproj.runtime.placement import Placed, bundle, place, shortage
 from rayproj.runtime.policy import (
@@ -60,11 +60,16 @@ def fit(run: Run, entry: str, config: GroupConfig, worlds: Iterable[int] | None 
     """
     budgets = Budgets(config.retry)
     need = bundle(config.cpus_per_rank, config.gpus_per_rank)
-    may_shrink = 0 < config.min_ranks < config.ranks
+    used: set[str] = set()  # nodes that ranks have been on
     sizes = list(worlds) if worlds is not None else None
+
+    def may_shrink() -> bool:
+        return 0 < config.min_ranks < config.ranks or bool(lost_nodes(used) | used & draining_nodes())
+
     while True:
         interrupt.check()
         placed = _place(run, config, need, sizes, may_shrink)
+        used |= set(placed.nodes)
         group = RankGroup(run.id, config, need, placed)
         try:
             end = _Watch(run, group, config, need, sizes).until_end(entry)
@@ -82,7 +87,6 @@ def fit(run: Run, entry: str, config: GroupConfig, worlds: Iterable[int] | None 
                 ) from end.error
             original = getattr(end.error, "cause", None) or end.error
             raise type(original)(*original.args) from end.error  # without Ray's wrapping
-        may_shrink = may_shrink or end.cause in (Cause.node_lost, Cause.drained)
         what = one_line(end.cause, end.error)
         if not budgets.charge(end.cause, end.committed):
             times = sum(budgets.spent.values())
@@ -92,21 +96,26 @@ def fit(run: Run, entry: str, config: GroupConfig, worlds: Iterable[int] | None 
         )
 
 
-def _place(run: Run, config: GroupConfig, need: dict[str, float], sizes: list[int] | None, may_shrink: bool) -> Placed:
+def _place(
+    run: Run, config: GroupConfig, need: dict[str, float], sizes: list[int] | None, may_shrink: Callable[[], bool]
+) -> Placed:
     """Room for all ranks, or for as many as may be."""
-    timeout = config.shrink_after if may_shrink else config.start_timeout
-    if placed := place(config.ranks, need, timeout, run.id):
+
+    def patience() -> float:
+        return config.shrink_after if may_shrink() else config.start_timeout
+
+    if placed := place(config.ranks, need, patience, run.id):
         return placed
-    while may_shrink:
+    while may_shrink():
         interrupt.check()
         size = next_size(config.ranks, capacity(need, free_resources()), sizes)
         if size < max(1, config.min_ranks):
             break
-        if placed := place(size, need, timeout=10, name=run.id):
+        if placed := place(size, need, lambda: 10, name=run.id):
             text = f"There is room for {size} of {config.ranks} ranks; going on with {size}."
             run.tracker.event({"type": "warning", "text": text})
             return placed
-    raise UserError(shortage(config.ranks, need, timeout))
+    raise UserError(shortage(config.ranks, need, patience()))
 
 
 class _Watch:
@@ -123,8 +132,13 @@ class _Watch:
 
     def until_end(self, entry: str) -> End:
         """Pass events on until all ranks returned, or one failed, or they hang."""
+        rendezvous = self.group.serve()
+        while not ray.wait([rendezvous], timeout=POLL_SECONDS)[0]:
+            interrupt.check()
+            if self._node_lost():
+                return End(cause=Cause.node_lost)
         try:
-            refs = waiting = self.group.start(entry, self.run.config)
+            refs = waiting = self.group.start(entry, self.run.config, rendezvous)
         except ray.exceptions.RayActorError as error:
             return self._end(error)
         while True:
@@ -138,10 +152,18 @@ class _Watch:
                 return End(ray.get(refs[0]), cause, committed=self.committed)
             if self.heartbeat.overdue(time.monotonic()):
                 return self._hung()
-            self._look()
+            if self._time_to_look():
+                if self._node_lost():
+                    return End(cause=Cause.node_lost, committed=self.committed)
+                self._look()
+
+    def _node_lost(self) -> bool:
+        """Whether a node went away. Of a rank that had not begun there, Ray says nothing: it waits for room elsewhere,
+        while the others wait for the rank."""
+        return bool(lost_nodes(self.group.nodes))
 
     def _end(self, *errors: BaseException) -> End:
-        cause, error = classify(errors, bool(lost_nodes(self.group.nodes)))
+        cause, error = classify(errors, self._node_lost() or bool(silent_nodes(self.group.nodes)))
         if cause is Cause.stopped:  # a rank was waiting for data when it was asked to stop; its last commit stands
             cause = self.leaving or Cause.stopped
         return End(cause=cause, error=error, committed=self.committed)
@@ -162,11 +184,17 @@ class _Watch:
         self.run.tracker.event({"type": "warning", "text": text})
         return End(cause=Cause.hang, committed=self.committed)
 
+    def _time_to_look(self) -> bool:
+        now = time.monotonic()
+        if now - self.looked < (0 if interrupt.requested() else LOOK_SECONDS):
+            return False
+        self.looked = now
+        return True
+
     def _look(self) -> None:
-        """Now and then: whether the group should stop, commit and leave."""
-        if self.leaving is not None or time.monotonic() - self.looked < (0 if interrupt.requested() else LOOK_SECONDS):
+        """Whether the group should stop, commit and leave."""
+        if self.leaving is not None:
             return
-        self.looked = time.monotonic()
         if interrupt.requested() or self.run.stop_wished():
             interrupt.request()
             self.leaving = Cause.stopped

@@ -139,7 +139,9 @@ def until(happened: Callable[[], Any], process: subprocess.Popen[str], seconds: 
     deadline = time.monotonic() + seconds
     while not (found := happened()):
         assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline, "too late"
+        if time.monotonic() >= deadline:
+            process.kill()
+            raise AssertionError(f"too late; the driver said: {process.stderr and process.stderr.read()}")
         time.sleep(0.02)
     return found
 
@@ -181,6 +183,24 @@ def test_a_lost_node_shrinks_the_group_and_a_new_one_lets_it_grow_back(chaos: Ch
     assert json.loads(store.read("result.json"))["ranks"] == 2
     expected = {name: tensor.numpy() for name, tensor in undisturbed[0]["weights"].items()}
     assert_equal(store, expected, rounding=1e-5)
+
+
+@pytest.mark.parametrize("seconds", [0, 8], ids=["before Ray knows", "after Ray knows"])
+def test_a_node_lost_between_placement_and_start_is_not_waited_for(  # type: ignore[no-untyped-def]
+    chaos: Chaos, tmp_path: Path, undisturbed, seconds: float
+) -> None:
+    store, held = Store(str(tmp_path / "run")), tmp_path / "held"
+    chaos.add(), (victim := chaos.add())
+    process = chaos.start("train_slowly", store.uri, RAYPROJ_TEST_HOLD=str(held))
+    until(held.exists, process)
+    chaos.remove(victim)
+    time.sleep(seconds)
+    held.unlink()
+    until(lambda: causes(store), process)
+    chaos.add()
+    said = ended(process)
+    assert causes(store) == ["node lost"], said
+    assert_equal(store, undisturbed)
 
 
 def test_a_drained_node_is_left_after_a_commit(chaos: Chaos, tmp_path: Path, undisturbed) -> None:  # type: ignore[no-untyped-def]
