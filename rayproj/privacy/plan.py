@@ -28,6 +28,8 @@ class PrivacyConfig:
     clip_norm: float = 1.0  # bound on the norm of one example's gradient
     multiplicity: int = 1  # K views of an example (noise, time, dropped label) averaged before clipping
     chunk: int = 8  # examples whose gradients are held at once; a matter of memory and speed alone
+    # Noise of AES-256 in counter mode, drawn on the host, for adversaries who could break Philox; slower.
+    secure_noise: bool = False
     unsafe_metrics: bool = False  # report losses and previews, which are private outputs that no ε covers
 
     def problems(self) -> list[str]:
@@ -62,6 +64,7 @@ class PrivacyPlan:
     multiplicity: int
     normaliser: float  # public: the expected batch, never the drawn one
     max_batch: int = 0
+    secure_noise: bool = False  # the generator of the noise; no matter to the accounting, much to what it stands on
     relation: str = "ADD_OR_REMOVE_ONE"
 
     @property
@@ -138,6 +141,7 @@ def plan(config: PrivacyConfig, num_samples: int, steps: int) -> PrivacyPlan:
             multiplicity=config.multiplicity,
             normaliser=float(batch),
             max_batch=config.max_batch,
+            secure_noise=config.secure_noise,
         )
 
     if batch and steps:

@@ -16,7 +16,7 @@ from rayproj.engine.task import Batch, Task
 from rayproj.errors import UserError
 from rayproj.privacy.clipping import clipped_sum, refuse_cross_example_layers
 from rayproj.privacy.ledger import Ledger, epsilon_spent, next_start, spent
-from rayproj.privacy.noise import add_noise, gaussian
+from rayproj.privacy.noise import add_noise, gaussian, secure_gaussian
 from rayproj.privacy.plan import PrivacyPlan
 from rayproj.storage.store import Store
 
@@ -82,12 +82,13 @@ class PrivateStep:
         private = share / plan.normaliser
         for run in engine.runs():
             part = slice(run.offset, run.offset + run.length)
-            if share.is_cuda:
+            if share.is_cuda and not plan.secure_noise:
                 noisy = add_noise(
                     share[part], self.key, step, start, run.start, run.length, plan.noise_std, plan.normaliser
                 )
             else:
-                noise = gaussian(self.key, step, start, range(run.start, run.start + run.length), str(share.device))
+                draw = secure_gaussian if plan.secure_noise else gaussian
+                noise = draw(self.key, step, start, range(run.start, run.start + run.length), str(share.device))
                 noisy = (share[part] + plan.noise_std * noise) / plan.normaliser
             private[part] = noisy
         return private

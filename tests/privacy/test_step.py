@@ -3,6 +3,7 @@ kill -9."""
 
 import math
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,14 +12,14 @@ import torch
 from rayproj.engine.world import World
 from rayproj.privacy import accounting, clipping
 from rayproj.privacy import step as step_module
-from rayproj.privacy.noise import gaussian
+from rayproj.privacy.noise import gaussian, secure_gaussian
 from rayproj.privacy.sampling import PoissonSampling
 from rayproj.storage.store import Store
 from tests.support import private
 from tests.support.ranks import run_ranks
 
 
-def reference(steps: int) -> dict[str, torch.Tensor]:
+def reference(steps: int, draw: Callable[..., torch.Tensor] = gaussian) -> dict[str, torch.Tensor]:
     """DP-SGD written out: example by example, view by view, torch's AdamW."""
     task, plan, config = private.WithoutDropout(), private.mechanism(steps), private.settings(steps)
     model, opt = task.build(), config.engine.optimizer
@@ -39,7 +40,7 @@ def reference(steps: int) -> dict[str, torch.Tensor]:
                 task.losses(model, one).sum().backward()
                 gradient += torch.cat([p.grad.flatten() for p in parameters]) / plan.multiplicity  # type: ignore[union-attr]
             summed += gradient * min(1.0, plan.clip_norm / gradient.norm().item())
-        noise = plan.noise_multiplier * plan.clip_norm * gaussian(private.KEY, step, 0, range(total))
+        noise = plan.noise_multiplier * plan.clip_norm * draw(private.KEY, step, 0, range(total))
         flat, begin = (summed + noise) / 9, 0
         for p in parameters:
             p.grad = flat[begin : begin + p.numel()].view_as(p).clone()
@@ -62,6 +63,17 @@ def test_any_layout_equals_dp_sgd_written_out(tmp_path, world_size: int, stages:
             for name, tensor in expected.items():
                 torch.testing.assert_close(result["weights"][name], tensor, rtol=1e-5, atol=1e-6)
             assert result["epsilon"] == pytest.approx(private.mechanism(4).epsilon())
+
+
+def train_with_secure_noise(world: World, uri: str) -> dict[str, Any]:
+    return private.run(world, uri, private.settings(4), "a", secure_noise=True)
+
+
+def test_secure_noise_is_what_the_updates_get(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    expected = reference(4, secure_gaussian)
+    for result in run_ranks(train_with_secure_noise, 2, str(tmp_path)):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(result["weights"][name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def _bias_outside_the_norm(*args: Any) -> Any:

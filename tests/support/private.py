@@ -32,8 +32,9 @@ class WithoutDropout(regression.Regression):
         return model
 
 
-def mechanism(steps: int) -> PrivacyPlan:
+def mechanism(steps: int, secure_noise: bool = False) -> PrivacyPlan:
     config = PrivacyConfig(noise_multiplier=0.8, delta=1e-3, expected_batch=9, clip_norm=0.6, multiplicity=2)
+    config.secure_noise = secure_noise
     return plan(config, NUM_SAMPLES, steps)
 
 
@@ -56,7 +57,13 @@ def settings(steps: int, zero_stage: int = 2, every_steps: int = 100) -> Any:
 
 
 def run(
-    world: World, uri: str, config: Any, attempt: str, fault: str = "", stop_after: int | None = None
+    world: World,
+    uri: str,
+    config: Any,
+    attempt: str,
+    fault: str = "",
+    stop_after: int | None = None,
+    secure_noise: bool = False,
 ) -> dict[str, Any]:
     """Train privately; `fault` breaks the mechanism in a named way, which the self-test should see."""
     if fault == "noise too small":
@@ -66,7 +73,7 @@ def run(
         step_module.reduce_to_share = lambda engine, flat: engine.take(flat)  # type: ignore[assignment]
     elif fault == "no clipping":
         clipping.clip_factor = lambda norm, c: torch.ones_like(norm)  # type: ignore[assignment]
-    plan_ = mechanism(config.steps)
+    plan_ = mechanism(config.steps, secure_noise)
     link, store = regression.Recorder(attempt, stop_after), Store(uri)
     sampling = PoissonSampling(plan_.num_samples, plan_.sample_rate, KEY)
     step = PrivateStep(plan_, KEY, store, chunk=4, unsafe_metrics=True)
