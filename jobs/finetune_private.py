@@ -53,6 +53,8 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     task = task_of(config, header, codec)
     mechanism = plan(config.privacy, header.num_samples, config.train.steps)
     config.train.steps = mechanism.steps
+    if world.rank == 0:  # at every start: steps that are done again are charged again
+        register(latents.store, store, mechanism)
     key = secret_key(store)
     sampling = PoissonSampling(mechanism.num_samples, mechanism.sample_rate, key, mechanism.max_batch)
     batches = Batches(Reader(latents), sampling, world.rank, world.world_size)

@@ -15,6 +15,7 @@ import torch
 
 from rayproj.data.dataset import Dataset
 from rayproj.engine.checkpoint import commits, orphans
+from rayproj.privacy.budget import registrations, set_budget
 from rayproj.storage.store import Store
 from tests.support import images, private, regression
 from tests.support.commands import ROOT, run
@@ -117,5 +118,30 @@ def shards(point: str, folder: Path, reference: Reference) -> None:
     assert dataset.complete and dataset.manifest_hash() == reference("shards")
 
 
-KINDS = {"train": training, "checkpoint": training, "ledger": releases, "shard": shards, "lease": shards}
+def registration(point: str, folder: Path, reference: Reference) -> None:
+    """One run, which has room in the budget; two have not, and a run that died is counted wherever it died."""
+    data, plan = images.write(str(folder / "data")), private.mechanism(4)
+    set_budget(data.uri, 1.1 * plan.epsilon(), plan.delta)
+
+    def register(name: str, **env: str) -> Any:
+        return run(sys.executable, "-m", "tests.support.register", data.uri, str(folder / name), **env)
+
+    assert register("one", RAYPROJ_FAULT=f"{point}:*:1").returncode == -signal.SIGKILL
+    again = register("one")
+    assert again.returncode == 0, again.stderr
+    assert "budget" in register("other").stderr
+    assert [(Path(one.run).name, one.accepted) for one in registrations(data.store)] == [
+        ("one", True),
+        ("other", False),
+    ]
+
+
+KINDS = {
+    "train": training,
+    "checkpoint": training,
+    "ledger": releases,
+    "shard": shards,
+    "lease": shards,
+    "budget": registration,
+}
 UNDISTURBED = {"training": undisturbed_training, "private": undisturbed_private, "shards": undisturbed_shards}

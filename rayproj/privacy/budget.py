@@ -11,11 +11,13 @@ and its own plan, compose to no more than the budget. Numbers have no gaps and n
 at once the later sees the earlier, and counts it unless it was refused. A run that dies between the two counts for the
 others, and is judged when it is resumed.
 
-What this does not do. Steps that a driver repeats after losing ranks are charged, but judged only at the next start or by
-the next run. And the composition takes plans as given: where they are chosen after looking at what earlier runs released, a
-privacy filter is wanted (Rogers et al. 2016, arXiv 1605.08294), which for Rényi DP costs nothing more (Feldman and Zrnic
-2021, arXiv 2008.11193), and for the loss distributions used here is not claimed. Other copies of the same private data,
-such as the latents of another autoencoder, have budgets of their own.
+A run is judged by its driver, before it has ranks, and by rank 0 at every start of them: steps that are done again after
+ranks were lost are charged again.
+
+What this does not do. The composition takes plans as given: where they are chosen after looking at what earlier runs
+released, a privacy filter is wanted (Rogers et al. 2016, arXiv 1605.08294), which for Rényi DP costs nothing more (Feldman
+and Zrnic 2021, arXiv 2008.11193), and for the loss distributions used here is not claimed. Other copies of the same private
+data, such as the latents of another autoencoder, have budgets of their own.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from rayproj import faults
 from rayproj.data.dataset import Dataset
 from rayproj.engine.checkpoint import commits
 from rayproj.errors import UserError
@@ -123,8 +126,7 @@ def registrations(dataset: Store) -> list[Registration]:
 
 
 def register(dataset: Store, run: Store, plan: PrivacyPlan) -> None:
-    """Make a run known to its private dataset, and look whether the dataset's budget allows it; by the driver, at each of
-    its starts, before the first step.
+    """Make a run known to its private dataset, and look whether the dataset's budget allows it, before the first step.
 
     A run that is resumed is the same registration. It is judged again by its ledger, since a step that was charged twice
     is no part of the plan.
@@ -133,7 +135,9 @@ def register(dataset: Store, run: Store, plan: PrivacyPlan) -> None:
         UserError: the run would exceed the budget, or the dataset's store cannot be written.
     """
     token = _token(run, dataset)
+    faults.maybe("budget.after_token")
     mine = _mine(dataset, token) or _append(dataset, run, token, plan)
+    faults.maybe("budget.after_registration")
     budget, every = budget_of(dataset), registrations(dataset)
     if budget is None:
         _judge(dataset, mine, True)
@@ -144,7 +148,9 @@ def register(dataset: Store, run: Store, plan: PrivacyPlan) -> None:
     theirs = [record for one in others for record in _tagged(one, charged(one))]
     total = epsilon_spent([*theirs, *own], budget.delta)
     if total <= budget.epsilon:
-        if not _judge(dataset, mine, True):
+        accepted = _judge(dataset, mine, True)
+        faults.maybe("budget.after_verdict")
+        if not accepted:
             register(dataset, run, plan)  # another driver of this run was faster, and refused it
         return
     if not records:

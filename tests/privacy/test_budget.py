@@ -1,5 +1,6 @@
 """The budget of a private dataset: against a composition by hand, two drivers at once, crashes, and what people read."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,10 @@ from rayproj import cli
 from rayproj.errors import UserError
 from rayproj.privacy import accounting, budget
 from rayproj.privacy.budget import charged, register, registrations, set_budget, show_budget
-from rayproj.privacy.ledger import Ledger, next_start, secret_key
+from rayproj.privacy.ledger import Ledger, next_start, secret_key, spent
 from rayproj.privacy.plan import PrivacyPlan
 from rayproj.storage.store import Store, to_json
-from tests.support import images
+from tests.support import commands, images, latents
 
 DELTA = 1e-3
 PLAN = PrivacyPlan(50, 0.2, 2.0, 1.0, steps=10, delta=DELTA, multiplicity=1, normaliser=10.0)
@@ -218,3 +219,24 @@ def test_the_job_is_refused_before_its_first_step(dataset: Store, tmp_path: Path
         finetune_private.main(config.load(finetune_private.Config, tmp_path / "job.yaml", []))
     assert Store(f"{tmp_path}/run").list("ledger") == []
     assert [one.accepted for one in registrations(dataset)] == [False]
+
+
+def test_steps_done_again_after_a_rank_was_lost_are_charged_before_they_are_done(tmp_path: Path) -> None:
+    """Six planned steps fit and so would one done again, but not the four since the last commit."""
+    data = latents.write(str(tmp_path / "latents"))
+    set_budget(data.uri, of((0.2, 2.0, 5), (0.2, 2.0 / 2**0.5, 1)) * 1.0001, DELTA)
+    values = {
+        "diffusion": {"latents": data.uri, "denoiser": latents.DENOISER},
+        "privacy": {"noise_multiplier": 2.0, "delta": DELTA, "expected_batch": 10, "multiplicity": 1},
+        "train": {"steps": 6, "engine": {"optimizer": {"clip_grad_norm": 0}}, "checkpoint": {"every_steps": 100}},
+        "run": {"dir": f"{tmp_path}/run"},
+        "cluster": {"ranks": 1},
+        "tracking": {"wandb": "disabled"},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
+    words = [sys.executable, str(commands.ROOT / "jobs" / "finetune_private.py"), str(tmp_path / "job.yaml")]
+    once = {"RAYPROJ_FAULT": "train.after_step:*:4", "RAYPROJ_FAULT_ONCE": str(tmp_path / "once")}
+    done = commands.run(*words, **once)
+    assert done.returncode == 2, done.stderr
+    assert "this run has charged steps twice" in done.stderr and "Traceback" not in done.stderr
+    assert [record["step"] for record in spent(Store(f"{tmp_path}/run"))] == [0, 1, 2, 3], "none was released again"
