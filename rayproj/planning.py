@@ -29,7 +29,6 @@ from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import TrainConfig
 from rayproj.errors import UserError
 from rayproj.privacy.clipping import clipped_sum, refuse_cross_example_layers
-from rayproj.privacy.noise import gaussian
 from rayproj.privacy.plan import PrivacyConfig, PrivacyPlan
 from rayproj.privacy.plan import plan as privacy_plan
 from rayproj.privacy.step import refuse_engine
@@ -38,7 +37,7 @@ from rayproj.storage.store import Store, to_json
 # A rank on CPU with torch, DeepSpeed, diffusers and Ray imported and its first step done: resident bytes, measured.
 BASE = 560 << 20
 HELD_BACK = 0.125  # of what is in use: freed, but not given back by malloc; measured 0.02 to 0.25 from case to case
-HELD_BACK_PRIVATE = 0.35  # of private training, whose pieces of many sizes leave more gaps; measured 0.2 to 0.44
+HELD_BACK_PRIVATE = 0.35  # of private training, whose pieces of many sizes leave more gaps; measured 0.2 to 0.45
 READER_CACHE = 1 << 30  # bound of `Reader` on the decoded shards that it keeps
 
 
@@ -242,14 +241,10 @@ def rank_memory(
     if privacy is None:
         work = memory.update(model, layout)
     else:
-        if layout.zero_stage == 3:
-            # The sum over the ranks, and the weights, whole for the length of the forwards and backwards. Noise is drawn
-            # parameter by parameter: it and the update fit into what the clipping freed.
-            work = whole + layout.weight * model.parameters
-        else:
-            # The sum over the ranks, and beside it its noise, drawn for this rank's whole share at once, or the update.
-            noise = model.peak(lambda: gaussian(bytes(16), 0, 0, range(share // 4)))
-            work = whole + max(noise, 4 * share)
+        # The sum over the ranks and this rank's share of it; then that share with its noise and both together. At ZeRO-3 the
+        # sum, and the weights, whole for the length of the forwards and backwards; noise is drawn parameter by parameter.
+        gathered = layout.weight * model.parameters
+        work = whole + gathered if layout.zero_stage == 3 else max(whole + share, 3 * share)
     if train.preview_every:
         work = max(work, 3 * whole)  # the averaged weights, as shares and joined, and a model of them
     host = memory.snapshot(model, layout)
@@ -406,24 +401,23 @@ def _table(found: Plan) -> list[str]:
 
 
 def plans(job: str, path: str, overrides: list[str], assumed: Assumed = Assumed()) -> list[Plan]:
-    """The plan of a job, or of every stage of the demo.
+    """The plan of a job, or of every stage of a chain.
 
     Args:
-        job: a name or a script, such as jobs/train_diffusion.py; or "demo".
+        job: a name or a script, such as jobs/train_diffusion.py; or "chain".
 
     Raises:
         UserError: there is no such job, or the config is not one of it.
     """
     name = Path(job).stem
-    if name == "demo":
-        from rayproj import demo
+    if name == "chain":
+        from rayproj import chain
 
-        config = configuration.load(demo.Config, path, overrides)
-        stages = [stage for together in demo.chain(config) for stage in together]
+        stages = [stage for together in chain.stages_of(chain.load(path, overrides)) for stage in together]
         return [plan(sys.modules[main.__module__], stage, assumed) for main, stage in stages]
     known = sorted(module.name for module in pkgutil.iter_modules(import_module("rayproj.jobs").__path__))
     if name not in known:
-        raise UserError(f"There is no job '{job}'; give one of {', '.join(known)}, or demo.")
+        raise UserError(f"There is no job '{job}'; give one of {', '.join(known)}, or chain.")
     module = import_module(f"rayproj.jobs.{name}")
     if not hasattr(module, "Config"):
         raise UserError(

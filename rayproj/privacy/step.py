@@ -66,6 +66,7 @@ class PrivateStep:
                 engine.plain, task.losses, engine.parameters, batch, plan.multiplicity, plan.clip_norm, self.chunk
             )
         share = reduce_to_share(engine, flat)
+        del flat  # as large as the model
         if engine.world.rank == 0:
             self.ledger.charge(step)
         dist.barrier()  # nobody draws noise for a release that is not on record
@@ -89,7 +90,7 @@ class PrivateStep:
             else:
                 draw = secure_gaussian if plan.secure_noise else gaussian
                 noise = draw(self.key, step, start, range(run.start, run.start + run.length), str(share.device))
-                noisy = (share[part] + plan.noise_std * noise) / plan.normaliser
+                noisy = noise.mul_(plan.noise_std).add_(share[part]).div_(plan.normaliser)
             private[part] = noisy
         return private
 

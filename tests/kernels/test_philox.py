@@ -22,9 +22,24 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
-def test_known_answers(counter, key, expected) -> None:  # type: ignore[no-untyped-def]
-    words = philox.philox4x32(tuple(torch.tensor([c]) for c in counter), key)  # type: ignore[arg-type]
+@pytest.mark.parametrize("generate", [philox.philox4x32, philox._rounds])
+def test_known_answers(counter, key, expected, generate) -> None:  # type: ignore[no-untyped-def]
+    words = generate(tuple(torch.tensor([c]) for c in counter), key)
     assert tuple(int(word) for word in words) == expected
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (5, 1), (3, 4, 7), (1025,)])
+def test_the_host_and_vmap_draw_what_torch_does(shape: tuple[int, ...]) -> None:
+    words = torch.randint(0, 2**32, (4, *shape))
+    words[1] = words[1][..., :1]
+    spread = words[2, ..., :1].expand(shape)  # as rows are spread over the blocks of their draws
+    counter = (words[0], words[1], spread, words[3].transpose(0, -1).contiguous().transpose(0, -1))
+    expected = philox._rounds(counter, (7, 2**32 - 1))
+    found = philox.philox4x32(counter, (7, 2**32 - 1))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    if shape[0]:
+        batched = torch.func.vmap(lambda *c: philox.philox4x32(c, (7, 2**32 - 1)))(*counter)
+        assert all(torch.equal(a, b) for a, b in zip(batched, expected, strict=True))
 
 
 def test_extreme_words_stay_finite() -> None:
