@@ -1,4 +1,4 @@
-"""The `rayproj` command: demo, submit, plan, status, logs, stop, resume, privacy, export, verify, gc, doctor."""
+"""The `rayproj` command: demo, chain, submit, plan, status, logs, stop, resume, privacy, export, verify, gc, doctor."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="the whole chain in small, on this machine or on RAY_ADDRESS's cluster")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of configs/demo.yaml")
+    chain = commands.add_parser("chain", help="the jobs that a file names, one after the other, as the demo's")
+    chain.add_argument("config", help="a YAML file with 'stages:', such as configs/demo.yaml")
+    chain.add_argument("overrides", nargs="*", metavar="key=value")
     submit = commands.add_parser("submit", help="submit a job to a Ray cluster")
     submit.add_argument("job", help="a script, such as jobs/train_diffusion.py")
     submit.add_argument("config", help="a YAML file below the current folder")
@@ -27,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     submit.add_argument("--retries", type=int, default=0, metavar="N", help="follow, and send it again if it is lost")
     submit.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
     plan = commands.add_parser("plan", help="what a job would need and do, without starting anything")
-    plan.add_argument("job", help="a script, such as jobs/train_diffusion.py, or its name, or demo")
+    plan.add_argument("job", help="a script, such as jobs/train_diffusion.py, or its name, or chain")
     plan.add_argument("config", help="a YAML file")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.add_argument("--samples", type=int, default=0, metavar="N", help="of an input that is not there yet")
@@ -81,7 +84,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "demo":
-        return run_demo(arguments.overrides)
+        print("rayproj demo: real images in, private synthetic images, classifiers and a report out.", file=sys.stderr)
+        return run_chain(config_path("demo.yaml"), arguments.overrides)
+    if arguments.command == "chain":
+        return run_chain(Path(arguments.config), arguments.overrides)
     if arguments.command == "submit":
         from rayproj.runtime import submit
 
@@ -127,19 +133,19 @@ def _run(arguments: argparse.Namespace) -> int:
     return print_checks(arguments.uri or ".")
 
 
-def run_demo(overrides: list[str]) -> int:
-    """The chain of configs/demo.yaml."""
-    print("rayproj demo: real images in, private synthetic images, classifiers and a report out.", file=sys.stderr)
-    from rayproj import config, demo
+def run_chain(path: Path, overrides: list[str]) -> int:
+    """The jobs of a chain."""
+    from rayproj import chain
     from rayproj.runtime.command import run_guarded
     from rayproj.tracking.progress import say
 
-    def chain(settings: demo.Config) -> dict[str, object]:
-        result = demo.main(settings)
-        say(f"The report: {result['html']}")
+    def main(config: chain.Config) -> dict[str, object]:
+        result = chain.main(config)
+        if "html" in result:
+            say(f"The report: {result['html']}")
         return result
 
-    return run_guarded(lambda: config.load(demo.Config, config_path("demo.yaml"), overrides), chain)
+    return run_guarded(lambda: chain.load(path, overrides), main)
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

@@ -69,7 +69,7 @@ def from_dict(schema: type[T], values: dict[str, Any]) -> T:
 def _given(schema: DictConfig, path: str | Path | None, overrides: list[str]) -> Iterator[tuple[str, str, Any]]:
     """What the user gave: (where, dotted key, value), the file before the overrides."""
     if path is not None:
-        for key, value in _leaves(_read(path), schema):
+        for key, value in _leaves(read(path), schema):
             yield str(path), key, value
     for override in overrides:
         key, separator, _ = override.partition("=")
@@ -84,7 +84,12 @@ def _given(schema: DictConfig, path: str | Path | None, overrides: list[str]) ->
             yield override, leaf, leaf_value
 
 
-def _read(path: str | Path) -> DictConfig:
+def read(path: str | Path) -> DictConfig:
+    """A YAML file as it stands.
+
+    Raises:
+        UserError: it is not there, or holds no mapping.
+    """
     try:
         given = OmegaConf.load(path)
     except FileNotFoundError:

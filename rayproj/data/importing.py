@@ -23,6 +23,8 @@ class ImportConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     out: str = "???"  # a part goes to <out>/<part>
     fractions: dict[str, float] = field(default_factory=dict)  # of what the source calls "train"; {}: keep its splits
+    # part -> the classes whose samples it keeps, the others being left out; {}: all. Labels mean the same in every part.
+    classes: dict[str, list[str]] = field(default_factory=dict)
     shard_size: int = 256
     seed: int = 0
 
@@ -66,6 +68,7 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
         "parts": {part: _summary(dataset) for part, dataset in datasets.items()},
         "samples": sum(dataset.header.num_samples for dataset in datasets.values()),
         "source": source.name,
+        "classes": config.classes,
         "licence": source.licence,
         "attribution": source.attribution,
     }
@@ -86,15 +89,27 @@ def headers(config: ImportConfig, inputs: Inputs) -> dict[str, Header]:
 def _read(config: ImportConfig) -> tuple[Source, dict[str, list[Sample]]]:
     """The samples of each part."""
     source = open_source(config.source)
+    kept = {part: _labels(source.classes, names) for part, names in config.classes.items()}
     parts: dict[str, list[Sample]] = {}
     for sample in source.samples():
         split, group = sample.pop("split"), sample.pop("group")
         part = assign(group, config.fractions, config.seed) if config.fractions and split == "train" else split
-        parts.setdefault(part, []).append(sample)
-    missing = sorted(set(config.fractions) - set(parts))
+        if part not in kept or sample["label"] in kept[part]:
+            parts.setdefault(part, []).append(sample)
+    missing = sorted({*config.fractions, *kept} - set(parts))
     if missing:
-        raise UserError(f"The part '{missing[0]}' got no sample; the source is too small for data.fractions.")
+        raise UserError(
+            f"The part '{missing[0]}' got no sample; the source is too small for data.fractions and data.classes, or has "
+            f"no such part: there are {', '.join(sorted(parts))}."
+        )
     return source, parts
+
+
+def _labels(known: tuple[str, ...], names: list[str]) -> set[int]:
+    wrong = sorted(set(names) - set(known))
+    if wrong:
+        raise UserError(f"data.classes has '{wrong[0]}', and the source has {', '.join(known)}.")
+    return {known.index(name) for name in names}
 
 
 def _position(key: str, seed: int) -> bytes:
@@ -111,7 +126,13 @@ def _header(source: Source, part: str, samples: list[Sample], config: ImportConf
         classes=source.classes,
         licence=source.licence,
         attribution=source.attribution,
-        provenance={"source": source.name, "part": part, "fractions": config.fractions, "seed": config.seed},
+        provenance={
+            "source": source.name,
+            "part": part,
+            "fractions": config.fractions,
+            "seed": config.seed,
+            **({"classes": config.classes[part]} if part in config.classes else {}),
+        },
     )
 
 

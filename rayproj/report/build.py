@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
@@ -18,6 +19,12 @@ from rayproj.report import figures
 from rayproj.storage.store import Store, from_json
 
 PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "webdataset", "wandb", "omegaconf", "dp-accounting", "numpy")
+TRAINED = ("train_autoencoder", "train_diffusion", "finetune_private")  # the jobs whose trainings are shown
+MODELS = {
+    "train_autoencoder": "autoencoder",
+    "train_diffusion": "diffusion, public",
+    "finetune_private": "diffusion, private",
+}
 TITLES = {"real": "real images", "public": "public model's images", "private": "private model's images"}
 
 
@@ -46,6 +53,11 @@ class Stages:
     def config(self, name: str) -> str:
         return self.stores[name].read("config.yaml").decode()
 
+    def of(self, job: str) -> list[str]:
+        """The finished stages that are of a job, in the order in which they ended."""
+        found = [name for name, result in self.results.items() if result["job"] == job]
+        return sorted(found, key=lambda name: self.results[name]["finished_at"])
+
 
 def training(stages: Stages, name: str) -> dict[str, Any]:
     """What a training run came to: its result with the first and last logged loss and the median speed."""
@@ -70,8 +82,13 @@ def gather(stages: Stages) -> dict[str, Any]:
             report[key] = training(stages, name)
     if "train_autoencoder" in done:
         report["autoencoder"]["psnr"] = done["train_autoencoder"]["psnr"]
-    if "finetune_private" in done:
-        report["privacy"] = {**done["finetune_private"]["privacy"], "training": training(stages, "finetune_private")}
+    trained = [name for job in TRAINED for name in stages.of(job)]
+    report["trainings"] = {MODELS.get(name, name): training(stages, name) for name in trained}
+    private = stages.of("finetune_private")
+    if private:
+        report["private_models"] = {n: {**done[n]["privacy"], "training": training(stages, n)} for n in private}
+        first = "finetune_private" if "finetune_private" in private else private[0]
+        report["privacy"] = report["private_models"][first]
     for name, key in (("generate_private", "synthesis_private"), ("generate_public", "synthesis")):
         if name in done:
             report[key] = {k: done[name][k] for k in ("samples", "shards", "images_per_second", "manifest")}
@@ -87,10 +104,53 @@ def gather(stages: Stages) -> dict[str, Any]:
         }
         if found.get("skewsize"):
             report["skewsize"] = found["skewsize"]
+        if private:
+            report["privacy_and_use"] = privacy_and_use(stages)
     ordered = sorted(done.items(), key=lambda item: item[1]["finished_at"])
     report["stages"] = {name: {"job": r["job"], "seconds": r["seconds"]} for name, r in ordered}
     report["environment"] = environment()
     return report
+
+
+def privacy_and_use(stages: Stages) -> list[dict[str, Any]]:
+    """What each synthetic set is worth and what its private data were promised, the strongest promise first.
+
+    A set is that of `evaluate.synthetic`, and its classifier the one of the same name. Its ε is 0 where nothing private was
+    seen, and None, that is ∞, where private data were trained on without a promise.
+    """
+    result = stages.results["evaluate"]
+    given: Any = OmegaConf.to_container(OmegaConf.create(stages.config("evaluate")))
+    protected = {_values(stages.stores[name])["diffusion"]["latents"] for name in stages.of("finetune_private")}
+    rows = []
+    for name, uri in given["evaluate"]["synthetic"].items():
+        made = Dataset.open(uri).header.provenance
+        values, certificate = _values(Store(made["model"])), made["private"]
+        accuracy = result["accuracy"].get(name)
+        rows.append(
+            {
+                "name": name,
+                "epsilon": certificate["epsilon"] if certificate else None if _saw(values, protected) else 0.0,
+                "delta": certificate["delta"] if certificate else None,
+                "from_scratch": not values["diffusion"].get("init"),
+                "accuracy": accuracy,
+                "frechet_distance": result["quality"]["frechet_distance"][name],
+            }
+        )
+    return sorted(rows, key=lambda row: (row["from_scratch"] and row["epsilon"] != 0, _size(row["epsilon"])))
+
+
+def _values(run: Store) -> Any:
+    return OmegaConf.to_container(OmegaConf.create(run.read("config.yaml").decode()))
+
+
+def _saw(values: Any, protected: set[str]) -> bool:
+    """Whether a model, or one that it started from, was trained on protected data."""
+    init = values["diffusion"].get("init")
+    return values["diffusion"]["latents"] in protected or bool(init and _saw(_values(Store(init)), protected))
+
+
+def _size(epsilon: float | None) -> float:
+    return float("inf") if epsilon is None else epsilon
 
 
 def environment() -> dict[str, Any]:
@@ -106,7 +166,9 @@ def environment() -> dict[str, Any]:
 def sample_columns(stages: Stages, per_class: int) -> tuple[dict[str, np.ndarray], list[str]]:
     """Images by source, uint8 [classes, per_class, C, H, W], and the class names."""
     root = stages.root
-    sources = {"real": "data/public", "public": "synthetic/public", "private": "synthetic/private"}
+    sources = {"real": "data/test"}  # whoever reads a report may see no private image
+    made = [path.split("/")[1] for path in root.list("synthetic") if path.endswith("/dataset.json")]
+    sources |= {name: f"synthetic/{name}" for name in _ordered(dict.fromkeys(sorted(made)))}
     columns: dict[str, np.ndarray] = {}
     classes: list[str] = []
     for name, place in sources.items():
@@ -122,31 +184,35 @@ def sample_columns(stages: Stages, per_class: int) -> tuple[dict[str, np.ndarray
             images = found["image"][found["label"] == label][:per_class]
             missing = per_class - len(images)
             rows.append(np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)]))
-        columns[TITLES[name]] = np.stack(rows)
+        columns[TITLES.get(name, name)] = np.stack(rows)
     return columns, classes
 
 
 def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
     """The report's figures as data URIs, by name."""
     found: dict[str, str] = {}
-    columns, classes = sample_columns(stages, 6)
+    columns, classes = sample_columns(stages, 6 if len(stages.of("generate")) < 4 else 3)
     if columns:
         found["samples"] = _uri(figures.png(figures.samples(columns, classes)), "png")
     series = {}
-    for name, title in (
-        ("train_autoencoder", "autoencoder"),
-        ("train_diffusion", "diffusion, public"),
-        ("finetune_private", "diffusion, private"),
-    ):
+    for name in [name for job in TRAINED for name in stages.of(job)]:
         rows = [row for row in stages.lines(name, "metrics.jsonl") if "loss" in row]
         if rows:
-            series[title] = ([row["step"] for row in rows], [row["loss"] for row in rows])
+            series[MODELS.get(name, name)] = ([row["step"] for row in rows], [row["loss"] for row in rows])
     if series:
         found["losses"] = _uri(figures.svg(figures.curves(series, "loss")), "svg+xml")
-    spent = [row for row in stages.lines("finetune_private", "metrics.jsonl") if "epsilon" in row]
+    spent = {}
+    for name in stages.of("finetune_private"):
+        rows = [row for row in stages.lines(name, "metrics.jsonl") if "epsilon" in row]
+        if rows:
+            title = MODELS.get(name, name)
+            spent[title] = ([row["step"] for row in rows], [row["epsilon"] for row in rows])
     if spent:
-        curve = {"privacy spent": ([row["step"] for row in spent], [row["epsilon"] for row in spent])}
-        found["epsilon"] = _uri(figures.svg(figures.curves(curve, "ε")), "svg+xml")
+        found["epsilon"] = _uri(figures.svg(figures.curves(spent, "ε spent")), "svg+xml")
+    rows = report.get("privacy_and_use", [])
+    if len([row for row in rows if row["epsilon"] and row["accuracy"]]) > 1:
+        real = report["classifier"]["intervals"].get("real")
+        found["privacy_and_use"] = _uri(figures.svg(figures.privacy_and_use(rows, real)), "svg+xml")
     if "evaluate" in stages.results:
         result = stages.results["evaluate"]
         chance = 1 / len(result["classes"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 
 INK = "#7a869a"  # axes and text: between the two backgrounds
 COLOURS = {"real": "#2a9d8f", "public": "#e09f3e", "private": "#c8553d"}
+PANELS = 4  # in a row
 SERIES = ["#4c86c6", "#e09f3e", "#c8553d", "#2a9d8f", "#8d6cc1", "#7a869a"]
 
 plt.rcParams.update(
@@ -72,8 +74,8 @@ def samples(columns: dict[str, np.ndarray], classes: list[str], zoom: float = 0.
 
 def curves(series: dict[str, tuple[list[float], list[float]]], ylabel: str, log: bool = False) -> Figure:
     """Lines over steps: name -> (steps, values), each in its own panel, since their scales differ."""
-    figure, axes = plt.subplots(1, len(series), figsize=(3.1 * len(series), 2.3), squeeze=False, layout="constrained")
-    for axis, (name, (x, y)), colour in zip(axes[0], series.items(), SERIES, strict=False):
+    figure, axes = _panels(len(series), 3.1, 2.3)
+    for axis, (name, (x, y)), colour in zip(axes, series.items(), cycle(SERIES), strict=False):
         axis.plot(x, y, color=colour, linewidth=1.6, marker="o" if len(x) < 12 else None, markersize=3)
         axis.set_title(name)
         axis.set_xlabel("update")
@@ -102,10 +104,8 @@ def accuracy_bars(accuracy: dict[str, dict[str, Any]], chance: float, titles: di
 
 def confusions(matrices: dict[str, list[list[int]]], classes: list[str], titles: dict[str, str]) -> Figure:
     """Confusion matrices as shares of the true class."""
-    figure, axes = plt.subplots(
-        1, len(matrices), figsize=(3.5 * len(matrices) + 1, 3.9), squeeze=False, layout="constrained", sharey=True
-    )
-    for axis, (name, counts) in zip(axes[0], matrices.items(), strict=True):
+    figure, axes = _panels(len(matrices), 3.8, 3.9)
+    for number, (axis, (name, counts)) in enumerate(zip(axes, matrices.items(), strict=False)):
         share = np.array(counts) / np.maximum(1, np.sum(counts, axis=1, keepdims=True))
         axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for i, j in np.argwhere(share >= 0.1):
@@ -113,10 +113,61 @@ def confusions(matrices: dict[str, list[list[int]]], classes: list[str], titles:
                       color="white" if share[i, j] > 0.5 else "#223")  # fmt: skip
         axis.set_title(titles.get(name, name))
         axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=7)
-        axis.set_yticks(range(len(classes)), classes, fontsize=7)
+        axis.set_yticks(range(len(classes)), classes if number % PANELS == 0 else [], fontsize=7)
         axis.set_xlabel("predicted")
-    axes[0][0].set_ylabel("true")
+        axis.set_ylabel("true" if number % PANELS == 0 else "")
     return figure
+
+
+def privacy_and_use(rows: list[dict[str, Any]], real: dict[str, Any] | None) -> Figure:
+    """Accuracy and Fréchet distance over ε, of models that began with a public one and of those that did not.
+
+    Args:
+        rows: of `build.privacy_and_use`.
+        real: the accuracy of training on real images, with its interval.
+    """
+    values = sorted({row["epsilon"] for row in rows if row["epsilon"]})
+    place: dict[float | None, int] = {0.0: 0, **{e: i + 1 for i, e in enumerate(values)}, None: len(values) + 1}
+    labels = ["0", *(f"{value:.3g}" for value in values), "∞"]
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.1), layout="constrained")
+    for scratch, title, colour in (
+        (False, "begun with the public model", SERIES[0]),
+        (True, "from scratch", SERIES[2]),
+    ):
+        # ε = 0 is the public model itself, where a line of those that began with it starts.
+        line = [r for r in rows if r["accuracy"] and scratch == (r["from_scratch"] and r["epsilon"] != 0)]
+        line.sort(key=lambda row: place[row["epsilon"]])
+        if not line:
+            continue
+        x = [place[row["epsilon"]] for row in line]
+        y = np.array([row["accuracy"]["value"] for row in line])
+        error = [y - [r["accuracy"]["low"] for r in line], [r["accuracy"]["high"] for r in line] - y]
+        axes[0].errorbar(x, y, yerr=error, color=colour, marker="o", markersize=4, capsize=3, label=title)
+        axes[1].plot(x, [row["frechet_distance"] for row in line], color=colour, marker="o", markersize=4, label=title)
+    if real:
+        axes[0].axhline(real["value"], color=COLOURS["real"], linestyle="--", linewidth=1, label="real images")
+    axes[0].set_ylim(0, 1)
+    axes[0].set_ylabel("accuracy on real test images")
+    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylabel("Fréchet distance")
+    for axis in axes:
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set_xlim(-0.3, len(labels) - 0.7)
+        axis.set_xlabel("ε of the private images")
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
+    """As many axes, at most PANELS in a row."""
+    columns = min(PANELS, count)
+    rows = -(-count // columns)
+    size = (width * columns + 0.4, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    flat = list(axes.flat)
+    for axis in flat[count:]:
+        axis.set_visible(False)
+    return figure, flat
 
 
 def timeline(spans: list[dict[str, Any]]) -> Figure:

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,21 @@ def test_patients_are_never_torn_apart(folder: Path) -> None:
         dataset = Dataset.open(str(folder / "out" / part))
         patients.append(set(Reader(dataset, ["patient"]).gather(np.arange(dataset.header.num_samples))["patient"]))
     assert patients[0] and patients[1] and not patients[0] & patients[1]
+
+
+def test_a_part_of_some_classes_alone(folder: Path) -> None:
+    config = SourceConfig(kind=SourceKind.image_folder, path=str(folder), image_size=16)
+    out = ImportConfig(source=config, out=str(folder / "out"), fractions={"a": 0.5, "b": 0.5}, classes={"a": ["dog"]})
+    parts = import_dataset(out, lambda event: None)["parts"]
+    assert parts["a"]["class_counts"].keys() == {"dog"} and parts["b"]["class_counts"].keys() == {"cat", "dog"}
+    for part in ("a", "b"):
+        dataset = Dataset.open(str(folder / "out" / part))
+        assert dataset.header.classes == ("cat", "dog"), "labels mean the same in both"
+        assert set(Reader(dataset).gather(np.arange(dataset.header.num_samples))["label"]) <= {0, 1}
+    with pytest.raises(UserError, match=r"has 'cow', and the source has cat, dog"):
+        import_dataset(replace(out, classes={"a": ["cow"]}), lambda event: None)
+    with pytest.raises(UserError, match=r"no such part: there are a, b"):
+        import_dataset(replace(out, classes={"c": ["dog"]}), lambda event: None)
 
 
 def spoil_image(folder: Path) -> None:
