@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     budget.add_argument("dataset", metavar="DATASET_URI", help="the private latents")
     budget.add_argument("--epsilon", type=float, metavar="E", help="set it, once and for all; without: show it")
     budget.add_argument("--delta", type=float, metavar="D", help="less than one over the number of examples")
+    close = questions.add_parser("close", help="give back what a run has planned and will not do; it can never go on")
+    close.add_argument("run", metavar="RUN", help="a run dir of jobs/finetune_private.py")
     export = commands.add_parser("export", help="the model of a run, with a model card, in formats that others read")
     export.add_argument("run", metavar="RUN", help="run dir of a training job")
     export.add_argument("--to", required=True, metavar="DIR", help="a folder that is not there yet")
@@ -166,6 +168,9 @@ def run_privacy(arguments: argparse.Namespace) -> int:
 
     if arguments.question == "show":
         print(budget.show_runs(arguments.runs))
+        return 0
+    if arguments.question == "close":
+        print(budget.show_budget(budget.close(arguments.run)))
         return 0
     if (arguments.epsilon is None) != (arguments.delta is None):
         raise UserError("A budget is an ε at a δ; give both --epsilon and --delta, or neither to see what is left.")

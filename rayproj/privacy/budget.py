@@ -14,6 +14,8 @@ others, and is judged when it is resumed.
 A run is judged by its driver, before it has ranks, and by rank 0 at every start of them: steps that are done again after
 ranks were lost are charged again.
 
+A run that nobody will go on with is closed: from then on its ledger alone counts.
+
 What this does not do. The composition takes plans as given: where they are chosen after looking at what earlier runs
 released, a privacy filter is wanted (Rogers et al. 2016, arXiv 1605.08294), which for Rényi DP costs nothing more (Feldman
 and Zrnic 2021, arXiv 2008.11193), and for the loss distributions used here is not claimed. Other copies of the same private
@@ -38,7 +40,7 @@ from rayproj.engine.checkpoint import commits
 from rayproj.errors import UserError
 from rayproj.privacy.accounting import epsilon_of
 from rayproj.privacy.certificate import ledger_digest
-from rayproj.privacy.ledger import epsilon_spent, mechanisms, spent
+from rayproj.privacy.ledger import CLOSED, epsilon_spent, mechanisms, refuse_closed, spent
 from rayproj.privacy.plan import PrivacyPlan
 from rayproj.storage.retry import StoreUnavailable
 from rayproj.storage.store import Store, from_json, to_json
@@ -132,8 +134,9 @@ def register(dataset: Store, run: Store, plan: PrivacyPlan) -> None:
     is no part of the plan.
 
     Raises:
-        UserError: the run would exceed the budget, or the dataset's store cannot be written.
+        UserError: the run would exceed the budget or was closed, or the dataset's store cannot be written.
     """
+    refuse_closed(run)
     token = _token(run, dataset)
     faults.maybe("budget.after_token")
     mine = _mine(dataset, token) or _append(dataset, run, token, plan)
@@ -159,29 +162,53 @@ def register(dataset: Store, run: Store, plan: PrivacyPlan) -> None:
 
 
 def charged(one: Registration) -> Records:
-    """Records of what a run has released or may release yet: its ledger alone once it is done; else also the planned steps
-    that are not in it; and its whole plan where its ledger cannot be read."""
+    """Records of what a run has released or may release yet: its ledger alone once it is done or closed; else also the
+    planned steps that are not in it; and its whole plan where its ledger cannot be read."""
     ledger = ledger_of(one)
     if ledger is None:
         return _planned(one, range(one.steps), "")
-    records, finished = ledger
-    if finished and records:
+    records, ended = ledger
+    if ended == "closed" or (ended and records):
         return records
     done = {record["step"] for record in records}
     return records + _planned(one, (step for step in range(one.steps) if step not in done), _key(records))
 
 
-def ledger_of(one: Registration) -> tuple[Records, bool] | None:
-    """The ledger of a registered run and whether the run is done; None where it cannot be read from here, or its folder is
-    not there any more or is another run's."""
+def ledger_of(one: Registration) -> tuple[Records, str] | None:
+    """The ledger of a registered run, and "done", "closed", or "" while it may go on; None where it cannot be read from
+    here, or its folder is not there any more or is another run's."""
     try:
         run = Store(one.run)
         if not run.exists(TOKEN) or from_json(run.read(TOKEN))["token"] != one.token:
             return None
-        finished = run.exists("result.json")  # looked at first: from then on nothing is added to the ledger
-        return spent(run), finished
+        # Looked at first: from then on nothing is added to the ledger that was released.
+        ended = "done" if run.exists("result.json") else "closed" if run.exists(CLOSED) else ""
+        return spent(run), ended
     except (OSError, UserError, StoreUnavailable):
         return None
+
+
+def close(uri: str) -> Store:
+    """Give back what a run has planned and will not do. It can never release more; what it has released stays spent.
+
+    Returns:
+        The store of its private dataset.
+
+    Raises:
+        UserError: the folder is of no run that has registered with a dataset, or of one that is done.
+    """
+    run = Store(uri)
+    if not run.exists(TOKEN):
+        raise UserError(
+            f"'{uri}' is no private run that has registered with its dataset, so it holds nothing of a budget; 'rayproj "
+            "privacy budget DATASET' lists those that do. (Of one whose folder is gone, all that it planned stays spent.)"
+        )
+    if run.exists("result.json"):
+        raise UserError(
+            f"'{uri}' is done, so it holds no more of the budget than it has spent; there is nothing to close."
+        )
+    run.put_once(CLOSED, to_json({"at": time.time()}))
+    return Store(from_json(run.read(TOKEN))["dataset"])
 
 
 def _token(run: Store, dataset: Store) -> str:
@@ -359,7 +386,7 @@ def _show_run(run: Store) -> tuple[str, Store | None]:
     starts = Counter(record["start"] for record in records)
     again = sum(count - 1 for count in draws.values())
     lines = [
-        ("run", f"{run.uri} ({'done' if finished else 'not finished'})"),
+        ("run", f"{run.uri} ({'done' if finished else 'closed' if run.exists(CLOSED) else 'not finished'})"),
         (
             "spent",
             f"ε = {_up(epsilon_spent(records, delta))} at δ = {delta:g}, for each example ({PrivacyPlan.relation})",
@@ -408,7 +435,7 @@ def show_budget(dataset: Store) -> str:
         elif ledger is None:
             state, used = "not to be read from here, so taken to be spent", planned
         else:
-            state = "done" if ledger[1] else "not finished" if ledger[0] or one.accepted else "not judged yet"
+            state = ledger[1] or ("not finished" if ledger[0] or one.accepted else "not judged yet")
             used = _up(epsilon_spent(ledger[0], delta))
         rows.append((f"  run {one.number}", f"ε = {used} spent of {planned} planned, {state}: {one.run}"))
     if every:

@@ -15,9 +15,12 @@ from collections import Counter
 from typing import Any
 
 from rayproj import faults
+from rayproj.errors import UserError
 from rayproj.privacy import accounting
 from rayproj.privacy.plan import PrivacyPlan
 from rayproj.storage.store import Store, from_json, to_json
+
+CLOSED = "closed.json"  # of a run that may release nothing more
 
 
 def secret_key(store: Store) -> bytes:
@@ -47,7 +50,12 @@ class Ledger:
         self.key_id = hashlib.sha256(b"id" + key).hexdigest()[:16]
 
     def charge(self, step: int) -> None:
-        """Record the release of a step; on return it is durable."""
+        """Record the release of a step; on return it is durable.
+
+        Raises:
+            UserError: the run was closed. (Looked at after the record is there: whoever has closed it and reads the ledger
+                then sees every release that was let through.)
+        """
         faults.maybe("ledger.before_record")
         path = f"ledger/{step:08d}-{self.start:08d}.json"
         if not self.store.put_once(path, to_json(self.record(step))):
@@ -55,6 +63,7 @@ class Ledger:
                 f"Step {step} of start {self.start} is charged already: two drivers run {self.store.uri}."
             )
         faults.maybe("ledger.after_record")
+        refuse_closed(self.store)
 
     def record(self, step: int) -> dict[str, Any]:
         """What is recorded of a release."""
@@ -67,6 +76,15 @@ class Ledger:
             "plan": self.plan.digest(),
             "key": self.key_id,
         }
+
+
+def refuse_closed(store: Store) -> None:
+    """Raise UserError for a run that was closed."""
+    if store.exists(CLOSED):
+        raise UserError(
+            f"The private run '{store.uri}' was closed by 'rayproj privacy close', so it may release nothing more; its last "
+            "commit can be used as it is, and another run.dir be begun."
+        )
 
 
 def next_start(store: Store) -> int:

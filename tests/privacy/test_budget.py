@@ -116,6 +116,41 @@ def test_a_run_whose_ledger_is_gone_counts_with_its_whole_plan(dataset: Store, t
     assert [len(charged(one)) for one in registrations(dataset)] == [10, 10]
 
 
+def test_a_closed_run_counts_with_its_ledger_alone_and_releases_no_more(
+    dataset: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit(dataset, 14)
+    a, b = run_dir(tmp_path, "a"), run_dir(tmp_path, "b")
+    assert cli.main(["privacy", "close", a.uri]) == 2
+    assert "holds nothing of a budget" in capsys.readouterr().err
+    register(dataset, a, PLAN)
+    ledger = Ledger(a, PLAN, secret_key(a), next_start(a))
+    for step in range(3):
+        ledger.charge(step)
+    with pytest.raises(UserError, match="budget"):
+        register(dataset, b, PLAN)
+    assert cli.main(["privacy", "close", a.uri]) == 0
+    assert f"ε = {budget._up(of((0.2, 2.0, 3)))} spent of" in (text := capsys.readouterr().out) and "closed" in text
+    with pytest.raises(UserError, match="may release nothing more"):  # a driver that was at it all the while
+        ledger.charge(3)
+    with pytest.raises(UserError, match="may release nothing more"):
+        register(dataset, a, PLAN)
+    # The fourth is on record, although nothing was released: 4 + 10 steps fit, and 5 + 10 would not.
+    assert len(charged(registrations(dataset)[0])) == 4
+    register(dataset, b, PLAN)
+    b.put_once("result.json", to_json({}))
+    assert cli.main(["privacy", "close", b.uri]) == 2
+    assert "there is nothing to close" in capsys.readouterr().err
+
+
+def test_a_run_closed_before_its_first_step_costs_nothing(dataset: Store, tmp_path: Path) -> None:
+    limit(dataset, 10)
+    a = run_dir(tmp_path, "a")
+    register(dataset, a, PLAN)
+    budget.close(a.uri)
+    register(dataset, run_dir(tmp_path, "b"), PLAN)
+
+
 def test_of_two_drivers_at_once_both_never_pass(dataset: Store, tmp_path: Path) -> None:
     limit(dataset, 15)
     for trial in range(12):
