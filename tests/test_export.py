@@ -16,9 +16,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
 
 from rayproj import classifiers
-from rayproj.diffusion import flow
+from rayproj.diffusion import sampling
 from rayproj.diffusion.autoencoder import Codec, to_unit_range
-from rayproj.diffusion.flow import SamplerConfig
+from rayproj.diffusion.process import Process, ProcessConfig
+from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.engine.checkpoint import load_ema
 from rayproj.errors import UserError
@@ -141,8 +142,9 @@ else:
     found = elsewhere(pipeline, then, tmp_path, noise=noise.numpy())
     latents = {}
     for name, guidance in (("plain", 1.0), ("guided", 3.0)):
-        velocity = flow.guided(model.denoiser, model.denoiser.num_classes, guidance)
-        latents[name] = flow.integrate(velocity, noise, labels, SamplerConfig(steps=5, guidance=guidance))
+        config = SamplerConfig(steps=5, guidance=guidance)
+        network = sampling.guided(model.denoiser, model.denoiser.num_classes, config)
+        latents[name] = sampling.integrate(network, noise, labels, config, model.process)
         np.testing.assert_allclose(found[name], latents[name].numpy(), atol=1e-4)
         codec = model.codec
         decoded = codec.model.decode(latents[name] * codec.std + codec.mean).clamp(-1, 1)
@@ -151,7 +153,7 @@ else:
         difference = np.abs(found[f"{name} uint8"].astype(int) - ours)
         assert difference.max() <= 1 and (difference > 0).mean() < 0.01
     # The comparison can tell labels and guidance apart, and the images are not all of one grey.
-    other = flow.integrate(model.denoiser, noise, labels.flip(0), SamplerConfig(steps=5))
+    other = sampling.integrate(model.denoiser, noise, labels.flip(0), SamplerConfig(steps=5), model.process)
     assert (other - latents["plain"]).abs().max() > 1e-2
     assert (latents["guided"] - latents["plain"]).abs().max() > 1e-2
     assert found["plain uint8"].std() > 3
@@ -163,11 +165,11 @@ def test_the_scheduler_noises_as_the_flow_does(pipeline: Path) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline, subfolder="scheduler")
     x0, noise = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0)).unbind()
     for t in (0.125, 0.75, 1.0):
-        ours = flow.noised(x0, noise, torch.full((3,), t))
+        ours = Process(ProcessConfig()).noised(x0, noise, torch.full((3,), t))
         theirs = scheduler.scale_noise(x0, torch.full((3,), 1000 * t), noise)
         torch.testing.assert_close(theirs, ours)
     scheduler.set_timesteps(sigmas=[1.0])
-    back = scheduler.step(flow.velocity_target(x0, noise), scheduler.timesteps[0], noise).prev_sample
+    back = scheduler.step(noise - x0, scheduler.timesteps[0], noise).prev_sample
     torch.testing.assert_close(back, x0)
 
 

@@ -28,7 +28,7 @@ class DenoiserConfig:
 
 
 class Denoiser(nn.Module):
-    """Predicts the velocity of the flow at (x, t) given a label; label `num_classes` means "none"."""
+    """Predicts what its process asks for at (x, t) given a label; label `num_classes` means "none"."""
 
     def __init__(self, config: DenoiserConfig, latent_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Denoiser(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Velocity [B, C, h, w] at latents x [B, C, h, w] and times t [B] in [0, 1] (1 is pure noise)."""
+        """The prediction [B, C, h, w] at latents x [B, C, h, w] and times t [B] in [0, 1] (1 is pure noise)."""
         dtype = next(self.parameters()).dtype
         # The network's time embedding is made for 1000 steps.
         out: Tensor = self.unet(x.to(dtype), (t * 1000).to(dtype), class_labels=label).sample

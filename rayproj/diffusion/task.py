@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from rayproj import config as configuration
 from rayproj import keyed
 from rayproj.data.dataset import Dataset, Header
-from rayproj.diffusion import flow
+from rayproj.diffusion import process, sampling
 from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig
-from rayproj.diffusion.flow import SamplerConfig, TimeDensity
+from rayproj.diffusion.process import Process, ProcessConfig, TimeDensity
+from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.engine.checkpoint import load_ema
 from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch
@@ -31,6 +32,7 @@ class DiffusionConfig:
     init: str = ""  # run dir of a trained model to start from
     trainable: str = ""  # regular expression: parameters in whose names it is found are trained, the others stay
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
     label_dropout: float = 0.1  # share of examples trained without their label, for guidance
     time_density: TimeDensity = TimeDensity.logit_normal  # of the training times; 1 is pure noise
     time_mean: float = 0.0  # of their logit, where that is normal
@@ -50,7 +52,7 @@ class DiffusionConfig:
 
 
 class DiffusionTask:
-    """Rectified-flow matching on cached latents.
+    """Denoising of cached latents: rectified flow, or another process.
 
     Args:
         latents: the header of the latent dataset, which has the field "moments" [2C, h, w]: mean and standard
@@ -60,6 +62,7 @@ class DiffusionTask:
 
     def __init__(self, config: DiffusionConfig, latents: Header, seed: int, codec: Codec | None = None) -> None:
         self.config, self.seed, self.codec = config, seed, codec
+        self.process = Process(config.process)
         double, *sides = latents.fields["moments"].shape
         self.latent_shape = (double // 2, *sides)
         self.num_classes = len(latents.classes)
@@ -92,21 +95,26 @@ class DiffusionTask:
         t = self._times(row)
         dropped = keyed.uniform(self.seed, "label_dropout", row) < self.config.label_dropout
         label = torch.where(dropped, self.num_classes, batch["label"])
-        velocity = model(flow.noised(x0, noise, t), t, label)
-        return (velocity.float() - flow.velocity_target(x0, noise)).square().flatten(1).mean(1)
+        out = model(self.process.input_of(self.process.noised(x0, noise, t), t), t, label)
+        errors = (out.float() - self.process.target(x0, noise, t)).square().flatten(1).mean(1)
+        return self.process.weight(t) * errors
 
     def _times(self, row: Tensor) -> Tensor:
         config = self.config
         if config.time_density is TimeDensity.logit_normal:
-            return flow.logit_normal(keyed.normal(self.seed, "time", row), config.time_mean, config.time_std)
+            return process.logit_normal(keyed.normal(self.seed, "time", row), config.time_mean, config.time_std)
         u = keyed.uniform(self.seed, "time", row)
-        return flow.mixture_of_uniforms(u, config.time_mixture) if config.time_mixture else u
+        return process.mixture_of_uniforms(u, config.time_mixture) if config.time_mixture else u
 
     def preview(self, model: nn.Module) -> np.ndarray | None:
         if self.codec is None:
             return None
         labels = torch.arange(4 * self.num_classes, device=next(model.parameters()).device) % self.num_classes
-        return draw(model, self.codec, labels, self.latent_shape, self.seed, self.config.preview).cpu().numpy()
+        return (
+            draw(model, self.codec, labels, self.latent_shape, self.seed, self.config.preview, self.process)
+            .cpu()
+            .numpy()
+        )
 
 
 def draw(
@@ -116,6 +124,7 @@ def draw(
     latent_shape: tuple[int, ...],
     seed: int,
     config: SamplerConfig,
+    process: Process,
     ids: Tensor | None = None,
 ) -> Tensor:
     """uint8 images [B, C, H, W] of the given labels [B].
@@ -125,8 +134,8 @@ def draw(
     ids = torch.arange(len(labels), device=labels.device) if ids is None else ids
     row = torch.stack([ids, torch.zeros_like(ids), torch.zeros_like(ids)], dim=1)
     noise = keyed.normal(seed, "sample", row, latent_shape)
-    velocity = flow.guided(denoiser, int(denoiser.num_classes), config.guidance)  # type: ignore[arg-type]
-    return codec.decode(flow.integrate(velocity, noise, labels, config))
+    network = sampling.guided(denoiser, int(denoiser.num_classes), config)  # type: ignore[arg-type]
+    return codec.decode(sampling.integrate(network, noise, labels, config, process, unguided=denoiser))
 
 
 class TrainedModel:
@@ -141,7 +150,7 @@ class TrainedModel:
         config = configuration.section(DiffusionConfig, store.read("config.yaml"), "diffusion")
         self.header = Dataset.open(config.latents).header
         task = DiffusionTask(config, self.header, seed=0)
-        self.latent_shape = task.latent_shape
+        self.latent_shape, self.process = task.latent_shape, task.process
         self.denoiser = Denoiser(config.denoiser, task.latent_shape, task.num_classes)
         weights, self.commit = load_ema(store)
         load_flat(self.denoiser, weights)
@@ -149,4 +158,4 @@ class TrainedModel:
         self.codec = Codec.load(self.header.provenance["autoencoder"], device)
 
     def draw(self, labels: Tensor, ids: Tensor, seed: int, config: SamplerConfig) -> Tensor:
-        return draw(self.denoiser, self.codec, labels, self.latent_shape, seed, config, ids)
+        return draw(self.denoiser, self.codec, labels, self.latent_shape, seed, config, self.process, ids)

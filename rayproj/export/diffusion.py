@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from pathlib import Path as File
 from typing import Any
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset
 from rayproj.diffusion.autoencoder import Codec
+from rayproj.diffusion.process import Path, Prediction
 from rayproj.diffusion.task import DiffusionConfig, TrainedModel
 from rayproj.engine.checkpoint import load_ema
+from rayproj.errors import UserError
 from rayproj.export.card import Card, describe, guarantees, last_part, no_guarantee
 from rayproj.storage.store import Store, from_json, to_json
 
 
-def write_pipeline(run: Store, folder: Path) -> Card:
+def write_pipeline(run: Store, folder: File) -> Card:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from rayproj.export import pipeline
 
     model = TrainedModel(run.uri, "cpu")
+    if (model.process.path, model.process.predicts) != (Path.flow, Prediction.velocity):
+        raise UserError(
+            "Only rectified flows (diffusion.process.path=flow, predicts=velocity) are exported as a pipeline so far, and "
+            f"this run has {model.process.path.value} and {model.process.predicts.value}; draw with jobs/generate.py."
+        )
     header, vae, unet = model.header, _vae(model.codec), model.denoiser.unet
     autoencoder = Store(header.provenance["autoencoder"])
     images = header.provenance["images"]
@@ -63,7 +70,7 @@ images = pipeline(labels, num_inference_steps={preview.steps}, guidance_scale={p
     )
 
 
-def write_autoencoder(run: Store, folder: Path) -> Card:
+def write_autoencoder(run: Store, folder: File) -> Card:
     codec = Codec.load(run.uri, "cpu")
     _vae(codec).save_pretrained(folder / "vae")
     result = from_json(run.read("result.json"))

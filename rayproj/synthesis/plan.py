@@ -12,7 +12,7 @@ from typing import Any
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
-from rayproj.diffusion.flow import SamplerConfig
+from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.engine.checkpoint import Commit, commits
 from rayproj.errors import UserError
 from rayproj.privacy.certificate import certificate

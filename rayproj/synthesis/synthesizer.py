@@ -9,7 +9,7 @@ import torch
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset
-from rayproj.diffusion.flow import SamplerConfig
+from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.errors import UserError
 from rayproj.synthesis.plan import commit_hash, label_of
