@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from rayproj.data.dataset import Dataset, Header, Inputs
+from rayproj.data.dataset import WEIGHTS, Dataset, Header, Inputs
 from rayproj.diffusion.encode import latent_header
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import PoolConfig, produce
 from rayproj.runtime.run import Run, RunConfig
+from rayproj.storage.store import Store
 from rayproj.tracking.tracker import TrackingConfig
 
 
@@ -36,7 +37,7 @@ def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:
     found = {}
     for part, uri in config.images.items():
         header = inputs.header(uri, partial(latents_of, config, uri))
-        found[f"{config.out}/{part}"] = header.only("moments", "label")
+        found[f"{config.out}/{part}"] = header.only(*(set(header.fields) - {"image"}))
     return found
 
 
@@ -51,6 +52,8 @@ def main(config: Config) -> dict[str, Any]:
         parts = {}
         for part, uri in config.images.items():
             latents = Dataset.create(f"{config.out}/{part}", latents_of(config, uri))
+            if (images := Store(uri)).exists(WEIGHTS):
+                latents.store.write(WEIGHTS, images.read(WEIGHTS))
             maker = {"images": uri, "autoencoder": config.autoencoder, "batch": config.batch}
             parts[part] = produce(run, latents, "rayproj.diffusion.encode:Encoder", config.pool, maker)
         return run.finish({"parts": parts, "samples": sum(part["samples"] for part in parts.values())})

@@ -11,7 +11,7 @@ from typing import Any
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Header
 from rayproj.data.loader import Batches
-from rayproj.data.order import Shuffled
+from rayproj.data.order import order_of
 from rayproj.data.reader import Reader
 from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
@@ -45,7 +45,7 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     header = latents.header
     codec = Codec.load(header.provenance["autoencoder"], world.device) if config.train.preview_every else None
     task = task_of(config, header, codec)
-    order = Shuffled(header.num_samples, header.shard_size, config.train.batch, config.run.seed)
+    order = order_of(latents.weights(), header.num_samples, header.shard_size, config.train.batch, config.run.seed)
     batches = Batches(Reader(latents), order, world.rank, world.world_size)
     step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)
     engine = train(Recipe(task, step, batches, config.train), world, Store(config.run.dir), link)

@@ -3,19 +3,25 @@
 <uri>/dataset.json             the header, created once
 <uri>/shards/000000-<id>.tar   data under a unique name
 <uri>/commits/000000.json      the record; a shard exists when and only when its record does
+<uri>/weights.npy              how often each sample is to be drawn, fp32 [num_samples]; where it is not, all alike
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from rayproj.errors import Interrupted, UserError
 from rayproj.storage.store import Store, from_json, to_json
+
+WEIGHTS = "weights.npy"
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,12 @@ class Dataset:
     @property
     def complete(self) -> bool:
         return len(self.records()) == self.header.num_shards
+
+    def weights(self) -> np.ndarray | None:
+        """How often each sample is to be drawn, fp32 [num_samples]; None for all alike."""
+        if not self.store.exists(WEIGHTS):
+            return None
+        return np.asarray(np.load(io.BytesIO(self.store.read(WEIGHTS)), allow_pickle=False))
 
     def manifest_hash(self) -> str:
         """Identifies the contents: header and shard hashes.

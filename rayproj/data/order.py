@@ -58,3 +58,50 @@ class Shuffled:
         if epoch == 0 and self.first_epoch_in_order:
             return np.arange(self.num_samples)
         return epoch_order(self.num_samples, self.shard_size, self.seed, epoch)
+
+
+class Weighted:
+    """As `Shuffled`, with samples drawn as often as their weights say.
+
+    An epoch has as many places as there are samples, of which sample i has N wᵢ/Σw, rounded up or down so that its mean over
+    the epochs is that (systematic resampling).
+
+    Args:
+        weights: float [num_samples], not negative.
+    """
+
+    def __init__(
+        self, weights: np.ndarray, shard_size: int, global_batch: int, seed: int, window_shards: int = 8
+    ) -> None:
+        self.ends = np.cumsum(weights, dtype=np.float64)
+        assert self.ends[-1] > 0, "no sample has any weight"
+        self.num_samples, self.shard_size, self.global_batch, self.seed = len(weights), shard_size, global_batch, seed
+        self.window_shards = window_shards
+        self._held: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def indices(self, step: int) -> np.ndarray:
+        """int64 [B]: global sample indices of the batch of update `step`."""
+        places = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
+        epochs, offsets = np.divmod(places, self.num_samples)
+        parts = [self._epoch(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self._held[0] != epoch:
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            places = (np.arange(self.num_samples) + rng.random()) * (self.ends[-1] / self.num_samples)
+            # By rounding the last place can come out at the very end.
+            drawn = np.searchsorted(self.ends, places, side="right").clip(max=self.num_samples - 1)
+            place_of_shard = rng.permutation(-(-self.num_samples // self.shard_size))
+            window = place_of_shard[drawn // self.shard_size] // self.window_shards
+            self._held = epoch, drawn[np.lexsort((rng.random(len(drawn)), window))]
+        return self._held[1]
+
+
+def order_of(
+    weights: np.ndarray | None, num_samples: int, shard_size: int, global_batch: int, seed: int
+) -> Shuffled | Weighted:
+    """By weight if there are weights."""
+    if weights is None:
+        return Shuffled(num_samples, shard_size, global_batch, seed)
+    return Weighted(weights, shard_size, global_batch, seed)

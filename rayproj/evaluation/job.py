@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.accuracy import accuracy, confusion_matrix
 from rayproj.evaluation.features import EfficientNetLite0Features
-from rayproj.evaluation.frechet import FeatureStatistics, frechet_distance
+from rayproj.evaluation.quality import memorisation, quality
 from rayproj.evaluation.skewsize import skewsize
 
 
@@ -29,22 +30,29 @@ class EvaluateConfig:
     reference: str = "???"  # real images that synthetic ones are compared with
     classifiers: dict[str, str] = field(default_factory=dict)  # name -> run dir
     synthetic: dict[str, str] = field(default_factory=dict)  # name -> dataset
-    samples: int = 1000  # images of each set in the Fréchet distance, which depends on their number
+    # name in `synthetic` -> the real images that its model learned from: how many of the set are near copies of them. Of
+    # private images that is a private output, which no ε covers.
+    learned_from: dict[str, str] = field(default_factory=dict)
+    samples: int = 1000  # images of each set in the measures of quality, which depend on their number
     feature_size: int = 64  # side to which images are resized for the feature extractor
     batch: int = 128
     group: str = ""  # an attribute of the test images: SkewSize of each classifier over it
 
+    def problems(self) -> list[str]:
+        unknown = sorted(set(self.learned_from) - set(self.synthetic))
+        return [f"evaluate.learned_from has '{name}', which evaluate.synthetic has not." for name in unknown]
+
 
 def evaluate(config: EvaluateConfig, world: World, link: Link) -> dict[str, Any]:
-    """Accuracy and confusion of each classifier, the Fréchet distance of each synthetic set; ranks share the images.
+    """Accuracy and confusion of each classifier, the measures of quality of each synthetic set; ranks share the images.
 
-    The distance between the test images and the reference, two sets of real images, is given as "real": no generator
-    can be expected below it at this number of samples.
+    The test images, as a set beside the reference, are given as "real": no generator can be expected to be nearer at this
+    number of samples.
 
     Raises:
         UserError: a run or dataset is not there, or too small.
     """
-    tasks = len(config.classifiers) + len(config.synthetic) + 2
+    tasks = len(config.classifiers) + len(config.synthetic) + 3
     if world.rank == 0:
         link.report({"type": "total", "steps": tasks})
     progress = _Progress(world, link)
@@ -56,13 +64,22 @@ def evaluate(config: EvaluateConfig, world: World, link: Link) -> dict[str, Any]
         if config.group:
             groups[name] = skewsize(labels, predictions, attribute, test.header.classes)
         progress.add(**{f"accuracy/{name}": accuracy(confusion[name])["value"]})
-    distance = {}
     extractor = EfficientNetLite0Features(config.feature_size, world.device)
-    reference = _features(config, Dataset.open(config.reference), extractor, world)
+    reference, real = (_features(config, uri, extractor, world) for uri in (config.reference, config.test))
     progress.add()
-    for name, uri in {"real": config.test, **config.synthetic}.items():
-        distance[name] = frechet_distance(reference, _features(config, Dataset.open(uri), extractor, world))
-        progress.add(**{f"frechet_distance/{name}": distance[name]})
+    sets, mine = {"real": config.test, **config.synthetic}, {}
+    for number, (name, uri) in enumerate(sets.items()):
+        features = real if name == "real" else _features(config, uri, extractor, world)
+        learned = (
+            _features(config, config.learned_from[name], extractor, world, 0) if name in config.learned_from else None
+        )
+        if number % world.world_size == world.rank:
+            copied = {} if learned is None else memorisation(learned, real, features)
+            mine[name] = quality(reference, features) | copied
+        progress.add()
+    measures = _from_all(mine, sets, world)
+    shown = {f"{key}/{name}": v for name, found in measures.items() for key, v in found.items() if v is not None}
+    progress.add(**shown)
     found = {name: accuracy(matrix) for name, matrix in confusion.items()}
     if world.rank == 0:
         rows = [[name, *values.values()] for name, values in found.items()]
@@ -72,7 +89,12 @@ def evaluate(config: EvaluateConfig, world: World, link: Link) -> dict[str, Any]
         "classes": list(test.header.classes),
         "accuracy": found,
         "confusion": {name: matrix.tolist() for name, matrix in confusion.items()},
-        "quality": {"feature_extractor": extractor.name, "samples": config.samples, "frechet_distance": distance},
+        "quality": {
+            "feature_extractor": extractor.name,
+            "samples": config.samples,
+            "frechet_distance": {name: found["frechet_distance"] for name, found in measures.items()},
+            "measures": measures,
+        },
         "skewsize": groups or None,
     }
 
@@ -107,24 +129,32 @@ def _predict(
     return tuple(np.concatenate(column) for column in columns)  # type: ignore[return-value]
 
 
+def _from_all(mine: dict[str, Any], names: Iterable[str], world: World) -> dict[str, Any]:
+    """What each rank has of the names, together and in their order, on every rank."""
+    everything: list[Any] = [None] * world.world_size
+    dist.all_gather_object(everything, mine)
+    found = {name: value for part in everything for name, value in part.items()}
+    return {name: found[name] for name in names}
+
+
 def _features(
-    config: EvaluateConfig, dataset: Dataset, extractor: EfficientNetLite0Features, world: World
-) -> FeatureStatistics:
-    """Statistics of the features of the first `samples` images, on every rank."""
-    if dataset.header.num_samples < config.samples:
+    config: EvaluateConfig, uri: str, extractor: EfficientNetLite0Features, world: World, samples: int | None = None
+) -> np.ndarray:
+    """Features [samples, d] of the first images of a dataset, `evaluate.samples` unless told, 0 for all; on every rank."""
+    dataset = Dataset.open(uri)
+    wanted = config.samples if samples is None else samples or dataset.header.num_samples
+    if dataset.header.num_samples < wanted:
         raise UserError(
-            f"{dataset.uri} has {dataset.header.num_samples} images, fewer than evaluate.samples={config.samples}; "
-            "the distance needs equal numbers: lower evaluate.samples."
+            f"{dataset.uri} has {dataset.header.num_samples} images, fewer than evaluate.samples={wanted}; "
+            "the distances need equal numbers: lower evaluate.samples."
         )
-    reader, d = Reader(dataset, fields=["image"]), extractor.dimensions
-    sums = torch.zeros(d * d + d + 1, dtype=torch.float64)
-    for ids in _share(np.arange(config.samples), world, config.batch):
-        part = FeatureStatistics.of(extractor(torch.from_numpy(reader.gather(ids)["image"])).cpu().numpy())
-        sums += torch.from_numpy(np.concatenate([part.outer.ravel(), part.total, [part.n]]))
-    sums = sums.to(world.device)
-    dist.all_reduce(sums)
-    values = sums.cpu().numpy()
-    return FeatureStatistics(int(values[-1]), values[d * d : -1], values[: d * d].reshape(d, d))
+    reader = Reader(dataset, fields=["image"])
+    found = [np.zeros((0, extractor.dimensions), np.float32)]
+    for ids in _share(np.arange(wanted), world, config.batch):
+        found.append(extractor(torch.from_numpy(reader.gather(ids)["image"])).cpu().numpy())
+    everything: list[Any] = [None] * world.world_size
+    dist.all_gather_object(everything, np.concatenate(found))
+    return np.concatenate(everything)
 
 
 def _share(ids: np.ndarray, world: World, batch: int) -> list[np.ndarray]:

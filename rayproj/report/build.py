@@ -41,7 +41,8 @@ class Stages:
 
         if "evaluate" in self.results:
             found = self.results["evaluate"]
-            for holder, key in ((found, "accuracy"), (found, "confusion"), (found["quality"], "frechet_distance")):
+            named = [(found, "accuracy"), (found, "confusion")]
+            for holder, key in [*named, (found["quality"], "frechet_distance"), (found["quality"], "measures")]:
                 holder[key] = _ordered(holder[key])
 
     def lines(self, name: str, file: str) -> list[dict[str, Any]]:

@@ -86,6 +86,7 @@ def config(root: str) -> EvaluateConfig:
         reference=f"{root}/train",
         classifiers={"real": f"{root}/classifier"},
         synthetic={"same": f"{root}/train"},
+        learned_from={"same": f"{root}/train"},
         samples=120,
         feature_size=32,
         batch=50,
@@ -98,11 +99,17 @@ def test_ranks_share_the_work_and_the_planted_bias_is_found(tmp_path: Path) -> N
     shared = run_ranks(evaluate_only, 2, str(tmp_path))
     for found in shared:
         assert found["confusion"] == alone["confusion"] and found["skewsize"] == alone["skewsize"]
-        for name, value in alone["quality"]["frechet_distance"].items():
-            assert found["quality"]["frechet_distance"][name] == pytest.approx(value, rel=1e-6, abs=1e-6)
+        for name, measures in alone["quality"]["measures"].items():
+            assert found["quality"]["measures"][name].keys() == measures.keys()
+            for key, value in measures.items():
+                expected = None if value is None else pytest.approx(value, rel=1e-5, abs=1e-5)
+                assert found["quality"]["measures"][name][key] == expected, key
     assert 0.8 < alone["accuracy"]["real"]["value"] < 1 and alone["accuracy"]["real"]["n"] == 400
     distance = alone["quality"]["frechet_distance"]
     assert distance["same"] == pytest.approx(0, abs=1e-3) and distance["real"] > 1
+    same = alone["quality"]["measures"]["same"]
+    assert same["precision"] == same["coverage"] == 1 and same["kernel_distance"] < 0
+    assert same["nearest"] == 0 and same["copying"] < -10, "they are the training images themselves"
     bias = alone["skewsize"]["real"]
     assert max(bias["effects"], key=bias["effects"].get) == "three" and bias["effects"]["three"] > 0.5
     assert bias["value"] > 0

@@ -4,10 +4,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from rayproj.data.dataset import Dataset
+from rayproj.evaluation.quality import memorisation, quality
 from rayproj.report.build import build
 from rayproj.storage.store import Store, to_json
 from tests.support import images
@@ -45,9 +47,13 @@ def root(tmp_path: Path) -> Path:
         name: {"value": 0.1 * i, "low": 0.1 * i - 0.01, "high": 0.1 * i + 0.01, "n": 9} for i, name in enumerate(MODELS)
     }
     distance = {"real": 1.0, **{name: 100.0 + i for i, name in enumerate(MODELS)}}
+    rng = np.random.default_rng(0)
+    measures = {name: quality(*rng.normal(size=(2, 30, 4))) for name in distance}
+    measures["one"] |= memorisation(*rng.normal(size=(3, 30, 4)))
     run("evaluate", "evaluate", {"evaluate": {"synthetic": {n: str(tmp_path / "synthetic" / n) for n in MODELS}}}, {
         "classes": list("abc"), "accuracy": accuracy, "confusion": {n: [[1, 0], [0, 1]] for n in MODELS},
-        "quality": {"feature_extractor": "x", "samples": 9, "frechet_distance": distance}, "skewsize": None,
+        "quality": {"feature_extractor": "x", "samples": 9, "frechet_distance": distance, "measures": measures},
+        "skewsize": None,
     })  # fmt: skip
     return tmp_path
 
@@ -62,6 +68,7 @@ def test_each_set_is_beside_what_was_promised_for_it(root: Path) -> None:
     assert [name for name, row in rows.items() if row["from_scratch"]] == ["pre", "alone"]
     assert rows["one"]["accuracy"]["value"] == pytest.approx(0.2) and rows["one"]["frechet_distance"] == 102.0
     assert set(report["private_models"]) == {"one", "eight", "alone"}
+    assert html.count("copying score") == 2 and "its limit for ever more images" in html
     assert 'alt="Accuracy and Fréchet distance over ε"' in html and "The promises hold for each model by itself" in html
 
 

@@ -1,0 +1,146 @@
+"""What rules judge images and captions by: a number for each sample."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rayproj.errors import UserError
+
+Columns = dict[str, np.ndarray]
+Score = Callable[[Columns], np.ndarray]
+"""Columns of n samples, "image" uint8 [n, C, H, W] and texts, to n numbers."""
+
+
+class Scorer(Enum):
+    sharpness = "sharpness"  # variance of the Laplacian of the luminance, which blur takes away
+    contrast = "contrast"  # standard deviation of the luminance, of 255
+    words = "words"  # of the text
+    pii = "pii"  # e-mail and IP addresses, telephone and card numbers in the text
+    blocked = "blocked"  # words of the text that are on a list
+    model = "model"  # what a network says of the image: unsafe, made by AI, shows text, looks good
+
+
+@dataclass
+class RuleConfig:
+    """Samples whose score lies outside of [at_least, at_most] are left out, for the reason that the rule's name is."""
+
+    scorer: Scorer = Scorer.sharpness
+    at_least: float | None = None
+    at_most: float | None = None
+    text: str = "caption"  # field that words, pii and blocked read
+    words: list[str] = field(default_factory=list)  # of blocked: whole words, in any case
+    # Of model: an ONNX file that takes fp32 [n, 3, size, size] in [0, 1] and gives [n] or [n, k], of which `output` counts.
+    model: str = ""
+    size: int = 224
+    output: int = -1
+
+    def problems(self) -> list[str]:
+        if self.at_least is None and self.at_most is None:
+            return ["A rule needs at_least, at_most or both: it leaves out what scores outside of them."]
+        if self.scorer is Scorer.blocked and not self.words:
+            return ["A rule with scorer=blocked needs words."]
+        if self.scorer is Scorer.model and not self.model:
+            return [
+                "A rule with scorer=model needs the path of an ONNX file in model: no classifier of unsafe, AI-made or "
+                "low-quality images comes with this package. Give one, or take the rule out."
+            ]
+        return []
+
+
+def scorer(rule: RuleConfig) -> Score:
+    """The scorer of a rule.
+
+    Raises:
+        UserError: a model that is not there or cannot be run.
+    """
+    if rule.scorer is Scorer.sharpness:
+        return lambda columns: _sharpness(columns["image"])
+    if rule.scorer is Scorer.contrast:
+        return lambda columns: luminance(columns["image"]).std((1, 2))
+    if rule.scorer is Scorer.model:
+        return _model(rule)
+    count = {
+        Scorer.words: lambda text: len(text.split()),
+        Scorer.pii: lambda text: sum(1 for _ in personal(text)),
+        Scorer.blocked: lambda text: len(re.findall(_any_of(rule.words), text, re.IGNORECASE)),
+    }[rule.scorer]
+    return lambda columns: np.array([float(count(str(text))) for text in columns[rule.text]])
+
+
+def luminance(images: np.ndarray) -> np.ndarray:
+    """float64 [n, H, W] in [0, 255] of uint8 [n, C, H, W]; ITU-R BT.601."""
+    x = images.astype(np.float64)
+    return x[:, 0] if x.shape[1] == 1 else np.tensordot([0.299, 0.587, 0.114], x, axes=(0, 1))
+
+
+def _sharpness(images: np.ndarray) -> np.ndarray:
+    y = luminance(images)
+    laplacian = y[:, :-2, 1:-1] + y[:, 2:, 1:-1] + y[:, 1:-1, :-2] + y[:, 1:-1, 2:] - 4 * y[:, 1:-1, 1:-1]
+    return laplacian.var((1, 2))
+
+
+PERSONAL = {
+    "e-mail address": r"[\w.+-]+@[\w-]+\.[\w.-]*\w",
+    "IP address": r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\d.])",
+    "card number": r"(?<!\d)(?:\d[ -]?){12,18}\d(?!\d)",
+    "telephone number": r"(?<![\w.])(?:(?:\+\d{1,3}[ .-]?)?\(\d{1,4}\)[ .-]?\d{2,4}(?:[ .-]\d{2,4}){0,3}"
+    r"|\+\d{1,3}(?:[ .-]?\d{2,4}){2,4}|\d{2,4}(?:[ .-]\d{2,4}){2,4})(?![\w.])",
+}
+
+
+def personal(text: str) -> list[tuple[str, str]]:
+    """What in a text may lead to a person: (kind, the words), each place once. A card number passes Luhn's check."""
+    found: list[tuple[str, str]] = []
+    for kind, pattern in PERSONAL.items():
+        for match in re.findall(pattern, text):
+            if kind != "card number" or _luhn(match):
+                found.append((kind, match))
+            text = text.replace(match, " ")  # so that no other pattern sees a part of it
+    return found
+
+
+def _luhn(number: str) -> bool:
+    """ISO/IEC 7812-1, annex B."""
+    digits = [int(c) for c in number if c.isdigit()][::-1]
+    return sum(d if i % 2 == 0 else sum(divmod(2 * d, 10)) for i, d in enumerate(digits)) % 10 == 0
+
+
+def _any_of(words: list[str]) -> str:
+    return rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)"
+
+
+def _model(rule: RuleConfig) -> Score:
+    if not Path(rule.model).is_file():
+        raise UserError(f"The model '{rule.model}' of a rule is not there; check the path.")
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("A rule with scorer=model needs onnxruntime; pip install onnxruntime.") from None
+    try:
+        session = onnxruntime.InferenceSession(rule.model, providers=onnxruntime.get_available_providers())
+    except Exception as error:
+        raise UserError(f"The model '{rule.model}' cannot be loaded: {error}") from error
+    name = session.get_inputs()[0].name
+
+    def score(columns: Columns) -> np.ndarray:
+        out: Any = session.run(None, {name: resized(columns["image"], rule.size)})[0]
+        return np.asarray(out, np.float64).reshape(len(out), -1)[:, rule.output]
+
+    return score
+
+
+def resized(images: np.ndarray, size: int) -> np.ndarray:
+    """fp32 [n, 3, size, size] in [0, 1] of uint8 [n, C, H, W]; antialiased bicubic."""
+    found = []
+    for image in images:
+        picture = Image.fromarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)).convert("RGB")
+        found.append(np.moveaxis(np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)), -1, 0))
+    return np.stack(found).astype(np.float32) / 255
