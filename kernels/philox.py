@@ -110,6 +110,51 @@ def flat_normal(words: tuple[int, int, int, int], step: int, attempt: int, inter
     return drawn[interval.start - 4 * first : interval.stop - 4 * first]
 
 
+def noisy_adamw(
+    total: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    words: tuple[int, int, int, int],
+    step: int,
+    attempt: int,
+    start: int,
+    noisy: int,
+    std: float,
+    normaliser: float,
+    updates: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """An update, in place, of a shard of a flat vector by AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2;
+    the weight decay is times the learning rate, as in torch) with the gradient (total + std * noise) / normaliser.
+
+    What follows the first `noisy` elements is padding, to which AdamW does what it does to any element: where its total
+    and moments are zero, as padding's are, only the weight decay is left.
+
+    Args:
+        total, master, exp_avg, exp_avg_sq: fp32 [n]: sum of the gradients, weights and moments of the elements start to
+            start + n of the vector.
+        words, step, attempt: of the noise, as of `flat_normal`.
+        updates: how many the moments have seen, with this one: for the bias correction.
+    """
+    noise = flat_normal(words, step, attempt, range(start, start + noisy), str(total.device))
+    gradient = total.clone()
+    gradient[:noisy] += std * noise
+    gradient /= normaliser
+    exp_avg.lerp_(gradient, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    size, root = adamw_corrections(updates, lr, betas)
+    master.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, exp_avg_sq.sqrt().div_(root).add_(eps), value=-size)
+
+
+def adamw_corrections(updates: int, lr: float, betas: tuple[float, float]) -> tuple[float, float]:
+    """lr / (1 - β₁ᵗ) and √(1 - β₂ᵗ): what multiplies the first moment, and divides the root of the second."""
+    return lr / (1 - betas[0] ** updates), math.sqrt(1 - betas[1] ** updates)
+
+
 def uniform(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
     """Uniforms in [0, 1), four to a counter: fp32 of shape [*counter.shape, 4]."""
     return torch.stack([uniform_from_bits(word) for word in philox4x32(counter, key)], dim=-1)

@@ -130,6 +130,9 @@ def _set(config: DictConfig, key: str, value: Any) -> str | None:
         walked.append(name)
         node = node._get_node(name) if name in known else None
     try:
+        element = node._metadata.element_type if isinstance(node, DictConfig) else None
+        if isinstance(value, dict) and dataclasses.is_dataclass(element):  # a section for each name
+            value = {name: OmegaConf.merge(OmegaConf.structured(element), given) for name, given in value.items()}
         OmegaConf.update(config, key, value, merge=False)
     except OmegaConfBaseException as error:
         return f"'{key}' cannot be {value!r}: {_first_line(error)}."
@@ -145,6 +148,9 @@ def _nearest(name: str, known: list[str], walked: list[str]) -> str:
 
 
 def _cross_field_problems(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from _cross_field_problems(inner)
     if not dataclasses.is_dataclass(value):
         return
     for field in dataclasses.fields(value):

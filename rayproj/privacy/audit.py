@@ -205,7 +205,7 @@ class AuditedStep(PrivateStep):
         flat = torch.zeros(sum(engine.sizes.values()), device=released.device)
         for run in engine.runs():
             flat[run.start : run.start + run.length] = released[run.offset : run.offset + run.length]
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=engine.group)
         if engine.world.rank == 0:
             names = list(engine.sizes)
             begin = sum(engine.sizes[name] for name in names[: names.index(CANARIES)])

@@ -117,9 +117,10 @@ def reduce_to_share(engine: Engine, flat: Tensor) -> Tensor:
 def self_test(engine: Engine, step: PrivateStep) -> None:
     """Send known gradients and noise through the real path and look at what the optimizer is given. Collective.
 
-    Every rank has one example whose gradient is many times the clip norm long, and one of less than half of it. Without
-    noise, what reaches the optimizer must be their clipped sum over the ranks over the normaliser; and without gradients,
-    noise of the planned size. Nothing is updated, and the noise is of steps that no run reaches.
+    Every rank has one example whose gradient is many times the clip norm long, one of less than half of it, and one that is
+    not finite and must add nothing. Without noise, what reaches the optimizer must be their clipped sum over the ranks over
+    the normaliser; and without gradients, noise of the planned size, which no rank, step or start shares with another.
+    Nothing is updated, and the noise is of steps that no run reaches.
 
     Raises:
         RuntimeError: it is not so, on some rank; all of them raise it.
@@ -156,12 +157,13 @@ def _close(found: Tensor, expected: Tensor, scale: Tensor) -> bool:
 
 
 def _known_sum(engine: Engine, step: PrivateStep) -> Tensor:
-    """This rank's clipped sum of two examples whose gradients are known."""
+    """This rank's clipped sum of three examples whose gradients are known."""
     plan, device = step.plan, engine.world.device
     direction = _direction(engine, engine.world.rank)
+    scales = (*_scales(direction, plan.clip_norm), math.nan)
     batch = {
-        "row": torch.zeros(2, 3, dtype=torch.int64, device=device),
-        "scale": torch.tensor(_scales(direction, plan.clip_norm), device=device),
+        "row": torch.zeros(len(scales), 3, dtype=torch.int64, device=device),
+        "scale": torch.tensor(scales, device=device),
     }
 
     def losses(model: nn.Module, rows: Batch) -> Tensor:
@@ -174,9 +176,8 @@ def _known_sum(engine: Engine, step: PrivateStep) -> Tensor:
         return rows["scale"] * total
 
     with engine.whole_weights():
-        return clipped_sum(
-            engine.plain, losses, engine.parameters, batch, plan.multiplicity, plan.clip_norm, step.chunk
-        )[0]
+        chunk = min(step.chunk, 2)  # gradients of this many examples are held at once, each as large as the model
+        return clipped_sum(engine.plain, losses, engine.parameters, batch, plan.multiplicity, plan.clip_norm, chunk)[0]
 
 
 def _direction(engine: Engine, rank: int) -> Tensor:
@@ -193,16 +194,34 @@ def _scales(direction: Tensor, clip_norm: float) -> tuple[float, float]:
 
 
 def _is_noise(engine: Engine, step: PrivateStep) -> bool:
-    """Whether the noise over all ranks, of enough steps for 20,000 draws, has mean 0 and the planned variance."""
+    """Whether the noise over all ranks, in 20,000 draws or more, has mean 0 and the planned variance, and its sum over the
+    ranks, two steps and two starts has the sum of their variances, which it has not if any two of them share their noise.
+    At ZeRO-0 all ranks must share it, and their mean has the variance of one."""
+    plan, world = step.plan, engine.world
+    copies = world.world_size // engine.shares
     total, held = sum(engine.sizes.values()), sum(run.length for run in engine.runs())
-    zeros = torch.zeros(len(engine.master), device=engine.world.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=engine.world.device)
-    for k in range(-(-20_000 // total)):
-        # Padding has none, so it adds nothing to the sums.
-        noise = step.privatise(engine, zeros, SELF_TEST_STEP - k).double() * step.plan.normaliser
-        sums += torch.stack([noise.sum(), noise.square().sum(), torch.full_like(noise.sum(), held)])
+    later = copy.copy(step)
+    later.ledger = copy.copy(step.ledger)
+    later.ledger.start += 1
+    zeros = torch.zeros(len(engine.master), device=world.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    for k in range(-(-20_000 // (3 * total))):
+        at, together = SELF_TEST_STEP - 2 * k, torch.zeros_like(zeros)
+        for made_by, number in ((step, at), (step, at - 1), (later, at)):
+            # Padding has none, so it adds nothing to the sums.
+            noise = made_by.privatise(engine, zeros, number).mul_(plan.normaliser / plan.noise_std)
+            together += noise
+            sums += torch.stack([_sum(noise), _sum(noise.square()), torch.zeros_like(sums[0]), sums.new_tensor(held)])
+        dist.all_reduce(together)
+        sums[2] += _sum((together / copies).square()) / engine.shares  # each rank has it
     dist.all_reduce(sums)
-    mean, square = (sums[:2] / sums[2] / torch.tensor([step.plan.noise_std, step.plan.noise_std**2]).to(sums)).tolist()
-    # Six standard errors: a false alarm in 500 million starts.
-    n = sums[2].item()
-    return abs(mean) <= 6 / math.sqrt(n) and abs(square - 1) <= 6 * math.sqrt(2 / n)
+    sums /= copies
+    n = sums[3].item()
+    mean, square, shared = (sums[:3] / n).tolist()
+    # Six standard errors: a false alarm in 500 million starts. Sums are fewer than draws, so their variance is less certain.
+    error, terms = 6 * math.sqrt(2 / n), 3 * engine.shares
+    return abs(mean) <= 6 / math.sqrt(n) and abs(square - 1) <= error and abs(shared - 1) <= error * math.sqrt(terms)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(dtype=torch.float64)

@@ -1,12 +1,16 @@
-"""Philox4x32-10 against the known answers that its authors publish with Random123 (kat_vectors)."""
+"""Philox4x32-10 against the known answers that its authors publish with Random123 (kat_vectors); noise with AdamW against
+torch's optimizer."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rayproj.kernels import philox
 
@@ -60,12 +64,51 @@ def test_a_flat_vector_is_the_same_in_any_pieces() -> None:
         assert whole[i] == philox.normal(counter, (11, 22))[0, (start + i) % 4]  # type: ignore[arg-type]
 
 
+SHARDS = ((0, 5000, 5000), (3, 1027, 900), (2**34 - 6, 2000, 2000), (2**35 + 1, 2, 2), (8, 9, 0))  # start, size, noisy
+
+
+def is_noise_and_then_adamw(update: Callable[..., None], add_noise: Callable[..., Tensor]) -> None:
+    """Over several updates; and padding, which has no noise, gets nothing but the weight decay."""
+    generator, words, scales = torch.Generator().manual_seed(0), (1, 2**32 - 1, 3, 2**31), (2.5, 9.0)
+    lr, betas, eps, decay = 0.01, (0.9, 0.99), 1e-8, 0.1
+    for start, size, noisy in SHARDS:
+        expected = torch.randn(size, generator=generator).requires_grad_()
+        weights, first, second = expected.detach().clone(), torch.zeros(size), torch.zeros(size)
+        padding = weights[noisy:].clone()
+        optimizer = torch.optim.AdamW([expected], lr=lr, betas=betas, eps=eps, weight_decay=decay)
+        for step in range(4):
+            total = torch.randn(size, generator=generator)
+            total[noisy:] = 0
+            release = words, step, 7, start, noisy, *scales
+            expected.grad = add_noise(total, *release)
+            optimizer.step()
+            update(total, weights, first, second, *release, step + 1, lr, betas, eps, decay)
+        close = {"rtol": 2e-6, "atol": 1e-7}
+        torch.testing.assert_close(weights, expected.detach(), **close)
+        torch.testing.assert_close(first, optimizer.state[expected]["exp_avg"], **close)
+        torch.testing.assert_close(second, optimizer.state[expected]["exp_avg_sq"], **close)
+        torch.testing.assert_close(weights[noisy:], padding * (1 - lr * decay) ** 4, **close)
+        assert not first[noisy:].any() and not second[noisy:].any()
+
+
+def test_noise_with_adamw_is_noise_and_then_torchs_adamw() -> None:
+    def add_noise(
+        total: Tensor, words: Any, step: int, attempt: int, start: int, noisy: int, std: float, normaliser: float
+    ) -> Tensor:
+        noise = philox.flat_normal(words, step, attempt, range(start, start + len(total)), "cpu")
+        noise[noisy:] = 0
+        return (total + std * noise) / normaliser
+
+    is_noise_and_then_adamw(philox.noisy_adamw, add_noise)
+
+
 def on_the_interpreter() -> None:
-    """Compare the Triton kernel with the reference; runs where TRITON_INTERPRET=1 was set before Triton was imported."""
+    """Compare the Triton kernels with the references; runs where TRITON_INTERPRET=1 was set before Triton was imported."""
     from rayproj.kernels import philox_triton
 
+    is_noise_and_then_adamw(philox_triton.noisy_adamw, philox_triton.add_noise)
     generator = torch.Generator().manual_seed(0)
-    for start, size, noisy in ((0, 5000, 5000), (3, 1027, 900), (2**34 - 6, 2000, 2000), (2**35 + 1, 2, 2), (8, 9, 0)):
+    for start, size, noisy in SHARDS:
         words = tuple(torch.randint(2**32, (4,), generator=generator).tolist())
         total = torch.randn(size, generator=generator)
         for step, attempt in ((0, 0), (2**32 - 1, 7)):
@@ -75,7 +118,7 @@ def on_the_interpreter() -> None:
             assert ((found - (total + 2.5 * noise) / 9).abs() <= 1e-6).all(), (start, size, noisy, step)
 
 
-def test_the_triton_kernel_adds_the_same_noise() -> None:
+def test_the_triton_kernels_give_the_same() -> None:
     pytest.importorskip("triton")
     root = Path(__file__).resolve().parents[2]
     subprocess.run(
@@ -87,16 +130,22 @@ def test_the_triton_kernel_adds_the_same_noise() -> None:
     )
 
 
+FLOATS = {"total", "out", "master", "exp_avg", "exp_avg_sq"}
+SCALES = {"std", "normaliser", "step_size", "root", "eps", "decay", "new_first", "old_second", "new_second"}
+
+
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_triton_kernel_compiles_for_gpus(capability: int) -> None:
+@pytest.mark.parametrize("name", ["_add_noise", "_noisy_adamw"])
+def test_the_triton_kernels_compile_for_gpus(name: str, capability: int) -> None:
     """To machine code, which needs no GPU: what the interpreter allows is not all that the compiler does."""
     triton = pytest.importorskip("triton")
-    from rayproj.kernels.philox_triton import _add_noise
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {"total": "*fp32", "out": "*fp32", "std": "fp32", "normaliser": "fp32", "BLOCKS": "constexpr"}
-    signature = {name: types.get(name, "i64") for name in _add_noise.arg_names}
-    position = (_add_noise.arg_names.index("BLOCKS"),)
-    source = ASTSource(fn=_add_noise, signature=signature, constexprs={position: 256})
+    from rayproj.kernels import philox_triton
+
+    kernel = getattr(philox_triton, name)
+    signature = {a: "*fp32" if a in FLOATS else "fp32" if a in SCALES else "i64" for a in kernel.arg_names}
+    signature["BLOCKS"] = "constexpr"
+    source = ASTSource(fn=kernel, signature=signature, constexprs={(kernel.arg_names.index("BLOCKS"),): 256})
     assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]

@@ -18,6 +18,27 @@ def test_golden_values_of_jax_privacy() -> None:
     assert accounting.epsilon(0.1, 3.0, 155, 1e-6) <= 2 < accounting.epsilon(0.1, 3.0, 156, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("segments", "delta"),
+    [
+        ([(0.1, 3.0, 512)], 1e-6),
+        ([(0.01, 0.8, 1000)], 1e-5),
+        ([(0.3, 2.0, 60)], 1e-3),
+        ([(0.001, 0.6, 5000)], 1e-7),
+        ([(0.1, 2.0, 30), (0.02, 1.2, 400)], 1e-5),
+    ],
+)
+def test_it_lies_within_the_bounds_of_opacus_prv(segments: list[tuple[float, float, int]], delta: float) -> None:
+    """Composition by FFT, with proven bounds on its error (Gopi et al. 2021, arXiv 2106.02848), here ±0.01 in ε."""
+    from opacus.accountants.prv import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = [(sigma, rate, steps) for rate, sigma, steps in segments]
+    distribution = accountant._get_dprv(eps_error=0.01, delta_error=delta / 1000)
+    lower, _, upper = distribution.compute_epsilon(delta, delta / 1000, 0.01)
+    assert lower <= accounting.epsilon_of(segments, delta) <= upper < lower + 0.021
+
+
 def test_one_gaussian_release_is_the_closed_form() -> None:
     """delta(eps) = Phi(1/(2s) - eps s) - e^eps Phi(-1/(2s) - eps s) (Balle and Wang 2018, theorem 8)."""
     sigma, delta = 1.3, 1e-5

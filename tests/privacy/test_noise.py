@@ -1,23 +1,18 @@
 """Noise and Poisson sampling: the distributions that the accountant assumes, equal at any world size."""
 
-import math
-
 import numpy as np
 import torch
 from scipy import stats
 
 from rayproj.privacy.noise import gaussian
 from rayproj.privacy.sampling import PoissonSampling
+from tests.support import checks
 
 KEY = bytes(range(16))
 
 
 def test_noise_is_gaussian_and_every_coordinate_its_own() -> None:
-    draw = gaussian(KEY, 3, 0, range(0, 200_001)).double()
-    assert stats.kstest(draw.numpy(), "norm").pvalue > 1e-3
-    assert abs(stats.kurtosis(draw.numpy())) < 5 * math.sqrt(24 / len(draw))
-    assert abs(draw.var() - 1) < 5 * math.sqrt(2 / len(draw))
-    assert len(draw.unique()) > 0.98 * len(draw)  # fp32 has few distinct values near zero
+    checks.noise_is_gaussian(gaussian)
 
 
 def test_the_same_at_any_partition() -> None:
@@ -28,35 +23,11 @@ def test_the_same_at_any_partition() -> None:
 
 
 def test_steps_starts_and_keys_are_independent() -> None:
-    n = 100_000
-    draws = [
-        gaussian(KEY, 3, 0, range(n)),
-        gaussian(KEY, 4, 0, range(n)),
-        gaussian(KEY, 3, 1, range(n)),
-        gaussian(KEY[::-1], 3, 0, range(n)),
-        gaussian(KEY[:8] + bytes(8), 3, 0, range(n)),
-        gaussian(KEY, 3, 0, range(n, 2 * n)),
-    ]
-    correlation = np.corrcoef(torch.stack(draws).double().numpy()) - np.eye(len(draws))
-    assert np.abs(correlation).max() < 5 / math.sqrt(n)
+    checks.noises_are_independent(gaussian)
 
 
 def test_inclusion_is_poisson() -> None:
-    """Each example in each step with probability q, independently of the others and of other steps."""
-    sampling, steps = PoissonSampling(200, 0.1, KEY), 3000
-    taken = np.zeros((steps, 200))
-    for step in range(steps):
-        indices = sampling.indices(step)
-        assert np.array_equal(indices, np.unique(indices))
-        taken[step, indices] = 1
-    z = (taken.mean(0) - 0.1) / math.sqrt(0.09 / steps)
-    assert stats.kstest(z, "norm").pvalue > 1e-3
-    sizes = taken.sum(1)
-    assert abs(sizes.mean() - 20) < 5 * math.sqrt(18 / steps)
-    assert abs(sizes.var() / 18 - 1) < 5 * math.sqrt(2 / steps)
-    correlation = np.corrcoef(taken[:, :40].T) - np.eye(40)
-    assert np.abs(correlation).max() < 5 / math.sqrt(steps)
-    assert abs(np.corrcoef(sizes[:-1], sizes[1:])[0, 1]) < 5 / math.sqrt(steps)
+    checks.inclusion_is_poisson()
 
 
 def test_the_draw_depends_on_step_and_key_alone() -> None:

@@ -1,14 +1,11 @@
 """The noise of the cryptographic generator: AES by its published vectors, a Gaussian, the same at any partition."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from rayproj.privacy import noise
 from rayproj.privacy.noise import gaussian, keystream, secure_gaussian
+from tests.support import checks
 
 KEY = bytes(range(16))
 
@@ -29,12 +26,7 @@ def test_the_keystream_is_that_of_nist() -> None:
 
 
 def test_it_is_gaussian_and_every_coordinate_its_own() -> None:
-    draw = secure_gaussian(KEY, 3, 0, range(0, 200_001)).double()
-    assert draw.shape == (200_001,)
-    assert stats.kstest(draw.numpy(), "norm").pvalue > 1e-3
-    assert abs(draw.var() - 1) < 5 * math.sqrt(2 / len(draw))
-    assert abs(stats.kurtosis(draw.numpy())) < 5 * math.sqrt(24 / len(draw))
-    assert len(draw.unique()) > 0.98 * len(draw)
+    checks.noise_is_gaussian(secure_gaussian)
 
 
 def test_the_same_at_any_partition(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,18 +43,7 @@ def test_the_same_at_any_partition(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_starts_keys_and_generators_are_independent() -> None:
-    n = 100_000
-    draws = [
-        secure_gaussian(KEY, 3, 0, range(n)),
-        secure_gaussian(KEY, 4, 0, range(n)),
-        secure_gaussian(KEY, 3, 1, range(n)),
-        secure_gaussian(KEY[::-1], 3, 0, range(n)),
-        secure_gaussian(KEY, 3, 0, range(n, 2 * n)),
-        secure_gaussian(KEY, 2**32 - 1, 0, range(n)),
-        gaussian(KEY, 3, 0, range(n)),
-    ]
-    correlation = np.corrcoef(torch.stack(draws).double().numpy()) - np.eye(len(draws))
-    assert np.abs(correlation).max() < 5 / math.sqrt(n)
+    checks.noises_are_independent(secure_gaussian, gaussian(KEY, 3, 0, range(100_000)))
 
 
 def test_an_empty_interval_has_no_noise() -> None:
