@@ -170,7 +170,7 @@ def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs)
     found.parameters, found.commit = model.parameters, memory.checkpoint_bytes(model)
     held = {"decoded data": min(READER_CACHE, _decoded(header))}
     passing = example_memory(model, header, batch // ranks // micro_batches, privacy)
-    for stage in (1, 2, 3):
+    for stage in (0, 1, 2, 3):
         layout = memory.Layout(stage, ranks, bf16, on_gpu, micro_batches)
         parts, host = rank_memory(model, layout, passing, train, privacy)
         found.memory[stage] = parts if on_gpu else parts | host | held
@@ -241,10 +241,11 @@ def rank_memory(
     if privacy is None:
         work = memory.update(model, layout)
     else:
-        # The sum over the ranks and this rank's share of it; then that share with its noise and both together. At ZeRO-3 the
-        # sum, and the weights, whole for the length of the forwards and backwards; noise is drawn parameter by parameter.
-        gathered = layout.weight * model.parameters
-        work = whole + gathered if layout.zero_stage == 3 else max(whole + share, 3 * share)
+        # The sum over the ranks, for which gloo has a buffer, and this rank's share of it; then that share without noise and
+        # with it, and AdamW's two vectors. At ZeRO-3 the sum, and the weights, whole for the length of the forwards and
+        # backwards; noise is drawn parameter by parameter.
+        gathered, gloo = layout.weight * model.parameters, 0 if layout.on_gpu or layout.world_size == 1 else whole
+        work = whole + gathered if layout.zero_stage == 3 else gloo + max(whole + share, 4 * share)
     if train.preview_every:
         work = max(work, 3 * whole)  # the averaged weights, as shares and joined, and a model of them
     host = memory.snapshot(model, layout)
@@ -295,7 +296,7 @@ def judge(found: Plan) -> None:
         found.notes.append("RAY_ADDRESS is set: whether the plan fits that cluster is not judged.")
         return
     good = []
-    if found.zero_stage and found.memory:
+    if found.zero_stage is not None and found.memory:
         good.append(_judge_memory(found, found.zero_stage))
     folder = Store(found.run).local_path() if "://" not in found.run else None
     if folder is not None and found.disk:

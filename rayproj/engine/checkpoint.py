@@ -1,6 +1,6 @@
 """Checkpoints: every rank writes its own files, and whichever rank finishes last commits, once.
 
-    checkpoints/step-00001200/a-<attempt>/master/part-00000.safetensors   rank 0's pieces of the master weights
+    checkpoints/step-00001200/a-<attempt>/master/part-00000.safetensors   rank 0's pieces of the master weights (`layout`)
     checkpoints/step-00001200/a-<attempt>/{exp_avg,exp_avg_sq,ema}/...    likewise
     checkpoints/step-00001200/a-<attempt>/rank-00000.safetensors          rank 0's generator states
     checkpoints/step-00001200/a-<attempt>/{fixed.safetensors,state.json}  buffers and position, by rank 0
@@ -258,9 +258,9 @@ def discard(store: Store, folder: str) -> None:
 def restore(engine: Engine, store: Store, warn: Callable[[str], Any]) -> int | None:
     """Load the newest commit whose every file is sound, whatever world size and ZeRO stage wrote it. Collective.
 
-    Every rank fetches what it needs, its own files if the shape is the same and all of them if not, and checks them
-    against the record before it opens one. If a file is damaged or missing for any rank, rank 0 says so, sets the record
-    aside as `DAMAGED.json` so that the step can be committed anew, and all try the commit before it.
+    Every rank fetches what it needs, from ZeRO-1 on its own files if the shape is the same, else all of them, and checks
+    them against the record before it opens one. If a file is damaged or missing for any rank, rank 0 says so, sets the
+    record aside as `DAMAGED.json` so that the step can be committed anew, and all try the commit before it.
 
     Returns:
         The step resumed from, or None where there is no commit.
@@ -294,12 +294,17 @@ def restore(engine: Engine, store: Store, warn: Callable[[str], Any]) -> int | N
 
 def needed(commit: Commit, engine: Engine) -> list[FileRecord]:
     """The files of a commit that a rank needs to resume."""
-    world = engine.world
-    if (commit.world_size, commit.zero_stage) != (world.world_size, engine.config.zero_stage):
-        # Generator states are of ranks that are no more.
-        return [f for f in commit.files if not f.path.startswith("rank-")]
+    world, stage = engine.world, engine.config.zero_stage
+    same = (commit.world_size, commit.zero_stage) == (world.world_size, stage)
     mine = f"-{world.rank:05d}.safetensors"
-    return [f for f in commit.files if f.path.endswith(mine) or f.path in ("state.json", "fixed.safetensors")]
+
+    def wanted(path: str) -> bool:
+        if path.startswith("rank-"):
+            return same and path.endswith(mine)  # else generator states are of ranks that are no more
+        # At ZeRO-0 a rank holds what all ranks wrote.
+        return "/part-" not in path or path.endswith(mine) or not same or stage == 0
+
+    return [f for f in commit.files if wanted(f.path)]
 
 
 def set_aside(store: Store, path: str) -> None:

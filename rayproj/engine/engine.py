@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -50,13 +51,16 @@ class OptimizerConfig:
 class EngineConfig:
     """How one model is held and updated by the ranks of a group."""
 
-    zero_stage: int = 2  # DeepSpeed ZeRO: 1 shards the optimizer, 2 the gradients too, 3 the weights too
+    zero_stage: int = 2  # ZeRO: 0 shards nothing, 1 the optimizer, 2 the gradients too, 3 the weights too
     precision: Precision = Precision.auto
     ema: float = 0.999  # decay of the exponential moving average of the weights, per update
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def problems(self) -> list[str]:
-        found = [] if self.zero_stage in (1, 2, 3) else [f"engine.zero_stage must be 1, 2 or 3, not {self.zero_stage}."]
+        stages = (0, 1, 2, 3)
+        found = (
+            [] if self.zero_stage in stages else [f"engine.zero_stage must be one of {stages}, not {self.zero_stage}."]
+        )
         return found if 0 <= self.ema < 1 else [*found, f"engine.ema must lie in [0, 1), not {self.ema}."]
 
 
@@ -73,7 +77,7 @@ class Snapshot:
     """A rank's training state on the host, as a checkpoint holds it.
 
     Attributes:
-        sharded: by kind ("master", "exp_avg", "exp_avg_sq", "ema"), this rank's pieces by key; fp32, flat.
+        sharded: by kind ("master", "exp_avg", "exp_avg_sq", "ema"), the pieces that this rank writes, by key; fp32, flat.
         fixed: what the optimizer does not hold, frozen parameters and buffers, by name; fp32, flat. Rank 0's alone.
         generators: states of torch's generators, which draw for layers such as dropout; the rest is keyed.
         position: where the training is, and the shape of the group that it ran on.
@@ -94,10 +98,15 @@ class Engine:
     ZeRO gives each rank a flat fp32 share of the master weights and of the optimizer's moments (`layout`); the EMA here
     is laid out likewise.
 
+    At ZeRO-0 every rank's share is all of it: it is ZeRO-1 over a group of this rank alone, with the gradients averaged
+    over the ranks here. What DeepSpeed calls stage 0 is torch's own optimizer in fp32 and another one of its own in bf16;
+    neither has a flat share, and each would need a second form of everything below.
+
     Attributes:
         world: this rank's place.
-        module: the model itself. ZeRO-1 and 2 keep it whole on every rank; at ZeRO-3 its parameters are empty outside
-            of a forward or backward.
+        group: the ranks whose shares together are the whole; None is all ranks.
+        module: the model itself. Below ZeRO-3 it is whole on every rank; at ZeRO-3 its parameters are empty outside of a
+            forward or backward.
         plain: the same model without DeepSpeed's hooks, of the same parameters; to be used within `whole_weights` alone.
         deepspeed: the DeepSpeed engine around it.
         optimizer: DeepSpeed's ZeRO optimizer.
@@ -129,8 +138,11 @@ class Engine:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         numel = {id(p): p.numel() for p in trainable.values()}  # ZeRO-3 is about to empty them
         opt = config.optimizer
+        alone = config.zero_stage == 0
+        self.group = dist.new_group([world.rank], use_local_synchronization=True) if alone else None
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
+            mpu=_alone(self.group) if alone else None,
             optimizer=torch.optim.AdamW(
                 list(trainable.values()), lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay
             ),
@@ -138,7 +150,7 @@ class Engine:
                 "train_micro_batch_size_per_gpu": 1,  # bookkeeping of DeepSpeed's own loader, which is not used
                 "gradient_accumulation_steps": accumulate,
                 "zero_optimization": {
-                    "stage": config.zero_stage,
+                    "stage": max(1, config.zero_stage),
                     "round_robin_gradients": False,
                     "overlap_comm": False,
                     "sub_group_size": 10**15,  # one flat share, as at the other stages
@@ -150,6 +162,7 @@ class Engine:
                 "steps_per_print": 10**9,
             },
         )
+        deepspeed.utils.groups.mpu = None  # it would be the next engine's in this process too
         charge_collectives(deepspeed.comm.comm.cdb)
         self.timer = StepTimer(world.device)
         self.module: nn.Module = self.deepspeed.module
@@ -167,10 +180,20 @@ class Engine:
             return self.optimizer.fp32_partitioned_groups_flat[0]
         return self.optimizer.single_partition_of_fp32_groups[0]
 
-    def pieces(self, rank: int | None = None) -> list[Piece]:
-        """What the share of a rank, by default this one, holds."""
-        rank = self.world.rank if rank is None else rank
-        return pieces(self.sizes, self.config.zero_stage, self.world.world_size, rank, len(self.master))
+    @property
+    def shares(self) -> int:
+        """How many different shares there are: as many as ranks, but one at ZeRO-0."""
+        return dist.get_world_size(self.group)
+
+    def pieces(self, number: int | None = None) -> list[Piece]:
+        """What a share, by default this rank's, holds."""
+        number = dist.get_rank(self.group) if number is None else number
+        return pieces(self.sizes, self.config.zero_stage, self.shares, number, len(self.master))
+
+    def written(self) -> list[Piece]:
+        """What of its share this rank writes into a checkpoint; at ZeRO-0, where all ranks hold the same, a part."""
+        world = self.world
+        return pieces(self.sizes, self.config.zero_stage, world.world_size, world.rank, len(self.master))
 
     def runs(self) -> list[Run]:
         """This rank's share as runs of the flat vector of all trained parameters."""
@@ -184,7 +207,7 @@ class Engine:
         return share
 
     def whole_weights(self) -> Any:
-        """A block in which the parameters are whole on every rank, as they always are at ZeRO-1 and 2. Collective."""
+        """A block in which the parameters are whole on every rank, as they always are below ZeRO-3. Collective."""
         import deepspeed
 
         parameters = list(self.module.parameters())
@@ -221,12 +244,22 @@ class Engine:
         """Backward of one micro-batch's mean loss; the last one of an update takes the optimizer step. Collective."""
         self.deepspeed.backward(loss)
         last = self.deepspeed.is_gradient_accumulation_boundary()
-        if last:
-            self._set_learning_rate()
         with self.timer.phase("optimizer"):
+            if last:
+                self._set_learning_rate()
+                if self.config.zero_stage == 0:
+                    self._average_gradient()
             self.deepspeed.step()
             if last:
                 self._after_update(samples)
+
+    def _average_gradient(self) -> None:
+        """Make the gradient that the optimizer is about to take, this rank's own, the mean over the ranks. Collective."""
+        flat = torch.cat([part.flatten() for part in self.optimizer.averaged_gradients[0]])
+        self.optimizer.averaged_gradients[0] = [flat]
+        with self.timer.phase("communication"):
+            dist.all_reduce(flat)
+        flat /= self.world.world_size
 
     def _set_learning_rate(self) -> None:
         for group in self.optimizer.param_groups:
@@ -241,11 +274,11 @@ class Engine:
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The moving average of the whole model, and what is not trained of it: flat fp32 by name. Collective."""
-        shares = [torch.empty_like(self.ema) for _ in range(self.world.world_size)]
-        dist.all_gather(shares, self.ema.contiguous())
+        shares = [torch.empty_like(self.ema) for _ in range(self.shares)]
+        dist.all_gather(shares, self.ema.contiguous(), group=self.group)
         parts: dict[str, Tensor] = {}
-        for rank, share in enumerate(shares):
-            parts |= cut(share, self.pieces(rank))
+        for number, share in enumerate(shares):
+            parts |= cut(share, self.pieces(number))
         return join(parts) | self._fixed()
 
     def _fixed(self) -> dict[str, Tensor]:
@@ -274,9 +307,11 @@ class Engine:
         zeros = torch.zeros(0)
         flat = {"master": self.master, "ema": self.ema}
         flat |= {kind: state.get(kind, zeros) for kind in ("exp_avg", "exp_avg_sq")}
-        held = self.pieces()
+        written = self.written()
         sharded = {
-            kind: cut(to_host(share), held) if len(share) else {p.key: torch.zeros(p.length) for p in held}
+            kind: {key: to_host(part) for key, part in cut(share, written).items()}
+            if len(share)
+            else {p.key: torch.zeros(p.length) for p in written}
             for kind, share in flat.items()
         }
         fixed = self._fixed()
@@ -358,6 +393,12 @@ class Engine:
             for name, tensor in self.module.state_dict().items():
                 if name not in self.sizes:
                     tensor.copy_(_checked(fixed, name, tensor.numel()).view_as(tensor).to(tensor))
+
+
+def _alone(group: Any) -> Any:
+    """DeepSpeed's way to be told of groups, Megatron's `mpu`: all of the data-parallel ranks are this one."""
+    kinds, one = ("data_parallel", "model_parallel"), {"group": group, "world_size": 1, "rank": 0}
+    return SimpleNamespace(**{f"get_{kind}_{what}": lambda v=v: v for kind in kinds for what, v in one.items()})
 
 
 def _sharing(plain: nn.Module, module: nn.Module) -> nn.Module:

@@ -1,8 +1,9 @@
-"""Which elements of which parameters a rank holds. Pure: any rank can be computed anywhere, for any world size.
+"""Which elements of which parameters a rank answers for. Pure: any rank can be computed anywhere, for any world size.
 
 ZeRO-1 and 2 lay all trainable parameters end to end, pad, and give each rank an equal interval. ZeRO-3 pads and cuts each
-parameter by itself (Rajbhandari et al. 2020, "ZeRO", section 5). Either way a rank's share is one flat fp32 tensor, and
-what lies in it is a list of pieces, under names that hold at any world size and stage.
+parameter by itself (Rajbhandari et al. 2020, "ZeRO", section 5). ZeRO-0 gives each rank all of it; a rank answers, that
+is, writes into a checkpoint, for an interval. Always a rank's share is one flat fp32 tensor, and what lies in it is a list
+of pieces, under names that hold at any world size and stage.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ class Piece:
 
 
 def pieces(sizes: Mapping[str, int], zero_stage: int, world_size: int, rank: int, share: int) -> list[Piece]:
-    """What a rank's share holds, in order; padding is left out.
+    """What a rank answers for, in order; each element is one rank's, and padding is left out.
+
+    From ZeRO-1 on that is what its share holds. At ZeRO-0 the share of every rank holds what one alone would answer for.
 
     Args:
         sizes: elements of each parameter, in the order of the flat vector.
         share: length of a rank's flat tensor, padding included; the same on all ranks.
     """
-    found, begin = [], 0  # of the flat vector (1 and 2), or of this rank's share (3)
+    found, begin = [], 0  # of the flat vector (0 to 2), or of this rank's share (3)
+    interval = share if zero_stage else -(-share // world_size)
+    offset = rank * share if zero_stage else 0  # where the share begins in the flat vector
     for name, size in sizes.items():
         if zero_stage == 3:
             part = -(-size // world_size)
@@ -45,9 +50,9 @@ def pieces(sizes: Mapping[str, int], zero_stage: int, world_size: int, rank: int
                 found.append(Piece(name, start, length, begin))
             begin += part
         else:
-            first, last = max(begin, rank * share), min(begin + size, (rank + 1) * share)
+            first, last = max(begin, rank * interval), min(begin + size, (rank + 1) * interval)
             if first < last:
-                found.append(Piece(name, first - begin, last - first, first - rank * share))
+                found.append(Piece(name, first - begin, last - first, first - offset))
             begin += size
     return found
 
@@ -62,7 +67,7 @@ class Run:
 
 
 def runs(sizes: Mapping[str, int], held: Iterable[Piece]) -> list[Run]:
-    """Pieces as runs of the flat vector, as few as may be: one at ZeRO-1 and 2."""
+    """Pieces as runs of the flat vector, as few as may be: one below ZeRO-3."""
     begins, begin = {}, 0
     for name, size in sizes.items():
         begins[name] = begin

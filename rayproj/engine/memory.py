@@ -124,11 +124,11 @@ class Layout:
 
     def share(self, model: Model) -> int:
         """Bytes of a rank's share of the parameters in fp32."""
-        return 4 * -(-model.parameters // self.world_size)
+        return 4 * -(-model.parameters // (self.world_size if self.zero_stage else 1))
 
     def bucket(self, model: Model) -> int:
         """Bytes of DeepSpeed's bucket for gradients: all of it on a GPU, but on a host only what is ever written to."""
-        element = 4 if self.zero_stage == 1 else self.weight
+        element = 4 if self.zero_stage <= 1 else self.weight
         return element * (BUCKET if self.on_gpu else min(BUCKET, model.parameters))
 
 
@@ -152,14 +152,14 @@ def update(model: Model, layout: Layout) -> int:
         reducing = 2 * whole + (0 if alone else whole if layout.on_gpu else 2 * whole)
     else:
         summed = layout.bucket(model) + max(share, 0 if alone else whole)
-        waiting = {1: 4 * model.parameters, 2: share}[layout.zero_stage] if layout.micro_batches > 1 else 0
+        waiting = (share if layout.zero_stage == 2 else 4 * model.parameters) if layout.micro_batches > 1 else 0
         reducing = summed + waiting
     return max(reducing, 3 * share)  # AdamW: the gradient and two vectors of intermediate results
 
 
 def snapshot(model: Model, layout: Layout) -> int:
     """Bytes of the copy that a checkpoint takes on the host."""
-    return 4 * layout.share(model) + 4 * model.fixed
+    return 4 * 4 * -(-model.parameters // layout.world_size) + 4 * model.fixed
 
 
 def checkpoint_bytes(model: Model) -> int:

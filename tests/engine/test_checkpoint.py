@@ -294,19 +294,23 @@ def train_without_dropout(world, uri, settings, attempt):  # type: ignore[no-unt
 @pytest.fixture(scope="module")
 def without_dropout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     uri = str(tmp_path_factory.mktemp("run"))
-    return run_ranks(train_without_dropout, 1, uri, regression.config(9), "only")[0]
+    return run_ranks(train_without_dropout, 1, uri, regression.config(14), "only")[0]
 
 
-SHAPES = [(1, 1), (2, 2), (3, 3), (2, 3), (1, 2), (3, 1)]  # (ranks, ZeRO stage)
-
-
-@pytest.mark.parametrize(("before", "after"), list(zip(SHAPES, SHAPES[1:] + SHAPES[:1], strict=True)))
-def test_a_run_goes_on_at_another_world_size_and_stage(tmp_path, without_dropout, before, after) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    "shapes",  # (ranks, ZeRO stage), of starts that do two steps each
+    [
+        [(1, 1), (2, 2), (3, 3), (2, 3), (1, 2), (3, 1), (1, 1)],
+        [(2, 2), (3, 0), (2, 0), (2, 3), (1, 0), (2, 1), (3, 0)],
+    ],
+    ids=["sharded", "ZeRO-0 between"],
+)
+def test_a_run_goes_on_at_another_world_size_and_stage(tmp_path, without_dropout, shapes) -> None:  # type: ignore[no-untyped-def]
     """Equal to rounding to the run that never changed, a frozen parameter and a buffer included."""
-    uri = str(tmp_path)
-    run_ranks(train_without_dropout, before[0], uri, regression.config(5, before[1]), "first")
-    found = run_ranks(train_without_dropout, after[0], uri, regression.config(9, after[1]), "second")
-    assert {"type": "resumed", "step": 5, "ranks": after[0]} in found[0]["events"]
+    for start, (ranks, zero_stage) in enumerate(shapes):
+        settings = regression.config(2 * start + 2, zero_stage)
+        found = run_ranks(train_without_dropout, ranks, str(tmp_path), settings, f"start-{start}")
+        assert {"type": "resumed", "step": 2 * start, "ranks": ranks} in found[0]["events"]
     for rank in found:
         for kind in ("weights", "ema"):
             assert set(rank[kind]) == set(without_dropout[kind])
@@ -314,7 +318,7 @@ def test_a_run_goes_on_at_another_world_size_and_stage(tmp_path, without_dropout
                 torch.testing.assert_close(rank[kind][name], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_every_stage_resumes_bit_for_bit(tmp_path, zero_stage) -> None:  # type: ignore[no-untyped-def]
     straight, halves = str(tmp_path / "straight"), str(tmp_path / "halves")
     expected = run_ranks(regression.run, 2, straight, regression.config(9, zero_stage), "only")

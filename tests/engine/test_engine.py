@@ -1,9 +1,11 @@
 """The engine against a plain torch loop: ZeRO, world size and micro-batches change the layout, not the numbers."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from rayproj.engine.engine import OptimizerConfig, Schedule, learning_rate
+from rayproj.engine.engine import OptimizerConfig, Precision, Schedule, learning_rate
 from rayproj.engine.steps import PlainStep
 from rayproj.errors import UserError
 from tests.support import regression
@@ -17,35 +19,50 @@ class WithoutDropout(regression.Regression):
         model[2] = torch.nn.Identity()
         return model
 
+    def losses(self, model: Any, batch: Any) -> torch.Tensor:
+        dtype = next(model.parameters()).dtype
+        return super().losses(lambda x: model(x.to(dtype)).float(), batch)  # type: ignore[arg-type]
+
 
 def train_without_dropout(world, uri, settings):  # type: ignore[no-untyped-def]
     return regression.run(world, uri, settings, "a", WithoutDropout())
 
 
-def reference(settings) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:  # type: ignore[no-untyped-def]
-    """The same training as one naive loop: full batch, torch's AdamW, an average per tensor."""
-    task, batches = WithoutDropout(), regression.KeyedBatches(0, 1)
-    model, opt = task.build(), settings.engine.optimizer
+def reference(  # type: ignore[no-untyped-def]
+    settings, dtype: torch.dtype = torch.float32, ranks: int = 1
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The same training as one naive loop: torch's AdamW on fp32 weights, an average per tensor. The model and the
+    gradients, each rank's own and their mean, are of the given type."""
+    task = WithoutDropout()
+    model, opt = task.build().to(dtype), settings.engine.optimizer
+    master = {name: p.detach().float().clone().requires_grad_() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay
+        master.values(), lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay
     )
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    average = {name: p.detach().clone() for name, p in master.items()}
     for step in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = opt.lr * min(1.0, (step + 1) / opt.warmup_steps)
-        optimizer.zero_grad()
-        task.losses(model, batches.at(step)).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), opt.clip_grad_norm)
+        mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        for rank in range(ranks):
+            model.zero_grad()
+            task.losses(model, regression.KeyedBatches(rank, ranks).at(step)).mean().backward()
+            for name, p in model.named_parameters():
+                mean[name] += p.grad / ranks  # type: ignore[operator]
+        for name, p in master.items():
+            p.grad = mean[name].float()
+        torch.nn.utils.clip_grad_norm_(master.values(), opt.clip_grad_norm)
         optimizer.step()
+        model.load_state_dict(master)
         decay = min(settings.engine.ema, (2 + step) / (11 + step))
-        for name, p in model.named_parameters():
+        for name, p in master.items():
             average[name] = decay * average[name] + (1 - decay) * p.detach()
     return {name: p.detach() for name, p in model.named_parameters()}, average
 
 
 @pytest.mark.parametrize(
     ("world_size", "zero_stage", "micro_batch"),
-    [(1, 1, 0), (2, 1, 3), (2, 2, 0), (3, 2, 2), (2, 3, 3), (3, 3, 0)],
+    [(2, 0, 3), (3, 0, 0), (1, 1, 0), (2, 1, 3), (2, 2, 0), (3, 2, 2), (2, 3, 3), (3, 3, 0)],
 )
 def test_any_layout_equals_a_plain_loop(tmp_path, world_size, zero_stage, micro_batch) -> None:  # type: ignore[no-untyped-def]
     settings = regression.config(6, zero_stage, micro_batch)
@@ -54,8 +71,31 @@ def test_any_layout_equals_a_plain_loop(tmp_path, world_size, zero_stage, micro_
     for rank in found:
         for name, expected in weights.items():
             torch.testing.assert_close(rank["weights"][name], expected, rtol=1e-5, atol=1e-6)
+            assert torch.equal(rank["weights"][name], found[0]["weights"][name]), "on every rank the same"
         for name, expected in average.items():
             torch.testing.assert_close(rank["ema"][name], expected.flatten(), rtol=1e-5, atol=1e-6)
+
+
+def train_in_bf16(world, uri, settings):  # type: ignore[no-untyped-def]
+    found = {}
+    for settings.engine.zero_stage in (0, 1, 2, 3):
+        found[settings.engine.zero_stage] = train_without_dropout(
+            world, f"{uri}/{settings.engine.zero_stage}", settings
+        )
+    return found
+
+
+def test_in_bf16_every_stage_equals_a_plain_loop_with_fp32_master_weights(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    settings = regression.config(6)
+    settings.engine.precision = Precision.bf16
+    weights, average = reference(settings, torch.bfloat16, ranks=2)
+    for rank in run_ranks(train_in_bf16, 2, str(tmp_path), settings):
+        for found in rank.values():
+            for name, expected in weights.items():
+                assert found["weights"][name].dtype == torch.bfloat16
+                torch.testing.assert_close(found["weights"][name], expected)
+            for name, expected in average.items():  # of the master weights
+                torch.testing.assert_close(found["ema"][name], expected.flatten(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:

@@ -8,7 +8,7 @@ import torch
 from rayproj.engine.layout import cut, join, pieces, runs
 
 Share = list[tuple[str, int] | None]
-"""The elements of a rank, by parameter and index; None is padding."""
+"""The elements that a rank answers for, by parameter and index, where its share has them; None is padding, or another's."""
 
 
 def deal(flat: Share, world_size: int) -> list[Share]:
@@ -23,12 +23,18 @@ def shares_of(sizes: dict[str, int], zero_stage: int, world_size: int, padding: 
     if zero_stage == 3:
         hands = [deal(parameter, world_size) for parameter in parameters]
         return [[element for hand in hands for element in hand[rank]] for rank in range(world_size)]
-    return deal([element for parameter in parameters for element in parameter] + [None] * padding, world_size)
+    flat = [element for parameter in parameters for element in parameter] + [None] * padding
+    hands = deal(flat, world_size)
+    if zero_stage == 0:  # all is there
+        blank: list[Share] = [[None] * len(hand) for hand in hands]
+        whole = ([*blank[:rank], hand, *blank[rank + 1 :]] for rank, hand in enumerate(hands))
+        return [[value for part in parts for value in part][: len(flat)] for parts in whole]
+    return hands
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_each_element_is_held_once_where_a_loop_puts_it_and_all_join_back(zero_stage: int, world_size: int) -> None:
+def test_each_element_is_one_ranks_where_a_loop_puts_it_and_all_join_back(zero_stage: int, world_size: int) -> None:
     draw = random.Random(zero_stage * 10 + world_size)
     for _ in range(40):
         sizes = {f"layer@{i}.weight": draw.choice([1, 2, 3, 7, draw.randint(1, 60)]) for i in range(draw.randint(1, 6))}
