@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/rayproj demo $(ARGS)
 
+# One thread a worker: beside each other, two threads each wait for a core in every small operation.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup $(ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(ARGS)
