@@ -58,7 +58,8 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     key = secret_key(store)
     sampling = PoissonSampling(mechanism.num_samples, mechanism.sample_rate, key, mechanism.max_batch)
     batches = Batches(Reader(latents), sampling, world.rank, world.world_size)
-    step = PrivateStep(mechanism, key, store, config.privacy.chunk, config.privacy.unsafe_metrics)
+    asked = config.privacy
+    step = PrivateStep(mechanism, key, store, asked.chunk, asked.unsafe_metrics, asked.path)
     engine = train(Recipe(task, step, batches, config.train), world, store, link)
     found, marked = spent(store), {"unsafe_metrics": config.privacy.unsafe_metrics}
     privacy = {"epsilon": epsilon_spent(found, mechanism.delta), "releases": len(found), **marked}

@@ -220,6 +220,7 @@ def example_memory(model: memory.Model, header: Header, examples: int, privacy: 
             privacy.multiplicity,
             privacy.clip_norm,
             privacy.chunk,
+            privacy.path,
         )
 
     return {"per-example gradients": model.peak(work)}

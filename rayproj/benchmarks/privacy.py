@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from rayproj.engine.task import Batch
-from rayproj.privacy.clipping import Path, clip_factor, clipped_sum, with_views
+from rayproj.privacy.clipping import clip_factor, clipped_sum, with_views
+from rayproj.privacy.plan import Path
 
 Row = dict[str, Any]
 STEPS, ROUNDS = 4, 3  # measured steps of a process, after one that is not; processes of a way

@@ -11,24 +11,26 @@ that the loss sees of it goes through layers that are: a parameter in the graph 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from rayproj.engine.task import Batch
-from rayproj.privacy.layers import RULES, any_layer, group_norm
+from rayproj.privacy.layers import RULES, any_layer, group_norm, linear
 from rayproj.privacy.tape import Call, NoLayer, Rule, Tape, Uncovered
 
 
 def one_pass(
     model: nn.Module, losses: Callable[[nn.Module, Batch], Tensor], parameters: list[tuple[str, nn.Parameter]],
-    batch: Batch, views: int,
+    batch: Batch, views: int, sums: bool = True,
 ) -> Tape:  # fmt: skip
     """Run the model once, forward and backward.
 
@@ -36,6 +38,7 @@ def one_pass(
         losses: (model, batch) to losses of the rows.
         parameters: what is trained.
         batch: rows in which the views of an example are neighbours.
+        sums: whether to hold what the weighted sum is made of.
 
     Returns:
         The examples' norms and losses, and what their weighted sum is made of.
@@ -52,6 +55,7 @@ def one_pass(
         views=views,
         squares=torch.zeros(rows // views, dtype=wide, device=first.device),
         anchor=torch.zeros((), device=first.device, requires_grad=True),
+        sums=sums,
     )
     with _instrumented(model, tape) as bare:
         with bare:
@@ -85,6 +89,9 @@ def _refuse_direct_uses(values: Tensor, tape: Tape) -> None:
                 if name is None
                 else f"the parameter '{name}' is used outside of a layer that has a rule"
             )
+    for whole, _ in tape.pieces:
+        if tape.uses[whole]:
+            raise Uncovered(f"the parameter '{tape.names[whole]}' is used both in parts and as a whole")
     for call in tape.calls:
         if call.x._version != call.version:
             raise Uncovered(f"the input of a {type(call.module).__name__} is changed in place after it")
@@ -98,6 +105,11 @@ def _instrumented(model: nn.Module, tape: Tape) -> Iterator[Any]:
     try:
         for module in model.modules():
             own = {n: p for n, p in module._parameters.items() if p is not None and id(p) in tape.names}
+            if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+                if any(id(p) in tape.names for p in module.parameters()):
+                    before.append((module, module.__dict__.get("forward")))
+                    module.forward = partial(_as_attention, tape, module, module.forward)  # type: ignore[method-assign]
+                continue
             rule, norm = RULES.get(type(module).forward), type(module).forward is nn.GroupNorm.forward
             if not own:
                 continue
@@ -168,6 +180,55 @@ def _as_group_norm(tape: Tape, module: nn.GroupNorm, own: dict[str, nn.Parameter
             f"a GroupNorm is called on {tuple(x.shape)}, which is not one entry for each of {tape.rows} rows"
         )
     return group_norm(tape, module, own, x)
+
+
+def _as_attention(
+    tape: Tape, module: nn.MultiheadAttention, forward: Any, query: Tensor, key: Tensor, value: Tensor,
+    key_padding_mask: Tensor | None = None, need_weights: bool = True, attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True, is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`nn.MultiheadAttention` written out, whose own forward calls none of its projections as a layer."""
+    if tape.plain or not torch.is_grad_enabled():
+        made: tuple[Tensor, Tensor | None] = forward(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+        return made
+    if module.bias_k is not None or module.add_zero_attn or query.ndim != 3:
+        raise Uncovered("a MultiheadAttention has add_bias_kv or add_zero_attn, or is called without a batch")
+    inputs = [t if module.batch_first else t.transpose(0, 1) for t in (query, key, value)]
+    width, own_weights = module.embed_dim, (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+
+    def projected(i: int) -> Tensor:
+        """[B, heads, tokens, width of a head], of the query, the key or the value."""
+        whole, bias = module.in_proj_weight, None
+        weight = tape.piece(whole, i * width, width) if module._qkv_same_embed_dim else own_weights[i]
+        if module.in_proj_bias is not None:
+            bias = tape.piece(module.in_proj_bias, i * width, width)
+        own: Any = {n: p for n, p in (("weight", weight), ("bias", bias)) if p is not None and p.requires_grad}
+
+        def run(x: Tensor) -> Tensor:
+            return F.linear(x, weight.detach(), None if bias is None else bias.detach())
+
+        y: Tensor = _as_layer(tape, module, own, linear, run, inputs[i]) if own else run(inputs[i])
+        return y.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+
+    q, k, v = projected(0), projected(1), projected(2)
+    mask = torch.zeros(len(q), 1, 1, k.shape[2], dtype=q.dtype, device=q.device)
+    if key_padding_mask is not None:
+        mask = mask + _added(key_padding_mask, q.dtype)[:, None, None]
+    if attn_mask is not None:  # [L, S], or [B · heads, L, S]
+        added = _added(attn_mask, q.dtype)
+        mask = mask + (added if added.ndim == 2 else added.unflatten(0, (-1, module.num_heads)))
+    scores = q @ k.mT / math.sqrt(q.shape[-1]) + mask
+    weights = F.dropout(scores.softmax(-1), module.dropout, module.training)
+    out = module.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    out = out if module.batch_first else out.transpose(0, 1)
+    return out, (weights.mean(1) if average_attn_weights else weights) if need_weights else None
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of what is left out as one that is added to the scores; such a one as it is."""
+    return mask.to(dtype).masked_fill(mask, -math.inf) if mask.dtype is torch.bool else mask
 
 
 ELEMENTWISE = {f"{how}{name}" for how in ("", "r", "i") for name in ("add", "sub", "mul", "div", "truediv")}

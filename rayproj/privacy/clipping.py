@@ -1,18 +1,19 @@
 """Per-example gradients, clipped to a norm and summed.
 
 The K views of an example are one group: the gradient of their mean loss is the example's gradient, so it costs what an
-ordinary backward over K images costs. Three ways of computing the same numbers: book-keeping, which is one backward for a
-chunk of examples (`bookkeeping`); and for models that it has no rule for, one backward an example, or `torch.func.vmap`
-over the chunk.
+ordinary backward over K images costs. Four ways of computing the same numbers (`plan.Path`): book-keeping, which is one
+backward for a chunk of examples (`bookkeeping`); the same for the norms alone, and a second pass for the sum; and for models
+that it has no rule for, one backward an example, or `torch.func.vmap` over the chunk.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,17 +26,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from rayproj.engine.task import Batch
 from rayproj.errors import UserError
 from rayproj.privacy.bookkeeping import NoLayer, Uncovered, one_pass
+from rayproj.privacy.plan import Path
 
 Losses = Callable[[nn.Module, Batch], Tensor]
 log = logging.getLogger(__name__)
-
-
-class Path(Enum):
-    """How the examples' gradients are found."""
-
-    auto = "auto"  # book-keeping where it covers the model and, tried on two examples, gives what a loop gives
-    bookkeeping = "bookkeeping"
-    materialise = "materialise"  # by a loop or, if chunk > 1, by vmap
 
 
 def refuse_cross_example_layers(model: nn.Module) -> None:
@@ -72,6 +66,25 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
     return torch.where(torch.isfinite(norm), factor, torch.zeros_like(factor))
 
 
+@dataclass(frozen=True)
+class _Work:
+    """Whose gradients are clipped, and to what: the arguments of `clipped_sum`."""
+
+    model: nn.Module
+    losses: Losses
+    parameters: list[tuple[str, nn.Parameter]]
+    views: int
+    clip_norm: float
+
+    @property
+    def bf16(self) -> bool:
+        return any(p.dtype is torch.bfloat16 for _, p in self.parameters)
+
+
+Add = Callable[[_Work, Batch, Tensor], tuple[Tensor, Tensor]]
+"""(work, rows, flat total to add the examples' clipped gradients to) to the examples' losses [B] and norms [B]."""
+
+
 def clipped_sum(
     model: nn.Module,
     losses: Losses,
@@ -97,69 +110,83 @@ def clipped_sum(
 
     Raises:
         UserError: the forward changed a buffer, which a checkpoint would release without noise.
-        Uncovered: book-keeping was asked for, and has no rule for something in the model.
+        Uncovered: book-keeping was asked for, in one pass or two, and has no rule for something in the model.
     """
-    size, before = len(batch["row"]), _buffers(model)
-    first = parameters[0][1]
-    total = torch.zeros(sum(p.numel() for _, p in parameters), dtype=torch.float32, device=first.device)
-    total = total.double() if first.dtype is torch.float64 else total
-    all_losses, all_norms = [torch.zeros(0)], [torch.zeros(0)]
-    add = _add_by_bookkeeping
-    if path is Path.materialise or (
-        path is Path.auto and size and not _is_covered(model, losses, parameters, batch, multiplicity)
-    ):
-        add = _add_by_gradients
-    for begin in range(0, size, chunk):
-        part = with_views({name: t[begin : begin + chunk] for name, t in batch.items()}, multiplicity)
-        try:
-            values, norms = add(model, losses, parameters, part, multiplicity, clip_norm, total)
-        except Uncovered:  # only in this batch: nothing was added yet
-            if path is Path.bookkeeping:
-                raise
-            values, norms = _add_by_gradients(model, losses, parameters, part, multiplicity, clip_norm, total)
-        all_losses.append(values.detach().float().cpu())
-        all_norms.append(norms.float().cpu())
+    work, before = _Work(model, losses, parameters, multiplicity, clip_norm), _buffers(model)
+    if path is Path.auto:
+        path, may_fall_back = _chosen(work, batch, chunk), True
+    else:
+        may_fall_back = False
+    try:
+        found = _sum(work, batch, chunk, ADD[path], may_fall_back)
+    except Uncovered as error:
+        raise Uncovered(
+            f"privacy.path={path.value} does not cover the model: {error}. Set privacy.path=auto, which goes a slower way "
+            "where it must."
+        ) from error
     changed = [name for name, version in _buffers(model).items() if before.get(name) != version]
     if changed:
         raise UserError(
             f"The forward changed the buffer '{changed[0]}', and checkpoints would hold it without noise; "
             "use a layer without running statistics for private training."
         )
+    return found
+
+
+def _sum(work: _Work, batch: Batch, chunk: int, add: Add, may_fall_back: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    first = work.parameters[0][1]
+    total = torch.zeros(sum(p.numel() for _, p in work.parameters), dtype=torch.float32, device=first.device)
+    total = total.double() if first.dtype is torch.float64 else total
+    all_losses, all_norms = [torch.zeros(0)], [torch.zeros(0)]
+    for begin in range(0, len(batch["row"]), chunk):
+        part = with_views({name: t[begin : begin + chunk] for name, t in batch.items()}, work.views)
+        try:
+            values, norms = add(work, part, total)
+        except Uncovered:  # only in this batch: nothing was added yet
+            if not may_fall_back:
+                raise
+            values, norms = _add_by_gradients(work, part, total)
+        all_losses.append(values.detach().float().cpu())
+        all_norms.append(norms.float().cpu())
     return total, torch.cat(all_losses), torch.cat(all_norms)
 
 
-def _add_by_bookkeeping(
-    model: nn.Module,
-    losses: Losses,
-    parameters: list[tuple[str, nn.Parameter]],
-    batch: Batch,
-    multiplicity: int,
-    clip_norm: float,
-    total: Tensor,
-) -> tuple[Tensor, Tensor]:
-    tape = one_pass(model, losses, parameters, batch, multiplicity)
+def _add_by_bookkeeping(work: _Work, batch: Batch, total: Tensor) -> tuple[Tensor, Tensor]:
+    tape = one_pass(work.model, work.losses, work.parameters, batch, work.views)
     norms = tape.norms()
-    parts = total.split([p.numel() for _, p in parameters])
-    flat = {id(p): part for (_, p), part in zip(parameters, parts, strict=True)}
-    tape.add_to(flat, clip_factor(norms, clip_norm))
+    parts = total.split([p.numel() for _, p in work.parameters])
+    flat = {id(p): part for (_, p), part in zip(work.parameters, parts, strict=True)}
+    tape.add_to(flat, clip_factor(norms, work.clip_norm))
     assert tape.losses is not None
-    return tape.losses.unflatten(0, (-1, multiplicity)).mean(1), norms
+    return tape.losses.unflatten(0, (-1, work.views)).mean(1), norms
 
 
-def _add_by_gradients(
-    model: nn.Module,
-    losses: Losses,
-    parameters: list[tuple[str, nn.Parameter]],
-    batch: Batch,
-    multiplicity: int,
-    clip_norm: float,
-    total: Tensor,
-) -> tuple[Tensor, Tensor]:
-    per_example = _by_loop if len(batch["row"]) == multiplicity else _by_vmap
-    gradients, values = per_example(model, losses, parameters, batch, multiplicity)
+def _add_by_two_passes(work: _Work, batch: Batch, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms by book-keeping, then the gradient of the losses times the clip factors (Li et al. 2022, arXiv 2110.05679,
+    "ghost clipping"; Bu et al. 2022, arXiv 2205.10683, algorithm 1)."""
+    if work.bf16:
+        raise Uncovered("in two passes the sum over the examples would be rounded to bf16, which no bound accounts for")
+    with torch.random.fork_rng([total.device] if total.is_cuda else []):  # both passes have the same dropout
+        norms = one_pass(work.model, work.losses, work.parameters, batch, work.views, sums=False).norms()
+    factors = clip_factor(norms, work.clip_norm)
+    if not isinstance(factors, FakeTensor) and not bool((factors > 0).all()):
+        return _add_by_gradients(work, batch, total)  # in a sum of losses, 0 times what is not finite would be NaN
+    values = work.losses(work.model, batch)
+    weighted = (values * factors.repeat_interleave(work.views).to(values.dtype)).sum() / work.views
+    tensors = [p for _, p in work.parameters]
+    parts = total.split([p.numel() for p in tensors])
+    for part, g in zip(parts, torch.autograd.grad(weighted, tensors, allow_unused=True), strict=True):
+        if g is not None:
+            part += g.flatten()
+    return values.unflatten(0, (-1, work.views)).mean(1), norms
+
+
+def _add_by_gradients(work: _Work, batch: Batch, total: Tensor) -> tuple[Tensor, Tensor]:
+    per_example = _by_loop if len(batch["row"]) == work.views else _by_vmap
+    gradients, values = per_example(work.model, work.losses, work.parameters, batch, work.views)
     gradients = [g.to(total.dtype).flatten(1) for g in gradients]
     norms = torch.stack([g.square().sum(1) for g in gradients]).sum(0).sqrt()
-    factors = clip_factor(norms, clip_norm)
+    factors = clip_factor(norms, work.clip_norm)
     begin_flat = 0
     for g in gradients:
         # A gradient that is not finite would make 0 * inf = NaN, so it is taken out before it is weighted.
@@ -169,44 +196,72 @@ def _add_by_gradients(
     return values, norms
 
 
-_covered: WeakKeyDictionary[nn.Module, dict[tuple[str, int, int], bool]] = WeakKeyDictionary()
+ADD: dict[Path, Add] = {
+    Path.bookkeeping: _add_by_bookkeeping,
+    Path.two_pass: _add_by_two_passes,
+    Path.materialise: _add_by_gradients,
+}
+FASTER = 0.9  # of the time of one pass: two must be below, lest chance decide between restarts
+
+_choices: WeakKeyDictionary[nn.Module, dict[tuple[str, int, int, int], Path]] = WeakKeyDictionary()
 
 
-def _is_covered(
-    model: nn.Module, losses: Losses, parameters: list[tuple[str, nn.Parameter]], batch: Batch, multiplicity: int
-) -> bool:
-    """Whether book-keeping gives what a loop gives on two examples of the first batch; found out once for a model.
+def _chosen(work: _Work, batch: Batch, chunk: int) -> Path:
+    """Of the paths that cover the model the fastest; found out on the first batch that is not empty, once for a model."""
+    if not len(batch["row"]):
+        return Path.bookkeeping
+    known = _choices.setdefault(work.model, {})
+    losses = getattr(work.losses, "__qualname__", type(work.losses).__qualname__)
+    key = (losses, work.views, len(work.parameters), chunk)
+    if key not in known:
+        if isinstance(work.parameters[0][1], FakeTensor):  # memory is planned with them; they have no contents
+            return Path.bookkeeping
+        with _without_dropout(work.model):
+            if not _is_covered(work, batch):
+                known[key] = Path.materialise
+            else:
+                part = {name: t[:chunk] for name, t in batch.items()}
+                one = _seconds(work, part, chunk, Path.bookkeeping)
+                two = math.inf if work.bf16 else _seconds(work, part, chunk, Path.two_pass)
+                known[key] = Path.two_pass if two < FASTER * one else Path.bookkeeping
+                log.info("Clipping by %s; one pass took %.3g s, two %.3g s.", known[key].value, one, two)
+    return known[key]
+
+
+def _seconds(work: _Work, batch: Batch, chunk: int, path: Path) -> float:
+    """The shorter of two runs, after one that warms up."""
+    taken = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        _sum(work, batch, chunk, ADD[path])[1].sum().item()  # waits for the device
+        taken.append(time.perf_counter() - begin)
+    return min(taken[1:])
+
+
+def _is_covered(work: _Work, batch: Batch) -> bool:
+    """Whether book-keeping gives what a loop gives on two examples.
 
     A rule that takes a layer for what it is not, such as one whose first dimension is not the batch, must not decide how
     much an example is clipped.
     """
-    known = _covered.setdefault(model, {})
-    key = (getattr(losses, "__qualname__", type(losses).__qualname__), multiplicity, len(parameters))
-    if key not in known:
-        reason, quiet = "", False
-        with _without_dropout(model):
-            two = {name: t[:2] for name, t in batch.items()}
-            try:
-                free = clipped_sum(model, losses, parameters, two, multiplicity, 1.0, 1, Path.materialise)[2]
-                # Half of the smaller norm, so that both are clipped: a rule that leaves the factors out is seen.
-                finite = [n for n in ([] if isinstance(free, FakeTensor) else free.tolist()) if 0 < n < math.inf]
-                clip = 0.5 * min(finite, default=2.0)
-                found = clipped_sum(model, losses, parameters, two, multiplicity, clip, 2, Path.bookkeeping)
-                expected = clipped_sum(model, losses, parameters, two, multiplicity, clip, 1, Path.materialise)
-            except Uncovered as error:
-                reason, quiet = str(error), isinstance(error, NoLayer)
-            else:
-                if isinstance(found[2], FakeTensor):  # memory is planned with them; they have no contents
-                    return True
-                # TF32 and bf16 round otherwise in products of other shapes; a wrong rule is off by far more.
-                close = 0.05 if any(p.dtype is torch.bfloat16 for _, p in parameters) else 0.01
-                same = torch.allclose(found[2], expected[2], rtol=close, atol=0, equal_nan=True)
-                if not same or (found[0] - expected[0]).norm() > close * (1e-6 * clip + expected[0].norm()):
-                    reason = "it gives other gradients than a loop does"
-        known[key] = not reason
-        if reason and not quiet:
-            log.warning("Clipping goes the slow way, because book-keeping does not cover the model: %s.", reason)
-    return known[key]
+    two, reason, quiet = {name: t[:2] for name, t in batch.items()}, "", False
+    try:
+        free = _sum(replace(work, clip_norm=1.0), two, 1, _add_by_gradients)[2]
+        # Half of the smaller norm, so that both are clipped: a rule that leaves the factors out is seen.
+        clipping = replace(work, clip_norm=0.5 * min((n for n in free.tolist() if 0 < n < math.inf), default=2.0))
+        found = _sum(clipping, two, 2, _add_by_bookkeeping)
+        expected = _sum(clipping, two, 1, _add_by_gradients)
+    except Uncovered as error:
+        reason, quiet = str(error), isinstance(error, NoLayer)
+    else:
+        # TF32 and bf16 round otherwise in products of other shapes; a wrong rule is off by far more.
+        close = 0.05 if work.bf16 else 0.01
+        same = torch.allclose(found[2], expected[2], rtol=close, atol=0, equal_nan=True)
+        if not same or (found[0] - expected[0]).norm() > close * (1e-6 * clipping.clip_norm + expected[0].norm()):
+            reason = "it gives other gradients than a loop does"
+    if reason and not quiet:
+        log.warning("Clipping goes the slow way, because book-keeping does not cover the model: %s.", reason)
+    return not reason
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class How(Enum):
     ADD = "the examples' gradients, summed with those of other uses of the weight"
 
 
-def choose(tokens: int, inputs: int, outputs: int, pixels: int, channels: int) -> How:
+def choose(tokens: int, inputs: int, outputs: int, pixels: int, channels: int, sums: bool = True) -> How:
     """The fastest way for a weight [outputs, inputs], of those whose memory is not much more than an ordinary backward's.
 
     An example's gradient is a product of 2 tokens inputs outputs operations; that of the weighted sum is as many for each
@@ -46,13 +46,14 @@ def choose(tokens: int, inputs: int, outputs: int, pixels: int, channels: int) -
     Args:
         tokens: entries of an example's output, over all its views.
         pixels, channels: shape of its input as it lies in memory, which a convolution unfolds to [tokens, inputs].
+        sums: whether the weighted sum is made too, and not only the norms.
     """
     product = 2 * tokens * inputs * outputs
     gram = 2 * pixels**2 * channels + 2 * tokens**2 * outputs
     gram += PAIR * (pixels**2 + tokens**2) if tokens > 1 else 0
     batched = (1 + BATCHED / math.sqrt(tokens)) * product
-    times = {How.GRAM: gram + product, How.AGAIN: batched + product}
-    if inputs * outputs <= MEMORY * (pixels * channels + tokens * outputs):
+    times = {How.GRAM: gram + sums * product, How.AGAIN: batched + sums * product}
+    if sums and inputs * outputs <= MEMORY * (pixels * channels + tokens * outputs):
         times[How.KEEP] = batched
     return min(times, key=lambda how: times[how])
 
@@ -105,7 +106,7 @@ def _square(t: Tensor) -> Tensor:
     return torch.linalg.vecdot(t, t)
 
 
-def _linear(tape: Tape, call: Call, g: Tensor, alone: bool) -> None:
+def linear(tape: Tape, call: Call, g: Tensor, alone: bool) -> None:
     """d W = Σ_t g_t x_tᵀ; d b = Σ_t g_t, whose norm is that of the sum also where there is more than one t."""
     x = call.x.reshape(tape.size, -1, call.x.shape[-1]).to(tape.dtype)
     g = g.reshape(tape.size, -1, g.shape[-1]).to(tape.dtype)
@@ -119,7 +120,7 @@ def _linear(tape: Tape, call: Call, g: Tensor, alone: bool) -> None:
     def gradients(x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
         return torch.bmm(g.mT, x, out=None if out is None else out.view(-1, p, d)).view(len(x), -1)
 
-    how = choose(tokens, d, p, tokens, d) if alone else How.ADD
+    how = choose(tokens, d, p, tokens, d, tape.sums) if alone else How.ADD
     gram = 2 * tokens**2, kernels(g).linear_gram_norm
     if _weight(tape, weight, how, x, g, gram, (d * p + tokens * (d + p), gradients)):
         rows = tape.rows
@@ -176,7 +177,7 @@ def _conv(tape: Tape, call: Call, g: Tensor, alone: bool) -> None:
         return kernels(g).conv_gram_norm(x, g, kernel, padding, stride, dilation)
 
     tokens, pixels = tape.views * up * across, tape.views * x[0, 0].numel()
-    how = choose(tokens, inputs, shape[0], pixels, x.shape[1]) if alone else How.ADD
+    how = choose(tokens, inputs, shape[0], pixels, x.shape[1], tape.sums) if alone else How.ADD
     if groups > 1 and how is How.GRAM:
         how = How.AGAIN
     by_views = x.unflatten(0, (tape.size, tape.views)), g.unflatten(0, (tape.size, tape.views))
@@ -211,7 +212,7 @@ def _embedding(tape: Tape, call: Call, g: Tensor, alone: bool) -> None:
     def summed(index: Tensor, g: Tensor) -> Tensor:
         return g.new_zeros(entries, dim).index_add_(0, index.flatten(), g.flatten(0, -2))
 
-    how = (How.GRAM if entries > tokens else How.KEEP) if alone else How.ADD
+    how = (How.GRAM if entries > tokens else How.KEEP if tape.sums else How.AGAIN) if alone else How.ADD
     if _weight(tape, weight, how, index, g, (2 * tokens**2, gram), (entries * dim, gradients)):
         tape.hold(weight, index.view(tape.rows, -1), g.view(tape.rows, -1, dim), summed)
 
@@ -271,7 +272,7 @@ def group_norm(tape: Tape, module: nn.GroupNorm, own: dict[str, nn.Parameter], x
 
 
 RULES: dict[Any, Rule] = {
-    nn.Linear.forward: _linear,
+    nn.Linear.forward: linear,
     nn.Conv1d.forward: _conv,
     nn.Conv2d.forward: _conv,
     nn.Embedding.forward: _embedding,

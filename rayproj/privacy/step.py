@@ -17,7 +17,7 @@ from rayproj.errors import UserError
 from rayproj.privacy.clipping import clipped_sum, refuse_cross_example_layers
 from rayproj.privacy.ledger import Ledger, epsilon_spent, next_start, spent
 from rayproj.privacy.noise import add_noise, gaussian, secure_gaussian
-from rayproj.privacy.plan import PrivacyPlan
+from rayproj.privacy.plan import Path, PrivacyPlan
 from rayproj.storage.store import Store
 
 SELF_TEST_STEP = 2**32 - 1
@@ -32,15 +32,23 @@ class PrivateStep:
         store: the run's, for the ledger.
         chunk: examples whose gradients are held at once.
         unsafe_metrics: report loss and share of clipped examples, which are not covered by ε.
+        path: how gradients are clipped.
     """
 
     micro_batches = 1
     running_totals: tuple[str, ...] = ("epsilon",)
 
     def __init__(
-        self, plan: PrivacyPlan, key: bytes, store: Store, chunk: int = 8, unsafe_metrics: bool = False
+        self,
+        plan: PrivacyPlan,
+        key: bytes,
+        store: Store,
+        chunk: int = 8,
+        unsafe_metrics: bool = False,
+        path: Path = Path.auto,
     ) -> None:
         self.plan, self.key, self.store, self.chunk, self.unsafe_metrics = plan, key, store, chunk, unsafe_metrics
+        self.path = path
         self.views = plan.multiplicity
 
     def prepare(self, engine: Engine) -> None:
@@ -63,7 +71,14 @@ class PrivateStep:
         plan, step = self.plan, engine.step
         with engine.whole_weights():
             flat, losses, norms = clipped_sum(
-                engine.plain, task.losses, engine.parameters, batch, plan.multiplicity, plan.clip_norm, self.chunk
+                engine.plain,
+                task.losses,
+                engine.parameters,
+                batch,
+                plan.multiplicity,
+                plan.clip_norm,
+                self.chunk,
+                self.path,
             )
         share = reduce_to_share(engine, flat)
         del flat  # as large as the model

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from rayproj.errors import UserError
 
-class Uncovered(Exception):
+
+class Uncovered(UserError):
     """The model does something that book-keeping has no rule for; the message says what."""
 
 
@@ -50,7 +52,9 @@ class Tape:
         kept: gradients of the examples [B, numel], whose norms are among the squares.
         added: the same of parameters with perhaps more than one use, whose norms are not yet.
         held: (parameter, inputs, output gradients, what makes the gradient of them), rows first.
+        pieces: rows of a parameter that are the weight of a layer of their own, by its id and their beginning.
         plain: layers run as they are, as while a rule runs one.
+        sums: whether a weighted sum is to be made; else only norms are.
     """
 
     names: dict[int, str]
@@ -64,7 +68,9 @@ class Tape:
     kept: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
     added: dict[int, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
     held: list[tuple[nn.Parameter, Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]] = field(default_factory=list)
+    pieces: dict[tuple[int, int], nn.Parameter] = field(default_factory=dict)
     plain: bool = False
+    sums: bool = True
 
     @property
     def size(self) -> int:
@@ -84,17 +90,26 @@ class Tape:
 
     def hold(self, parameter: nn.Parameter, x: Tensor, g: Tensor, gradient: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Inputs and output gradients, rows first, of which `gradient` makes the sum over the rows."""
-        self.held.append((parameter, x, g, gradient))
+        if self.sums:
+            self.held.append((parameter, x, g, gradient))
 
     def of_rows(self, gradients: Tensor) -> Tensor:
         """[B, ...] from [rows, ...]."""
         return gradients if self.views == 1 else gradients.unflatten(0, (-1, self.views)).sum(1)
 
+    def piece(self, parameter: nn.Parameter, begin: int, rows: int) -> Tensor:
+        """Some rows of a parameter, as a parameter of their own if it is trained."""
+        part = parameter.detach()[begin : begin + rows]
+        if id(parameter) not in self.names:
+            return part
+        return self.pieces.setdefault((id(parameter), begin), nn.Parameter(part))
+
     def norms(self) -> Tensor:
         """[B], of the examples' whole gradients."""
         for _, gradients in self.added.values():
             self.squares += kernels(gradients).norm_square(gradients)
-        self.kept += self.added.values()
+        if self.sums:
+            self.kept += self.added.values()
         self.added.clear()
         return self.squares.sqrt()
 
@@ -104,6 +119,8 @@ class Tape:
         Args:
             flat: by id of the parameter, its part of the flat sum.
         """
+        for (whole, begin), piece in self.pieces.items():
+            flat[id(piece)] = flat[whole][begin * piece[0].numel() :][: piece.numel()]
         while self.kept:
             parameter, gradients = self.kept.pop()
             kernels(gradients).accumulate(flat[id(parameter)], gradients, factors)
