@@ -31,6 +31,7 @@ from tests.support.commands import run
 TRAIN = ["train.batch=32", "train.preview_every=0", "cluster.ranks=1", "train.engine.ema=0.9"]
 STEPS = [*TRAIN, "train.steps=12", "train.engine.optimizer.lr=5e-3"]
 DENOISER = ["diffusion.denoiser={channels: [16, 32], head_dim: 16, norm_groups: 8}"]
+LORA = "diffusion.lora.rank=2"
 
 JOBS = """
 import importlib, json, sys
@@ -59,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train_autoencoder": [f"data={root}/data/public", "autoencoder.channels=[8,8,16]", *STEPS],
         "encode_latents": [images, f"out={root}/latents", f"autoencoder={root}/train_autoencoder", "pool.actors=1"],
         "train_diffusion": [f"{latents}/public", *DENOISER, *STEPS],
-        "finetune_private": [f"{latents}/private", start, *DENOISER, *private, *TRAIN, "train.steps=2"],
+        "finetune_private": [f"{latents}/private", start, *DENOISER, *private, *TRAIN, "train.steps=2", LORA],
     }
     given = [(name, [*words, f"run.dir={root}/{name}"]) for name, words in stages.items()]
     done = run(sys.executable, "-c", JOBS, json.dumps(given), timeout=200)
@@ -239,6 +240,30 @@ def test_the_card_says_where_the_weights_come_from_and_what_is_guaranteed(runs: 
     for name in ("(private) latents", "(public)", "licence MIT", "Zalando", "None for the data of the run `train_diff"):
         assert name in text
     assert "clip_norm: 1.0" in text, "the config"
+
+
+def test_adapters_are_what_was_trained_and_what_is_exported(runs: Path, private: Path) -> None:
+    """Opacus issue 820: the loss and ε of adapters were sound, and those that were saved had not been trained."""
+    from diffusers import UNet2DModel
+
+    before, after = (load_ema(Store(str(runs / name)))[0] for name in ("train_diffusion", "finetune_private"))
+    adapted, unet = 0, UNet2DModel.from_pretrained(private / "unet")
+    for name, weight in unet.state_dict().items():
+        layer, _, kind = f"unet.{name}".rpartition(".")
+        a, b = (after.get(f"{layer}.lora_{which}.default.weight") for which in "AB")
+        expected = before[f"unet.{name}"].view_as(weight)
+        if a is None or b is None or kind == "bias":
+            assert torch.equal(weight, expected)
+        else:
+            assert torch.equal(after[f"{layer}.base_layer.weight"].view_as(weight), expected)
+            change = b.view(-1, 2) @ a.view(2, -1)
+            assert change.norm() > 1e-6
+            torch.testing.assert_close(weight, expected + change)
+            adapted += 1
+    queries = [name for name, _ in unet.named_modules() if name.endswith("to_q")]
+    assert adapted == 4 * len(queries) > 0, "and keys, values and outputs"
+    trained = json.loads((runs / "finetune_private" / "result.json").read_text())["parameters"]
+    assert trained == sum(t.numel() for name, t in after.items() if ".lora_" in name)
 
 
 def test_nothing_of_this_machine_is_in_an_export(runs: Path, private: Path, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from rayproj import config as configuration
 from rayproj import keyed
 from rayproj.data.dataset import Dataset, Header
 from rayproj.diffusion import process, sampling
+from rayproj.diffusion.adapters import LoraConfig, adapt, merge
 from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig
 from rayproj.diffusion.process import Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig
-from rayproj.engine.checkpoint import load_ema
+from rayproj.engine.checkpoint import Commit, load_ema
 from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch
 from rayproj.errors import UserError
@@ -31,6 +32,7 @@ class DiffusionConfig:
     latents: str = "???"  # the dataset that jobs/encode_latents.py wrote
     init: str = ""  # run dir of a trained model to start from
     trainable: str = ""  # regular expression: parameters in whose names it is found are trained, the others stay
+    lora: LoraConfig = field(default_factory=LoraConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
     label_dropout: float = 0.1  # share of examples trained without their label, for guidance
@@ -45,6 +47,8 @@ class DiffusionConfig:
             re.compile(self.trainable)
         except re.error as error:
             return [f"diffusion.trainable='{self.trainable}' is no regular expression ({error})."]
+        if self.lora.rank and (self.trainable or not self.init):
+            return ["diffusion.lora.rank goes with diffusion.init, and not with diffusion.trainable."]
         if (self.time_density is TimeDensity.mixture) != bool(self.time_mixture):
             return ["diffusion.time_mixture goes with diffusion.time_density=mixture: a list of [low, high, weight]."]
         sound = (len(p) == 3 and 0 <= p[0] < p[1] <= 1 and p[2] > 0 for p in self.time_mixture)
@@ -68,15 +72,21 @@ class DiffusionTask:
         self.num_classes = len(latents.classes)
 
     def build(self) -> nn.Module:
-        model = self.network()
-        if self.config.init:
-            load_flat(model, load_ema(Store(self.config.init))[0])
-        return model
+        return self._network(self.config.init)
 
     def network(self) -> nn.Module:
-        """The model as it is before any training."""
+        """The model with no regard to what it starts from, which may not be there yet."""
+        return self._network("")
+
+    def _network(self, init: str) -> nn.Module:
         torch.manual_seed(self.seed)
         model = Denoiser(self.config.denoiser, self.latent_shape, self.num_classes)
+        if init:
+            start, _ = trained(Store(init), self.latent_shape, self.num_classes)
+            load_flat(model, {name: tensor.flatten() for name, tensor in start.state_dict().items()})
+        if self.config.lora.rank:
+            adapt(model, self.config.lora, self.seed)
+            return model
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(bool(re.search(self.config.trainable, name)))
         if not any(p.requires_grad for p in model.parameters()):
@@ -138,6 +148,23 @@ def draw(
     return codec.decode(sampling.integrate(network, noise, labels, config, process, unguided=denoiser))
 
 
+def trained(store: Store, latent_shape: tuple[int, ...], num_classes: int) -> tuple[Denoiser, Commit]:
+    """The averaged weights of a run's newest commit as a plain network, in which adapters are merged.
+
+    Raises:
+        UserError: the run has no commit, or its config describes another model.
+    """
+    config = configuration.section(DiffusionConfig, store.read("config.yaml"), "diffusion")
+    model = Denoiser(config.denoiser, latent_shape, num_classes)
+    if config.lora.rank:
+        adapt(model, config.lora, seed=0)
+    weights, commit = load_ema(store)
+    load_flat(model, weights)
+    if config.lora.rank:
+        merge(model)
+    return model, commit
+
+
 class TrainedModel:
     """A trained diffusion model with its codec, ready to draw.
 
@@ -151,9 +178,7 @@ class TrainedModel:
         self.header = Dataset.open(config.latents).header
         task = DiffusionTask(config, self.header, seed=0)
         self.latent_shape, self.process = task.latent_shape, task.process
-        self.denoiser = Denoiser(config.denoiser, task.latent_shape, task.num_classes)
-        weights, self.commit = load_ema(store)
-        load_flat(self.denoiser, weights)
+        self.denoiser, self.commit = trained(store, task.latent_shape, task.num_classes)
         self.denoiser.to(device).eval().requires_grad_(False)
         self.codec = Codec.load(self.header.provenance["autoencoder"], device)
 

@@ -10,13 +10,16 @@ from rayproj import keyed
 from rayproj.classifiers.model import ClassifierConfig
 from rayproj.classifiers.task import ClassificationTask, shifted_and_flipped
 from rayproj.data.dataset import Field, Header
+from rayproj.diffusion.adapters import LoraConfig, merge
 from rayproj.diffusion.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderTask, Codec, measure, to_uint8
 from rayproj.diffusion.denoiser import DenoiserConfig
-from rayproj.diffusion.process import Path, Prediction, Process, ProcessConfig, TimeDensity
+from rayproj.diffusion.process import Path as ProcessPath
+from rayproj.diffusion.process import Prediction, Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig, Solver, Spacing, integrate
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, draw
 from rayproj.errors import UserError
 from rayproj.privacy.clipping import clipped_sum
+from rayproj.privacy.plan import Path
 
 LATENTS = Header("x", {"moments": Field("npy", (8, 4, 4)), "label": Field("int")}, 10, 5, tuple("abc"))
 IMAGES = Header("x", {"image": Field("png", (1, 16, 16)), "label": Field("int")}, 10, 5, tuple("abc"))
@@ -83,12 +86,13 @@ def test_the_diffusion_loss_written_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "predicts"), [(Path.cosine, Prediction.v), (Path.flow, Prediction.data), (Path.edm, Prediction.edm)]
+    ("path", "predicts"),
+    [(ProcessPath.cosine, Prediction.v), (ProcessPath.flow, Prediction.data), (ProcessPath.edm, Prediction.edm)],
 )
-def test_another_process_trains_and_draws(path: Path, predicts: Prediction) -> None:
+def test_another_process_trains_and_draws(path: ProcessPath, predicts: Prediction) -> None:
     """A few steps on one latent of each class: what is drawn of a class is nearer to its own than to the others'."""
     process = ProcessConfig(path, predicts, min_snr=5.0)
-    density = (-0.4, 1.2) if path is Path.edm else (0.0, 1.0)
+    density = (-0.4, 1.2) if path is ProcessPath.edm else (0.0, 1.0)
     config = replace(SMALL, process=process, label_dropout=0.0, time_mean=density[0], time_std=density[1])
     task = DiffusionTask(config, LATENTS, 0)
     model = task.build()
@@ -179,6 +183,28 @@ def test_only_what_is_named_is_trained_and_clipped() -> None:
         DiffusionTask(replace(SMALL, trainable="attention_of_nobody"), LATENTS, seed=0).build()
 
 
+def test_adapters_alone_are_trained_and_clipped_and_merge_to_the_same_network() -> None:
+    pytest.importorskip("peft")
+    lora = LoraConfig(rank=2, alpha=6, layers=r"to_(q|k|v)$|conv1$|time_embedding")
+    task = DiffusionTask(replace(SMALL, lora=lora, init="a run"), LATENTS, seed=0)
+    model, plain, batch = task.network(), TASKS["diffusion"].build(), batch_of("diffusion")
+    torch.testing.assert_close(task.losses(model, batch), task.losses(plain, batch))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".lora_" in name for name, _ in trained)
+    for _, p in trained:
+        p.data.normal_(std=0.2)
+    found = clipped_sum(model, task.losses, trained, batch, 2, 0.3, 4, Path.bookkeeping)[0]
+    expected = clipped_sum(model, task.losses, trained, batch, 2, 0.3, 1, Path.materialise)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    adapted = task.losses(model, batch)
+    merge(model)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    torch.testing.assert_close(task.losses(model, batch), adapted, rtol=1e-4, atol=1e-5)
+    assert (adapted - task.losses(plain, batch)).abs().min() > 1e-3
+    with pytest.raises(UserError, match=r"lora.layers='no_such' is found in the name of no Linear"):
+        DiffusionTask(replace(SMALL, lora=LoraConfig(rank=2, layers="no_such"), init="a run"), LATENTS, 0).network()
+
+
 @pytest.mark.parametrize(("density", "mixture"), [("uniform", []), ("mixture", [[0.2, 0.4, 1.0], [0.8, 1.0, 3.0]])])
 def test_training_times_have_the_density_of_the_config(density: str, mixture: list[list[float]]) -> None:
     config = replace(SMALL, time_density=TimeDensity(density), time_mixture=mixture)
@@ -194,6 +220,8 @@ def test_training_times_have_the_density_of_the_config(density: str, mixture: li
         {"time_mixture": [[0.0, 1.0, 1.0]]},
         {"time_density": TimeDensity.mixture, "time_mixture": [[0.5, 0.2, 1.0]]},
         {"trainable": "("},
+        {"lora": LoraConfig(rank=2)},
+        {"lora": LoraConfig(rank=2), "init": "a run", "trainable": "conv"},
     ],
 )
 def test_what_no_training_can_be_made_of(wrong: dict) -> None:
