@@ -5,12 +5,13 @@ python jobs/encode_latents.py configs/encode_latents.yaml key=value ...
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from rayproj.data.dataset import WEIGHTS, Dataset, Header, Inputs
-from rayproj.diffusion.encode import latent_header
+from rayproj.diffusion.encode import latent_header, text_encoder
+from rayproj.diffusion.text import TextConfig
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import PoolConfig, produce
 from rayproj.runtime.run import Run, RunConfig
@@ -23,6 +24,8 @@ class Config:
     images: dict[str, str] = field(default_factory=dict)  # name of a part -> its images
     out: str = "???"  # the latents of a part go to <out>/<part>
     autoencoder: str = "???"  # run dir of jobs/train_autoencoder.py
+    text: TextConfig = field(default_factory=TextConfig)
+    properties: dict[str, list[str]] = field(default_factory=dict)  # a text of the images -> all that it can be
     batch: int = 128  # images encoded at once by an actor
     run: RunConfig = field(default_factory=RunConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
@@ -42,7 +45,9 @@ def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:
 
 
 def latents_of(config: Config, uri: str) -> Header:
-    return latent_header(Dataset.open(uri).header, config.autoencoder)
+    return latent_header(
+        Dataset.open(uri).header, config.autoencoder, config.properties, text_encoder(config.text, "cpu")
+    )
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -54,7 +59,8 @@ def main(config: Config) -> dict[str, Any]:
             latents = Dataset.create(f"{config.out}/{part}", latents_of(config, uri))
             if (images := Store(uri)).exists(WEIGHTS):
                 latents.store.write(WEIGHTS, images.read(WEIGHTS))
-            maker = {"images": uri, "autoencoder": config.autoencoder, "batch": config.batch}
+            maker: dict[str, Any] = {"images": uri, "autoencoder": config.autoencoder, "batch": config.batch}
+            maker |= {"properties": config.properties, "text": asdict(config.text)}
             parts[part] = produce(run, latents, "rayproj.diffusion.encode:Encoder", config.pool, maker)
         return run.finish({"parts": parts, "samples": sum(part["samples"] for part in parts.values())})
 

@@ -13,7 +13,7 @@ from rayproj.data.dataset import Dataset, Header
 from rayproj.data.loader import Batches
 from rayproj.data.reader import Reader
 from rayproj.diffusion.autoencoder import Codec
-from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
+from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, encoder_of
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
 from rayproj.privacy.budget import register
@@ -39,8 +39,11 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-def task_of(config: Config, header: Header, codec: Codec | None = None) -> DiffusionTask:
-    return DiffusionTask(config.diffusion, header, config.run.seed, codec)
+def task_of(config: Config, header: Header, previews_on: str = "") -> DiffusionTask:
+    """With what it takes to make previews, if they are to be made on some device."""
+    codec = Codec.load(header.provenance["autoencoder"], previews_on) if previews_on else None
+    text = encoder_of(header, previews_on) if previews_on and config.diffusion.prompts else None
+    return DiffusionTask(config.diffusion, header, config.run.seed, codec, text)
 
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
@@ -49,15 +52,14 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     latents = Dataset.open(config.diffusion.latents)
     header = latents.header
     shows = config.train.preview_every and config.privacy.unsafe_metrics
-    codec = Codec.load(header.provenance["autoencoder"], world.device) if shows else None
-    task = task_of(config, header, codec)
+    task = task_of(config, header, world.device if shows else "")
     mechanism = plan(config.privacy, header.num_samples, config.train.steps)
     config.train.steps = mechanism.steps
     if world.rank == 0:  # at every start: steps that are done again are charged again
         register(latents.store, store, mechanism)
     key = secret_key(store)
     sampling = PoissonSampling(mechanism.num_samples, mechanism.sample_rate, key, mechanism.max_batch)
-    batches = Batches(Reader(latents), sampling, world.rank, world.world_size)
+    batches = Batches(Reader(latents, task.fields), sampling, world.rank, world.world_size)
     asked = config.privacy
     step = PrivateStep(mechanism, key, store, asked.chunk, asked.unsafe_metrics, asked.path)
     engine = train(Recipe(task, step, batches, config.train), world, store, link)

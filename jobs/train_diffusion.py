@@ -1,4 +1,4 @@
-"""Train a class-conditional latent diffusion model on a rank group.
+"""Train a latent diffusion model on a rank group.
 
 python jobs/train_diffusion.py configs/train_diffusion.yaml key=value ...
 """
@@ -14,7 +14,7 @@ from rayproj.data.loader import Batches
 from rayproj.data.order import order_of
 from rayproj.data.reader import Reader
 from rayproj.diffusion.autoencoder import Codec
-from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
+from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, encoder_of
 from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
@@ -35,18 +35,20 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-def task_of(config: Config, header: Header, codec: Codec | None = None) -> DiffusionTask:
-    return DiffusionTask(config.diffusion, header, config.run.seed, codec)
+def task_of(config: Config, header: Header, previews_on: str = "") -> DiffusionTask:
+    """With what it takes to make previews, if they are to be made on some device."""
+    codec = Codec.load(header.provenance["autoencoder"], previews_on) if previews_on else None
+    text = encoder_of(header, previews_on) if previews_on and config.diffusion.prompts else None
+    return DiffusionTask(config.diffusion, header, config.run.seed, codec, text)
 
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     config = configuration.from_dict(Config, values)
     latents = Dataset.open(config.diffusion.latents)
     header = latents.header
-    codec = Codec.load(header.provenance["autoencoder"], world.device) if config.train.preview_every else None
-    task = task_of(config, header, codec)
+    task = task_of(config, header, world.device if config.train.preview_every else "")
     order = order_of(latents.weights(), header.num_samples, header.shard_size, config.train.batch, config.run.seed)
-    batches = Batches(Reader(latents), order, world.rank, world.world_size)
+    batches = Batches(Reader(latents, task.fields), order, world.rank, world.world_size)
     step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)
     engine = train(Recipe(task, step, batches, config.train), world, Store(config.run.dir), link)
     return summary(engine, world)

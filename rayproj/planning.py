@@ -10,6 +10,7 @@ import os
 import pkgutil
 import shutil
 import sys
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from math import prod
@@ -22,6 +23,7 @@ import torch
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Field, Header, Inputs
+from rayproj.diffusion.task import DiffusionTask
 from rayproj.engine import memory
 from rayproj.engine.checkpoint import CheckpointConfig
 from rayproj.engine.engine import Precision
@@ -29,15 +31,16 @@ from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import TrainConfig
 from rayproj.errors import UserError
 from rayproj.privacy.clipping import clipped_sum, refuse_cross_example_layers
-from rayproj.privacy.plan import PrivacyConfig, PrivacyPlan
+from rayproj.privacy.plan import ClippingPath, PrivacyConfig, PrivacyPlan
 from rayproj.privacy.plan import plan as privacy_plan
 from rayproj.privacy.step import refuse_engine
+from rayproj.privacy.tape import Uncovered
 from rayproj.storage.store import Store, to_json
 
 # A rank on CPU with torch, DeepSpeed, diffusers and Ray imported and its first step done: resident bytes, measured.
 BASE = 560 << 20
 HELD_BACK = 0.125  # of what is in use: freed, but not given back by malloc; measured 0.02 to 0.25 from case to case
-HELD_BACK_PRIVATE = 0.35  # of private training, whose pieces of many sizes leave more gaps; measured 0.2 to 0.45
+HELD_BACK_PRIVATE = 0.6  # of private training, whose pieces of many sizes leave more gaps; measured 0.4 to 0.9
 READER_CACHE = 1 << 30  # bound of `Reader` on the decoded shards that it keeps
 
 
@@ -149,7 +152,7 @@ def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs)
     batch = privacy.expected_batch if privacy else train.batch
     found.samples = train.steps * batch or None
     if hasattr(config, "diffusion"):
-        header = inputs.header(config.diffusion.latents).only("moments", "label")
+        header = inputs.header(config.diffusion.latents)
     else:
         header = inputs.header(config.data).only("image", "label")
     if not header.fields:
@@ -164,7 +167,9 @@ def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs)
     on_gpu = "GPU" in (found.bundles[0] if found.bundles else {})
     precision = train.engine.precision
     bf16 = precision is Precision.bf16 or (precision is Precision.auto and on_gpu)
-    model = memory.Model(module.task_of(config, header), bf16)
+    task = module.task_of(config, header)
+    header = header.only(*task.fields) if isinstance(task, DiffusionTask) else header
+    model = memory.Model(task, bf16)
     if privacy:
         refuse_cross_example_layers(model.module)
     found.parameters, found.commit = model.parameters, memory.checkpoint_bytes(model)
@@ -211,17 +216,24 @@ def example_memory(model: memory.Model, header: Header, examples: int, privacy: 
     # Two chunks show what one leaves alive while the next begins.
     batch = model.batch(max(1, min(examples, 2 * privacy.chunk)), fields)
 
+    # Of the paths that `auto` chooses from, each is tried at the start.
+    paths = [privacy.path]
+    if privacy.path is ClippingPath.auto and not model.bf16:
+        paths.append(ClippingPath.two_pass)
+
     def work() -> None:
-        clipped_sum(
-            model.module,
-            model.task.losses,
-            model.trained,
-            batch,
-            privacy.multiplicity,
-            privacy.clip_norm,
-            privacy.chunk,
-            privacy.path,
-        )
+        for path in paths:
+            with suppress(Uncovered) if path is not privacy.path else nullcontext():
+                clipped_sum(
+                    model.module,
+                    model.task.losses,
+                    model.trained,
+                    batch,
+                    privacy.multiplicity,
+                    privacy.clip_norm,
+                    privacy.chunk,
+                    path,
+                )
 
     return {"per-example gradients": model.peak(work)}
 

@@ -144,8 +144,8 @@ else:
     latents = {}
     for name, guidance in (("plain", 1.0), ("guided", 3.0)):
         config = SamplerConfig(steps=5, guidance=guidance)
-        network = sampling.guided(model.denoiser, model.denoiser.num_classes, config)
-        latents[name] = sampling.integrate(network, noise, labels, config, model.process)
+        network = sampling.guided(model.denoiser, config)
+        latents[name] = sampling.integrate(network, noise, {"label": labels}, config, model.process)
         np.testing.assert_allclose(found[name], latents[name].numpy(), atol=1e-4)
         codec = model.codec
         decoded = codec.model.decode(latents[name] * codec.std + codec.mean).clamp(-1, 1)
@@ -154,7 +154,7 @@ else:
         difference = np.abs(found[f"{name} uint8"].astype(int) - ours)
         assert difference.max() <= 1 and (difference > 0).mean() < 0.01
     # The comparison can tell labels and guidance apart, and the images are not all of one grey.
-    other = sampling.integrate(model.denoiser, noise, labels.flip(0), SamplerConfig(steps=5), model.process)
+    other = sampling.integrate(model.denoiser, noise, {"label": labels.flip(0)}, SamplerConfig(steps=5), model.process)
     assert (other - latents["plain"]).abs().max() > 1e-2
     assert (latents["guided"] - latents["plain"]).abs().max() > 1e-2
     assert found["plain uint8"].std() > 3
@@ -249,9 +249,10 @@ def test_adapters_are_what_was_trained_and_what_is_exported(runs: Path, private:
     before, after = (load_ema(Store(str(runs / name)))[0] for name in ("train_diffusion", "finetune_private"))
     adapted, unet = 0, UNet2DModel.from_pretrained(private / "unet")
     for name, weight in unet.state_dict().items():
-        layer, _, kind = f"unet.{name}".rpartition(".")
+        full = "embedding.values.label.weight" if name == "class_embedding.weight" else f"net.{name}"
+        layer, _, kind = full.rpartition(".")
         a, b = (after.get(f"{layer}.lora_{which}.default.weight") for which in "AB")
-        expected = before[f"unet.{name}"].view_as(weight)
+        expected = before[full].view_as(weight)
         if a is None or b is None or kind == "bias":
             assert torch.equal(weight, expected)
         else:

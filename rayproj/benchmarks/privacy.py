@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rayproj.engine.task import Batch
 from rayproj.privacy.clipping import clip_factor, clipped_sum, with_views
-from rayproj.privacy.plan import Path
+from rayproj.privacy.plan import ClippingPath
 
 Row = dict[str, Any]
 STEPS, ROUNDS = 4, 3  # measured steps of a process, after one that is not; processes of a way
@@ -157,7 +157,7 @@ def _plain(model: Network, views: int) -> Callable[[Batch], Any]:
     return step
 
 
-def _ours(model: Network, views: int, path: Path = Path.bookkeeping) -> Callable[[Batch], Any]:
+def _ours(model: Network, views: int, path: ClippingPath = ClippingPath.bookkeeping) -> Callable[[Batch], Any]:
     parameters = list(model.named_parameters())
     chunk = AT_ONCE // views
     return lambda batch: clipped_sum(model, losses, parameters, batch, views, CLIP, chunk, path)
@@ -200,7 +200,11 @@ def _step(way: str, model: Network, views: int) -> Callable[[Batch], Any]:
         return _plain(model, views)
     if way.startswith("opacus"):
         return _opacus(model, way.endswith("ghost"))
-    return _ours(model, views, {"vmap": Path.materialise, "two passes": Path.two_pass}.get(way, Path.bookkeeping))
+    return _ours(
+        model,
+        views,
+        {"vmap": ClippingPath.materialise, "two passes": ClippingPath.two_pass}.get(way, ClippingPath.bookkeeping),
+    )
 
 
 def _resident(key: str) -> float:

@@ -28,11 +28,13 @@ WEIGHTS = "weights.npy"
 class Field:
     """One entry of a sample.
 
-    "png": uint8 [C, H, W]; "npy": any array of `shape`; "int", "float", "str": a scalar.
+    "png": uint8 [C, H, W]; "npy": any array of `shape`; "int", "float", "str": a scalar. An "int" may stand for one of
+    `values`, and -1 for none.
     """
 
     encoding: str
     shape: tuple[int, ...] = ()
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Header:
         """Global indices of the samples of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
 
+    def values_of(self, name: str) -> tuple[str, ...]:
+        """What the numbers of a field stand for."""
+        return self.classes if name == "label" else self.fields[name].values
+
     def only(self, *names: str) -> Header:
         """With these fields alone, as far as there are any."""
         return replace(self, fields={name: field for name, field in self.fields.items() if name in names})
@@ -66,7 +72,9 @@ class Header:
     @classmethod
     def from_json(cls, data: bytes) -> Header:
         values = from_json(data)
-        values["fields"] = {k: Field(f["encoding"], tuple(f["shape"])) for k, f in values["fields"].items()}
+        values["fields"] = {
+            k: Field(f["encoding"], tuple(f["shape"]), tuple(f.get("values", ()))) for k, f in values["fields"].items()
+        }
         values["classes"] = tuple(values["classes"])
         return cls(**values)
 

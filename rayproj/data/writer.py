@@ -89,7 +89,8 @@ def commit_shard(dataset: Dataset, shard: int, samples: list[Sample], made_by: s
     faults.maybe("shard.before_data")
     assert dataset.store.put_once(path, data), f"{path} exists"
     faults.maybe("shard.before_commit")
-    counts = Counter(header.classes[int(s["label"])] for s in samples) if "label" in header.fields else Counter()
+    labels = [int(s["label"]) for s in samples] if "label" in header.fields else []
+    counts = Counter(header.classes[label] for label in labels if label >= 0)
     record = ShardRecord(
         shard=shard,
         object=path,

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from rayproj.diffusion.conditions import Condition, without
 from rayproj.diffusion.process import Path, Prediction, Process
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x [B, C, h, w], t [B], label [B]) to the output [B, C, h, w]."""
+Network = Callable[[Tensor, Tensor, Condition], Tensor]
+"""(x [B, C, h, w], t [B], condition) to the output [B, C, h, w]."""
 
 
 class Solver(Enum):
@@ -39,7 +40,8 @@ class SamplerConfig:
 
     steps: int = 16
     solver: Solver = Solver.euler
-    guidance: float = 1.5  # 1: the conditional model alone
+    guidance: float = 1.5  # by all conditions together; 1: the conditional model alone
+    weights: dict[str, float] = field(default_factory=dict)  # condition -> guidance by it alone, in place of `guidance`
     guide_from: float = 1.0  # guidance at times in (guide_to, guide_from] alone (Kynkäänniemi et al. 2024)
     guide_to: float = 0.0
     spacing: Spacing = Spacing.uniform
@@ -56,24 +58,35 @@ class SamplerConfig:
         return found if self.shift > 0 else [*found, f"sampler.shift must be positive, not {self.shift:g}."]
 
 
-def guided(network: Network, null_label: int, config: SamplerConfig, weak: Network | None = None) -> Network:
-    """Guidance away from what is drawn without the label, or by a weaker model with it.
+def guided(network: Network, config: SamplerConfig, weak: Network | None = None) -> Network:
+    """Guidance away from what is drawn without the condition, or by a weaker model with it.
 
-    out = out_null + w (out_label - out_null) (Ho and Salimans 2022, eq. 6 with 1 + their w), of any prediction, since all of
-    them are linear in x0 at a given x and t. With `weak`, out_null is its output at the label (Karras et al. 2024,
-    "Guiding a Diffusion Model with a Bad Version of Itself").
+    out = out_null + w (out_condition - out_null) (Ho and Salimans 2022, eq. 6 with 1 + their w), of any prediction, since
+    all of them are linear in x0 at a given x and t. With weights, out_null + Σ w_c (out_c - out_null) of each condition c
+    alone (Liu et al. 2022, "Compositional Visual Generation with Composable Diffusion Models", eq. 11). With `weak`,
+    out_null is its output under the condition (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of
+    Itself").
     """
-    if config.guidance == 1:
+    if config.guidance == 1 and not config.weights:
         return network
 
-    def output(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def output(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if weak is not None:
-            with_label, without = network(x, t, label), weak(x, t, label)
+            under, base = network(x, t, condition), weak(x, t, condition)
+            return base + config.guidance * (under - base)
+        if config.weights:
+            parts = [without(condition, keep=[name]) for name in config.weights]
+            weights = list(config.weights.values())
         else:
-            nothing = torch.full_like(label, null_label)
-            both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([label, nothing]))
-            with_label, without = both.chunk(2)
-        return without + config.guidance * (with_label - without)
+            parts, weights = [condition], [config.guidance]
+        parts.append(without(condition))
+        n = len(parts)
+        together = {name: torch.cat([part[name] for part in parts]) for name in condition}
+        *under_each, base = network(torch.cat([x] * n), torch.cat([t] * n), together).chunk(n)
+        out = base
+        for weight, under in zip(weights, under_each, strict=True):
+            out = out + weight * (under - base)
+        return out
 
     return output
 
@@ -111,7 +124,7 @@ def corrected(slope: Tensor, ahead: Tensor, hh: float, r: float) -> Tensor:
 
 
 @torch.no_grad()
-def integrate(network: Network, noise: Tensor, label: Tensor, config: SamplerConfig, process: Process,
+def integrate(network: Network, noise: Tensor, condition: Condition, config: SamplerConfig, process: Process,
               unguided: Network | None = None) -> Tensor:  # fmt: skip
     """Draw x0 from noise [B, C, h, w].
 
@@ -130,7 +143,7 @@ def integrate(network: Network, noise: Tensor, label: Tensor, config: SamplerCon
         """x0 and ε as the network sees them at time number i."""
         t = torch.full((len(x),), grid[i], dtype=x.dtype, device=x.device)
         inside = config.guide_to < grid[i] <= config.guide_from
-        out = (network if inside or unguided is None else unguided)(process.input_of(x, t), t, label)
+        out = (network if inside or unguided is None else unguided)(process.input_of(x, t), t, condition)
         return process.data_and_noise(x, out, t)
 
     x = sigmas[0] * noise

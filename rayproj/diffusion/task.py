@@ -1,9 +1,10 @@
-"""Class-conditional latent diffusion as a Task, and a trained model as a sampler of images."""
+"""Conditional latent diffusion as a Task, and a trained model as a sampler of images."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from rayproj.data.dataset import Dataset, Header
 from rayproj.diffusion import process, sampling
 from rayproj.diffusion.adapters import LoraConfig, adapt, merge
 from rayproj.diffusion.autoencoder import Codec
+from rayproj.diffusion.conditions import LABEL, TEXT, Condition, ConditionConfig, Conditions, learned
 from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig
 from rayproj.diffusion.process import Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig
+from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.engine.checkpoint import Commit, load_ema
 from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch
@@ -35,12 +38,17 @@ class DiffusionConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
-    label_dropout: float = 0.1  # share of examples trained without their label, for guidance
+    conditions: dict[str, ConditionConfig] = field(default_factory=dict)  # "label", "text", properties; {}: the label
+    prompts: list[str] = field(default_factory=list)  # of the previews, if there is text
     time_density: TimeDensity = TimeDensity.logit_normal  # of the training times; 1 is pure noise
     time_mean: float = 0.0  # of their logit, where that is normal
     time_std: float = 1.0
     time_mixture: list[list[float]] = field(default_factory=list)  # [low, high, weight] of each uniform of a mixture
     preview: SamplerConfig = field(default_factory=SamplerConfig)
+
+    @property
+    def conditioned(self) -> dict[str, ConditionConfig]:
+        return self.conditions or {LABEL: ConditionConfig()}
 
     def problems(self) -> list[str]:
         try:
@@ -62,14 +70,31 @@ class DiffusionTask:
         latents: the header of the latent dataset, which has the field "moments" [2C, h, w]: mean and standard
             deviation of the scaled latent.
         codec: decodes previews; None for no previews.
+        text: encodes their prompts; None for none.
+
+    Raises:
+        UserError: the latents lack what the model is to be conditioned on.
     """
 
-    def __init__(self, config: DiffusionConfig, latents: Header, seed: int, codec: Codec | None = None) -> None:
-        self.config, self.seed, self.codec = config, seed, codec
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        latents: Header,
+        seed: int,
+        codec: Codec | None = None,
+        text: TextEncoder | None = None,
+    ) -> None:
+        self.config, self.seed, self.codec, self.text = config, seed, codec, text
         self.process = Process(config.process)
         double, *sides = latents.fields["moments"].shape
         self.latent_shape = (double // 2, *sides)
-        self.num_classes = len(latents.classes)
+        self.conditions = Conditions.of(config.conditioned, latents)
+
+    @property
+    def fields(self) -> list[str]:
+        """Of the latents, which a batch must have."""
+        captions = [f"{TEXT}_{name}" for name in self.config.conditioned.get(TEXT, ConditionConfig()).captions]
+        return ["moments", *self.conditions.values, *captions]
 
     def build(self) -> nn.Module:
         return self._network(self.config.init)
@@ -80,9 +105,9 @@ class DiffusionTask:
 
     def _network(self, init: str) -> nn.Module:
         torch.manual_seed(self.seed)
-        model = Denoiser(self.config.denoiser, self.latent_shape, self.num_classes)
+        model = Denoiser(self.config.denoiser, self.latent_shape, self.conditions)
         if init:
-            start, _ = trained(Store(init), self.latent_shape, self.num_classes)
+            start, _ = trained(Store(init), self.latent_shape, self.conditions)
             load_flat(model, {name: tensor.flatten() for name, tensor in start.state_dict().items()})
         if self.config.lora.rank:
             adapt(model, self.config.lora, self.seed)
@@ -103,9 +128,8 @@ class DiffusionTask:
         x0 = mean + std * keyed.normal(self.seed, "posterior", row, self.latent_shape)
         noise = keyed.normal(self.seed, "noise", row, self.latent_shape)
         t = self._times(row)
-        dropped = keyed.uniform(self.seed, "label_dropout", row) < self.config.label_dropout
-        label = torch.where(dropped, self.num_classes, batch["label"])
-        out = model(self.process.input_of(self.process.noised(x0, noise, t), t), t, label)
+        condition = learned(self.config.conditioned, batch, self.seed)
+        out = model(self.process.input_of(self.process.noised(x0, noise, t), t), t, condition)
         errors = (out.float() - self.process.target(x0, noise, t)).square().flatten(1).mean(1)
         return self.process.weight(t) * errors
 
@@ -119,43 +143,45 @@ class DiffusionTask:
     def preview(self, model: nn.Module) -> np.ndarray | None:
         if self.codec is None:
             return None
-        labels = torch.arange(4 * self.num_classes, device=next(model.parameters()).device) % self.num_classes
-        return (
-            draw(model, self.codec, labels, self.latent_shape, self.seed, self.config.preview, self.process)
-            .cpu()
-            .numpy()
+        device, prompts = next(model.parameters()).device, self.config.prompts if self.text else []
+        kinds = max(self.conditions.values.get(LABEL, 1), len(prompts))  # four images of each
+        ids = torch.arange(4 * kinds, device=device)
+        condition = self.conditions.nothing(len(ids), device)
+        if LABEL in condition:
+            condition[LABEL] = ids % self.conditions.values[LABEL]
+        if prompts and self.text:
+            condition[TEXT] = self.text(prompts)[ids % len(prompts)]
+        images = draw(
+            model, self.codec, condition, ids, self.latent_shape, self.seed, self.config.preview, self.process
         )
+        return images.cpu().numpy()
 
 
 def draw(
     denoiser: nn.Module,
     codec: Codec,
-    labels: Tensor,
+    condition: Condition,
+    ids: Tensor,
     latent_shape: tuple[int, ...],
     seed: int,
     config: SamplerConfig,
     process: Process,
-    ids: Tensor | None = None,
 ) -> Tensor:
-    """uint8 images [B, C, H, W] of the given labels [B].
-
-    The noise of an image is keyed by (seed, its id) alone; ids [B] default to 0..B-1.
-    """
-    ids = torch.arange(len(labels), device=labels.device) if ids is None else ids
+    """uint8 images [B, C, H, W] under a condition. The noise of an image is keyed by (seed, its id) alone."""
     row = torch.stack([ids, torch.zeros_like(ids), torch.zeros_like(ids)], dim=1)
     noise = keyed.normal(seed, "sample", row, latent_shape)
-    network = sampling.guided(denoiser, int(denoiser.num_classes), config)  # type: ignore[arg-type]
-    return codec.decode(sampling.integrate(network, noise, labels, config, process, unguided=denoiser))
+    network = sampling.guided(denoiser, config)
+    return codec.decode(sampling.integrate(network, noise, condition, config, process, unguided=denoiser))
 
 
-def trained(store: Store, latent_shape: tuple[int, ...], num_classes: int) -> tuple[Denoiser, Commit]:
+def trained(store: Store, latent_shape: tuple[int, ...], conditions: Conditions) -> tuple[Denoiser, Commit]:
     """The averaged weights of a run's newest commit as a plain network, in which adapters are merged.
 
     Raises:
         UserError: the run has no commit, or its config describes another model.
     """
     config = configuration.section(DiffusionConfig, store.read("config.yaml"), "diffusion")
-    model = Denoiser(config.denoiser, latent_shape, num_classes)
+    model = Denoiser(config.denoiser, latent_shape, conditions)
     if config.lora.rank:
         adapt(model, config.lora, seed=0)
     weights, commit = load_ema(store)
@@ -177,10 +203,36 @@ class TrainedModel:
         config = configuration.section(DiffusionConfig, store.read("config.yaml"), "diffusion")
         self.header = Dataset.open(config.latents).header
         task = DiffusionTask(config, self.header, seed=0)
-        self.latent_shape, self.process = task.latent_shape, task.process
-        self.denoiser, self.commit = trained(store, task.latent_shape, task.num_classes)
+        self.latent_shape, self.process, self.conditions = task.latent_shape, task.process, task.conditions
+        self.denoiser, self.commit = trained(store, task.latent_shape, task.conditions)
         self.denoiser.to(device).eval().requires_grad_(False)
         self.codec = Codec.load(self.header.provenance["autoencoder"], device)
+        self.device = device
 
-    def draw(self, labels: Tensor, ids: Tensor, seed: int, config: SamplerConfig) -> Tensor:
-        return draw(self.denoiser, self.codec, labels, self.latent_shape, seed, config, self.process, ids)
+    @cached_property
+    def text(self) -> TextEncoder:
+        """The encoder of the captions that the model was trained with.
+
+        Raises:
+            UserError: it is gone, or another by now.
+        """
+        return encoder_of(self.header, self.device)
+
+    def draw(self, condition: Condition, ids: Tensor, seed: int, config: SamplerConfig) -> Tensor:
+        return draw(self.denoiser, self.codec, condition, ids, self.latent_shape, seed, config, self.process)
+
+
+def encoder_of(latents: Header, device: str) -> TextEncoder:
+    """The text encoder of a dataset of latents.
+
+    Raises:
+        UserError: it is gone, or another by now.
+    """
+    said = latents.provenance[TEXT]
+    encoder = TextEncoder(configuration.from_dict(TextConfig, {k: v for k, v in said.items() if k != "digest"}), device)
+    if encoder.digest != said["digest"]:
+        raise UserError(
+            f"The text encoder '{said['encoder'] or 'all-MiniLM-L6-v2'}' has other weights than when '{latents.name}' was "
+            "made; put the old ones back, or encode the latents anew and train on them."
+        )
+    return encoder

@@ -10,6 +10,8 @@ from typing import Any
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset
 from rayproj.diffusion.autoencoder import Codec
+from rayproj.diffusion.conditions import LABEL
+from rayproj.diffusion.denoiser import Network
 from rayproj.diffusion.process import Path, Prediction
 from rayproj.diffusion.task import DiffusionConfig, TrainedModel
 from rayproj.engine.checkpoint import load_ema
@@ -29,7 +31,17 @@ def write_pipeline(run: Store, folder: File) -> Card:
             "Only rectified flows (diffusion.process.path=flow, predicts=velocity) are exported as a pipeline so far, and "
             f"this run has {model.process.path.value} and {model.process.predicts.value}; draw with jobs/generate.py."
         )
-    header, vae, unet = model.header, _vae(model.codec), model.denoiser.unet
+    conditions, network = model.conditions, model.denoiser.kind
+    if conditions.text or set(conditions.values) != {LABEL} or network is not Network.unet:
+        raise UserError(
+            "Only U-Nets of a class label and nothing else are exported as a pipeline so far, and this run has a "
+            f"{network.value} of {', '.join([*conditions.values, *(['text'] if conditions.text else [])])}; draw with "
+            "jobs/generate.py."
+        )
+    header, vae, unet = model.header, _vae(model.codec), model.denoiser.net
+    # As diffusers itself has labels.
+    unet.class_embedding = model.denoiser.embedding.values[LABEL]
+    unet.register_to_config(class_embed_type=None, num_class_embeds=conditions.values[LABEL] + 1)
     autoencoder = Store(header.provenance["autoencoder"])
     images = header.provenance["images"]
     # Raised before anything long is done, and before anything is written that lacks it.

@@ -1,9 +1,9 @@
 """Per-example gradients, clipped to a norm and summed.
 
 The K views of an example are one group: the gradient of their mean loss is the example's gradient, so it costs what an
-ordinary backward over K images costs. Four ways of computing the same numbers (`plan.Path`): book-keeping, which is one
-backward for a chunk of examples (`bookkeeping`); the same for the norms alone, and a second pass for the sum; and for models
-that it has no rule for, one backward an example, or `torch.func.vmap` over the chunk.
+ordinary backward over K images costs. Four ways of computing the same numbers (`plan.ClippingPath`): book-keeping, which is
+one backward for a chunk of examples (`bookkeeping`); the same for the norms alone, and a second pass for the sum; and for
+models that it has no rule for, one backward an example, or `torch.func.vmap` over the chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from rayproj.engine.task import Batch
 from rayproj.errors import UserError
 from rayproj.privacy.bookkeeping import NoLayer, Uncovered, one_pass
-from rayproj.privacy.plan import Path
+from rayproj.privacy.plan import ClippingPath
 
 Losses = Callable[[nn.Module, Batch], Tensor]
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def clipped_sum(
     multiplicity: int,
     clip_norm: float,
     chunk: int = 1,
-    path: Path = Path.auto,
+    path: ClippingPath = ClippingPath.auto,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum over the examples of their clipped gradients.
 
@@ -113,7 +113,7 @@ def clipped_sum(
         Uncovered: book-keeping was asked for, in one pass or two, and has no rule for something in the model.
     """
     work, before = _Work(model, losses, parameters, multiplicity, clip_norm), _buffers(model)
-    if path is Path.auto:
+    if path is ClippingPath.auto:
         path, may_fall_back = _chosen(work, batch, chunk), True
     else:
         may_fall_back = False
@@ -196,39 +196,39 @@ def _add_by_gradients(work: _Work, batch: Batch, total: Tensor) -> tuple[Tensor,
     return values, norms
 
 
-ADD: dict[Path, Add] = {
-    Path.bookkeeping: _add_by_bookkeeping,
-    Path.two_pass: _add_by_two_passes,
-    Path.materialise: _add_by_gradients,
+ADD: dict[ClippingPath, Add] = {
+    ClippingPath.bookkeeping: _add_by_bookkeeping,
+    ClippingPath.two_pass: _add_by_two_passes,
+    ClippingPath.materialise: _add_by_gradients,
 }
 FASTER = 0.9  # of the time of one pass: two must be below, lest chance decide between restarts
 
-_choices: WeakKeyDictionary[nn.Module, dict[tuple[str, int, int, int], Path]] = WeakKeyDictionary()
+_choices: WeakKeyDictionary[nn.Module, dict[tuple[str, int, int, int], ClippingPath]] = WeakKeyDictionary()
 
 
-def _chosen(work: _Work, batch: Batch, chunk: int) -> Path:
+def _chosen(work: _Work, batch: Batch, chunk: int) -> ClippingPath:
     """Of the paths that cover the model the fastest; found out on the first batch that is not empty, once for a model."""
     if not len(batch["row"]):
-        return Path.bookkeeping
+        return ClippingPath.bookkeeping
     known = _choices.setdefault(work.model, {})
     losses = getattr(work.losses, "__qualname__", type(work.losses).__qualname__)
     key = (losses, work.views, len(work.parameters), chunk)
     if key not in known:
         if isinstance(work.parameters[0][1], FakeTensor):  # memory is planned with them; they have no contents
-            return Path.bookkeeping
+            return ClippingPath.bookkeeping
         with _without_dropout(work.model):
             if not _is_covered(work, batch):
-                known[key] = Path.materialise
+                known[key] = ClippingPath.materialise
             else:
                 part = {name: t[:chunk] for name, t in batch.items()}
-                one = _seconds(work, part, chunk, Path.bookkeeping)
-                two = math.inf if work.bf16 else _seconds(work, part, chunk, Path.two_pass)
-                known[key] = Path.two_pass if two < FASTER * one else Path.bookkeeping
+                one = _seconds(work, part, chunk, ClippingPath.bookkeeping)
+                two = math.inf if work.bf16 else _seconds(work, part, chunk, ClippingPath.two_pass)
+                known[key] = ClippingPath.two_pass if two < FASTER * one else ClippingPath.bookkeeping
                 log.info("Clipping by %s; one pass took %.3g s, two %.3g s.", known[key].value, one, two)
     return known[key]
 
 
-def _seconds(work: _Work, batch: Batch, chunk: int, path: Path) -> float:
+def _seconds(work: _Work, batch: Batch, chunk: int, path: ClippingPath) -> float:
     """The shorter of two runs, after one that warms up."""
     taken = []
     for _ in range(3):

@@ -14,7 +14,7 @@ from rayproj.errors import UserError
 from rayproj.privacy import accounting
 
 
-class Path(Enum):
+class ClippingPath(Enum):
     """How the examples' gradients are clipped; all ways give the same numbers, to rounding."""
 
     # Book-keeping where it covers the model and, tried on two examples, gives what a loop gives; in two passes if that,
@@ -40,7 +40,7 @@ class PrivacyConfig:
     clip_norm: float = 1.0  # bound on the norm of one example's gradient
     multiplicity: int = 1  # K views of an example (noise, time, dropped label) averaged before clipping
     chunk: int = 8  # examples whose gradients are held at once; a matter of memory and speed alone
-    path: Path = Path.auto  # how they are clipped; the same
+    path: ClippingPath = ClippingPath.auto  # how they are clipped; the same
     # Noise of AES-256 in counter mode, drawn on the host, for adversaries who could break Philox; slower.
     secure_noise: bool = False
     unsafe_metrics: bool = False  # report losses and previews, which are private outputs that no ε covers

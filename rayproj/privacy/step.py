@@ -17,7 +17,7 @@ from rayproj.errors import UserError
 from rayproj.privacy.clipping import clipped_sum, refuse_cross_example_layers
 from rayproj.privacy.ledger import Ledger, epsilon_spent, next_start, spent
 from rayproj.privacy.noise import add_noise, gaussian, secure_gaussian
-from rayproj.privacy.plan import Path, PrivacyPlan
+from rayproj.privacy.plan import ClippingPath, PrivacyPlan
 from rayproj.storage.store import Store
 
 SELF_TEST_STEP = 2**32 - 1
@@ -45,7 +45,7 @@ class PrivateStep:
         store: Store,
         chunk: int = 8,
         unsafe_metrics: bool = False,
-        path: Path = Path.auto,
+        path: ClippingPath = ClippingPath.auto,
     ) -> None:
         self.plan, self.key, self.store, self.chunk, self.unsafe_metrics = plan, key, store, chunk, unsafe_metrics
         self.path = path

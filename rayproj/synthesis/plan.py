@@ -1,4 +1,5 @@
-"""What is to be generated, as a pure function of the config and the model: sample i has label, seed and shard by its id.
+"""What is to be generated, as a pure function of the config and the model: sample i has its label, properties, prompt, seed
+and shard by its id.
 
 The plan is the header of the dataset to be written, so it is stored once, before the first sample; another plan for
 the same place is refused.
@@ -12,20 +13,26 @@ from typing import Any
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.diffusion.conditions import LABEL, TEXT, Conditions
 from rayproj.diffusion.sampling import SamplerConfig
+from rayproj.diffusion.task import DiffusionConfig
 from rayproj.engine.checkpoint import Commit, commits
 from rayproj.errors import UserError
 from rayproj.privacy.certificate import certificate
 from rayproj.storage.store import Store, from_json, to_json
 
+PROMPT = "prompt"
+
 
 @dataclass
 class GenerateConfig:
-    """A class-balanced synthetic dataset from one trained model."""
+    """A synthetic dataset from one trained model, balanced over classes, properties and prompts."""
 
     model: str = "???"  # run dir of jobs/train_diffusion.py or jobs/finetune_private.py
     out: str = "???"  # the dataset to write
     samples: int = 10000
+    properties: dict[str, list[str]] = field(default_factory=dict)  # property of the model -> the values to draw
+    prompts: list[str] = field(default_factory=list)  # texts to draw, if the model knows text
     shard_size: int = 128
     batch: int = 128  # images drawn at once by a sampler
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -34,9 +41,33 @@ class GenerateConfig:
         return [f"generate.{k} must be positive." for k in ("samples", "shard_size", "batch") if getattr(self, k) <= 0]
 
 
-def label_of(sample: int, num_classes: int) -> int:
-    """Classes take turns, so that every run of samples is as balanced as its length allows."""
-    return sample % num_classes
+def cell_of(sample: int, axes: dict[str, list[str]]) -> dict[str, int]:
+    """Which value of each axis a sample has. They take turns, the first axis fastest, so that every run of samples is as
+    balanced as its length allows."""
+    found = {}
+    for name, values in axes.items():
+        sample, found[name] = divmod(sample, len(values))
+    return found
+
+
+def axes_of(config: GenerateConfig, conditions: Conditions, latents: Header) -> dict[str, list[str]]:
+    """What is drawn: all classes, and the properties and prompts of the config.
+
+    Raises:
+        UserError: the model was not trained for them.
+    """
+    axes = {LABEL: list(latents.classes)} if LABEL in conditions.values else {}
+    for name, values in config.properties.items():
+        known = latents.values_of(name) if name in conditions.values else ()
+        wrong = [value for value in values if value not in known]
+        if not known or wrong or not values or name == LABEL:
+            there = {n: list(latents.values_of(n)) for n in conditions.values if n != LABEL}
+            raise UserError(f"generate.properties.{name}={values} is nothing this model knows; it knows {there}.")
+        axes[name] = values
+    if config.prompts and not conditions.text:
+        raise UserError("generate.prompts: this model was trained without text; its conditions are "
+                        f"{', '.join(conditions.values) or 'none'}.")  # fmt: skip
+    return {**axes, PROMPT: config.prompts} if config.prompts else axes
 
 
 def plan(config: GenerateConfig, seed: int) -> Header:
@@ -48,7 +79,13 @@ def plan(config: GenerateConfig, seed: int) -> Header:
     run = Store(config.model)
     if not run.exists("config.yaml"):
         raise UserError(f"There is no run at '{config.model}'; give the run dir of a trained diffusion model.")
-    latents = Dataset.open(configuration.value(run.read("config.yaml"), "diffusion")["latents"]).header
+    diffusion = configuration.section(DiffusionConfig, run.read("config.yaml"), "diffusion")
+    latents = Dataset.open(diffusion.latents).header
+    conditions = Conditions.of(diffusion.conditioned, latents)
+    axes = axes_of(config, conditions, latents)
+    unknown = sorted(set(config.sampler.weights) - {*conditions.values, *([TEXT] if conditions.text else [])})
+    if unknown:
+        raise UserError(f"sampler.weights.{unknown[0]}: the model has no such condition.")
     autoencoder = Store(latents.provenance["autoencoder"])
     shape = tuple(from_json(autoencoder.read("result.json"))["image_shape"])
     newest = _newest(run)
@@ -60,10 +97,13 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         "autoencoder_commit": commit_hash(_newest(autoencoder)),
         "sampler": configuration.to_dict(config.sampler),
         "seed": seed,
+        "axes": axes,
         # Read after the commit, so that the ledger has every release that is in it.
         "private": private and {**private, "model_commit": commit_hash(newest)},
     }
-    fields = {"image": Field("png", shape), "label": Field("int"), "seed": Field("int")}
+    fields = {"image": Field("png", shape), "seed": Field("int")}
+    for name in axes:
+        fields[name] = Field("str") if name == PROMPT else latents.fields[name]
     layout = {"samples": config.samples, "shard_size": config.shard_size, "classes": list(latents.classes)}
     described = to_json({**provenance, **layout})
     provenance["plan"] = hashlib.sha256(described).hexdigest()

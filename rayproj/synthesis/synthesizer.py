@@ -9,10 +9,11 @@ import torch
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset
+from rayproj.diffusion.conditions import TEXT, Condition
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.errors import UserError
-from rayproj.synthesis.plan import commit_hash, label_of
+from rayproj.synthesis.plan import LABEL, PROMPT, cell_of, commit_hash
 
 
 class Synthesizer:
@@ -29,18 +30,35 @@ class Synthesizer:
                 f"{config['out']} was planned with (step {provenance['model_step']}); give generate.out another place."
             )
         self.sampler = configuration.from_dict(SamplerConfig, provenance["sampler"])
-        self.seed = int(provenance["seed"])
+        self.seed, self.axes = int(provenance["seed"]), provenance["axes"]
+        # Of a property the number that the model has for it, which is not its place in the plan.
+        self.numbers = {
+            name: list(range(len(values))) if name == LABEL else [self.header.values_of(name).index(v) for v in values]
+            for name, values in self.axes.items()
+            if name != PROMPT
+        }
+        self.prompts = self.model.text(self.axes[PROMPT]) if PROMPT in self.axes else None
 
     def make(self, shard: int) -> list[dict[str, Any]]:
         ids = np.array(self.header.shard_range(shard))
-        labels = np.array([label_of(int(i), len(self.header.classes)) for i in ids])
-        images = []
-        for begin in range(0, len(ids), self.batch):
-            part = slice(begin, begin + self.batch)
-            label, index = (torch.from_numpy(a[part]).to(self.device) for a in (labels, ids))
-            images.append(self.model.draw(label, index, self.seed, self.sampler).cpu().numpy())
-        drawn = np.concatenate(images)
+        cells = [cell_of(int(i), self.axes) for i in ids]
+        drawn = np.concatenate(
+            [self._draw(ids[i : i + self.batch], cells[i : i + self.batch]) for i in range(0, len(ids), self.batch)]
+        )
         return [
-            {"key": f"{i:08d}", "image": drawn[k], "label": int(labels[k]), "seed": self.seed}
+            {"key": f"{i:08d}", "image": drawn[k], "seed": self.seed, **self._fields(cells[k])}
             for k, i in enumerate(ids)
         ]
+
+    def _draw(self, ids: np.ndarray, cells: list[dict[str, int]]) -> np.ndarray:
+        condition: Condition = self.model.conditions.nothing(len(ids), self.device)
+        for name, numbers in self.numbers.items():
+            condition[name] = torch.tensor([numbers[cell[name]] for cell in cells], device=self.device)
+        if self.prompts is not None:
+            condition[TEXT] = self.prompts[[cell[PROMPT] for cell in cells]]
+        images = self.model.draw(condition, torch.from_numpy(ids).to(self.device), self.seed, self.sampler)
+        return images.cpu().numpy()
+
+    def _fields(self, cell: dict[str, int]) -> dict[str, Any]:
+        found: dict[str, Any] = {name: numbers[cell[name]] for name, numbers in self.numbers.items()}
+        return {**found, PROMPT: self.axes[PROMPT][cell[PROMPT]]} if PROMPT in self.axes else found

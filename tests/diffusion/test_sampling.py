@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rayproj.diffusion import sampling
+from rayproj.diffusion.conditions import Condition, without
 from rayproj.diffusion.process import Path, Prediction, Process, ProcessConfig
 from rayproj.diffusion.sampling import SamplerConfig, Solver, Spacing, guided, integrate, times
 
 MEAN, STD = 1.5, 0.4
 NATURAL = [(Path.flow, Prediction.velocity), (Path.cosine, Prediction.v), (Path.edm, Prediction.edm)]
-LABEL = torch.zeros(41, dtype=torch.long)
+NONE: Condition = {}
 
 
-def unscaled(process: Process, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def unscaled(process: Process, x: Tensor, t: Tensor) -> Tensor:
     """x_t of what the network is given."""
     return x / process.input_of(torch.ones_like(x), t)
 
@@ -25,7 +27,7 @@ def unscaled(process: Process, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor
 def exact(process: Process, mean: float = MEAN, std: float = STD) -> sampling.Network:
     """The best network for x0 ~ N(mean, std²)."""
 
-    def network(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         x = unscaled(process, x, t)
         alpha, sigma = (v.reshape(-1, *[1] * (x.ndim - 1)) for v in process.signal(t))
         noise = sigma / (alpha**2 * std**2 + sigma**2) * (x - alpha * mean)  # -σ times the score
@@ -38,7 +40,7 @@ def exact(process: Process, mean: float = MEAN, std: float = STD) -> sampling.Ne
 def error(process: Process, config: SamplerConfig) -> float:
     """The flow keeps quantiles: x/α at σ/α = R goes to mean + (x/α - mean) std / sqrt(std² + R²)."""
     noise = torch.linspace(-2, 2, 41, dtype=torch.float64)[:, None, None, None]
-    found = integrate(exact(process), noise, LABEL, config, process)
+    found = integrate(exact(process), noise, NONE, config, process)
     ratio = process.ratio_at(times(config, process)[0])
     start = STD * noise if math.isinf(ratio) else (ratio * noise - MEAN) * STD / math.hypot(STD, ratio)
     return (found - MEAN - start).square().mean().sqrt().item()
@@ -70,13 +72,11 @@ def net(x: Any, t: Any) -> Any:
     return torch.tanh(0.7 * x + t) * (1 + 0.3 * torch.cos(2 * x))
 
 
-def drawn(
-    process: Process, solver: Solver, grid: list[float], noise: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> Any:
+def drawn(process: Process, solver: Solver, grid: list[float], noise: Tensor, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(sampling, "times", lambda config, process: grid)
-    of_time: Callable[[torch.Tensor], torch.Tensor] = lambda t: t.reshape(-1, 1, 1, 1)  # noqa: E731
+    of_time: Callable[[Tensor], Tensor] = lambda t: t.reshape(-1, 1, 1, 1)  # noqa: E731
     config = SamplerConfig(len(grid) - 1, solver)
-    return integrate(lambda x, t, label: net(x, of_time(t)), noise, torch.zeros(3).long(), config, process)
+    return integrate(lambda x, t, condition: net(x, of_time(t)), noise, NONE, config, process)
 
 
 def test_euler_on_a_flow_is_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,35 +147,62 @@ def test_multistep_solvers_on_a_flow_are_diffusers(solver: Solver, monkeypatch: 
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
 
 
-def by_label(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    return x * 0 + label[:, None, None, None].to(x)
+def by_label(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """The label, and 5 where there is none."""
+    label = condition["label"]
+    return x * 0 + torch.where(label < 0, 5, label)[:, None, None, None].to(x)
 
 
-def test_guidance_extrapolates_from_the_null_label() -> None:
+def test_guidance_extrapolates_from_no_condition() -> None:
     x, t, label = torch.zeros(3, 1, 2, 2), torch.zeros(3), torch.tensor([0, 1, 2])
-    assert guided(by_label, 5, SamplerConfig(guidance=1.0)) is by_label
-    found = guided(by_label, 5, SamplerConfig(guidance=2.5))(x, t, label)[:, 0, 0, 0]
+    assert guided(by_label, SamplerConfig(guidance=1.0)) is by_label
+    found = guided(by_label, SamplerConfig(guidance=2.5))(x, t, {"label": label})[:, 0, 0, 0]
     torch.testing.assert_close(found, 5 + 2.5 * (label - 5.0))
-    by_weak = guided(by_label, 5, SamplerConfig(guidance=2.5), weak=lambda x, t, label: by_label(x, t, label) - 1)
-    torch.testing.assert_close(by_weak(x, t, label)[:, 0, 0, 0], label + 1.5)
+    by_weak = guided(by_label, SamplerConfig(guidance=2.5), weak=lambda x, t, c: by_label(x, t, c) - 1)
+    torch.testing.assert_close(by_weak(x, t, {"label": label})[:, 0, 0, 0], label + 1.5)
+
+
+def test_conditions_have_weights_of_their_own() -> None:
+    """Of a Gaussian whose mean each condition shifts: the guided mean is that of the weighted shifts, in closed form; and
+    one weight alone is ordinary guidance by that condition."""
+    process, shift = Process(ProcessConfig(Path.flow, Prediction.data)), {"label": 0.7, "style": -0.4}
+
+    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """x0 given x of N(mean, 1)."""
+        mean = sum((condition[n] >= 0) * shift[n] * (condition[n] + 1) for n in shift)
+        t, mean = t.reshape(-1, 1, 1, 1), torch.as_tensor(mean).to(x).reshape(-1, 1, 1, 1)
+        return mean + (1 - t) / ((1 - t) ** 2 + t**2) * (x - (1 - t) * mean)
+
+    condition = {"label": torch.tensor([0, 1, -1]), "style": torch.tensor([2, -1, 0])}
+    x, t = torch.randn(3, 1, 2, 2, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    found = guided(network, SamplerConfig(weights={"label": 2.0, "style": 0.5}))(x, t, condition)
+    mean = 2.0 * 0.7 * torch.tensor([1.0, 2.0, 0.0]) + 0.5 * -0.4 * torch.tensor([3.0, 0.0, 1.0])
+    gain = (t**2 / ((1 - t) ** 2 + t**2))[:, None, None, None]
+    base = network(x, t, without(condition))
+    torch.testing.assert_close(found, base + gain * mean.double()[:, None, None, None])
+    assert process.predicts is Prediction.data
+    alone = guided(network, SamplerConfig(weights={"style": 3.0}))(x, t, condition)
+    torch.testing.assert_close(
+        alone, guided(network, SamplerConfig(guidance=3.0))(x, t, without(condition, keep=["style"]))
+    )
 
 
 def test_guidance_of_a_mixture_is_the_score_of_its_tilted_density() -> None:
     """Of two classes N(±m, s²) of equal weight: the guided noise is -σ times the gradient of log p(x) + w log p(y|x)."""
     mean, std, w, process = 1.0, 0.5, 3.0, Process(ProcessConfig(Path.flow, Prediction.noise))
 
-    def log_p(x: torch.Tensor, t: torch.Tensor, sign: float) -> torch.Tensor:
+    def log_p(x: Tensor, t: Tensor, sign: float) -> Tensor:
         return -0.5 * (x - (1 - t) * sign * mean) ** 2 / ((1 - t) ** 2 * std**2 + t**2)
 
-    def network(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         x, at = x.clone().requires_grad_(True), t.reshape(-1, 1, 1, 1)
         both = torch.stack([log_p(x, at, 1.0), log_p(x, at, -1.0)])
-        chosen = torch.where(label.reshape(-1, 1, 1, 1) == 2, both.logsumexp(0), both[0])
+        chosen = torch.where(condition["label"].reshape(-1, 1, 1, 1) < 0, both.logsumexp(0), both[0])
         return -at * torch.autograd.grad(chosen.sum(), x)[0]
 
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
     t, label = torch.full((9,), 0.4, dtype=torch.float64), torch.zeros(9).long()
-    found = guided(network, 2, SamplerConfig(guidance=w))(x, t, label)
+    found = guided(network, SamplerConfig(guidance=w))(x, t, {"label": label})
     y = x.clone().requires_grad_(True)
     p = torch.stack([log_p(y, t[:, None, None, None], 1.0), log_p(y, t[:, None, None, None], -1.0)])
     tilted = p.logsumexp(0) + w * (p[0] - p.logsumexp(0))
@@ -188,10 +215,10 @@ def test_guidance_within_an_interval_alone() -> None:
     seen: dict[str, list[float]] = {"guided": [], "plain": []}
 
     def network(name: str) -> sampling.Network:
-        return lambda x, t, label: (seen[name].append(t[0].item()), x * 0)[1]
+        return lambda x, t, condition: (seen[name].append(t[0].item()), x * 0)[1]
 
     config = SamplerConfig(10, guide_from=0.75, guide_to=0.35)
-    integrate(network("guided"), torch.zeros(2, 1, 2, 2), LABEL[:2], config, Process(ProcessConfig()), network("plain"))
+    integrate(network("guided"), torch.zeros(2, 1, 2, 2), NONE, config, Process(ProcessConfig()), network("plain"))
     assert seen["guided"] == pytest.approx([0.7, 0.6, 0.5, 0.4])
     assert len(seen["guided"]) + len(seen["plain"]) == 10
 
@@ -199,8 +226,8 @@ def test_guidance_within_an_interval_alone() -> None:
 @pytest.mark.parametrize("solver", Solver)
 def test_an_evaluation_a_step(solver: Solver) -> None:
     calls = []
-    network = lambda x, t, label: (calls.append(1), x * 0)[1]  # noqa: E731
-    integrate(network, torch.zeros(2, 1, 2, 2), LABEL[:2], SamplerConfig(10, solver), Process(ProcessConfig()))
+    network = lambda x, t, condition: (calls.append(1), x * 0)[1]  # noqa: E731
+    integrate(network, torch.zeros(2, 1, 2, 2), NONE, SamplerConfig(10, solver), Process(ProcessConfig()))
     assert len(calls) == (19 if solver is Solver.heun else 10)
 
 

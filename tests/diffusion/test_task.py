@@ -12,6 +12,7 @@ from rayproj.classifiers.task import ClassificationTask, shifted_and_flipped
 from rayproj.data.dataset import Field, Header
 from rayproj.diffusion.adapters import LoraConfig, merge
 from rayproj.diffusion.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderTask, Codec, measure, to_uint8
+from rayproj.diffusion.conditions import ConditionConfig
 from rayproj.diffusion.denoiser import DenoiserConfig
 from rayproj.diffusion.process import Path as ProcessPath
 from rayproj.diffusion.process import Prediction, Process, ProcessConfig, TimeDensity
@@ -19,7 +20,7 @@ from rayproj.diffusion.sampling import SamplerConfig, Solver, Spacing, integrate
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, draw
 from rayproj.errors import UserError
 from rayproj.privacy.clipping import clipped_sum
-from rayproj.privacy.plan import Path
+from rayproj.privacy.plan import ClippingPath
 
 LATENTS = Header("x", {"moments": Field("npy", (8, 4, 4)), "label": Field("int")}, 10, 5, tuple("abc"))
 IMAGES = Header("x", {"image": Field("png", (1, 16, 16)), "label": Field("int")}, 10, 5, tuple("abc"))
@@ -79,9 +80,9 @@ def test_the_diffusion_loss_written_out() -> None:
     noise = keyed.normal(0, "noise", batch["row"], (4, 4, 4))
     t = torch.sigmoid(keyed.normal(0, "time", batch["row"]))
     dropped = keyed.uniform(0, "label_dropout", batch["row"]) < 0.1
-    label = torch.where(dropped, 3, batch["label"])
+    label = torch.where(dropped, -1, batch["label"])
     x = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * noise
-    expected = ((model(x, t, label) - (noise - x0)) ** 2).mean((1, 2, 3))
+    expected = ((model(x, t, {"label": label}) - (noise - x0)) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(task.losses(model, batch), expected)
 
 
@@ -93,7 +94,13 @@ def test_another_process_trains_and_draws(path: ProcessPath, predicts: Predictio
     """A few steps on one latent of each class: what is drawn of a class is nearer to its own than to the others'."""
     process = ProcessConfig(path, predicts, min_snr=5.0)
     density = (-0.4, 1.2) if path is ProcessPath.edm else (0.0, 1.0)
-    config = replace(SMALL, process=process, label_dropout=0.0, time_mean=density[0], time_std=density[1])
+    config = replace(
+        SMALL,
+        process=process,
+        conditions={"label": ConditionConfig(dropout=0.0)},
+        time_mean=density[0],
+        time_std=density[1],
+    )
     task = DiffusionTask(config, LATENTS, 0)
     model = task.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -107,7 +114,7 @@ def test_another_process_trains_and_draws(path: ProcessPath, predicts: Predictio
         optimizer.step()
     noise = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     sampler = SamplerConfig(12, Solver.dpmpp_2m, spacing=Spacing.karras, sigma_max=20.0)
-    drawn = integrate(model.eval(), noise, torch.arange(3), sampler, task.process)
+    drawn = integrate(model.eval(), noise, {"label": torch.arange(3)}, sampler, task.process)
     distance = (drawn[:, None] - moments[None, :, :4]).square().flatten(2).mean(2)
     assert torch.equal(distance.argmin(1), torch.arange(3)) and distance.diagonal().max() < 0.3
 
@@ -124,8 +131,8 @@ def test_an_image_does_not_depend_on_its_batch_mates() -> None:
     labels, ids = torch.tensor([0, 1, 2, 0]), torch.tensor([5, 6, 7, 8])
     sampler, process = SamplerConfig(steps=3, guidance=2.0), Process(ProcessConfig())
     with torch.no_grad():
-        whole = draw(model, codec, labels, (4, 4, 4), 3, sampler, process, ids)
-        alone = draw(model, codec, labels[2:3], (4, 4, 4), 3, sampler, process, ids[2:3])
+        whole = draw(model, codec, {"label": labels}, ids, (4, 4, 4), 3, sampler, process)
+        alone = draw(model, codec, {"label": labels[2:3]}, ids[2:3], (4, 4, 4), 3, sampler, process)
     assert (whole[2].int() - alone[0].int()).abs().max() <= 1
 
 
@@ -166,10 +173,10 @@ def test_image_sides_that_do_not_halve_are_refused() -> None:
 
 def test_only_what_is_named_is_trained_and_clipped() -> None:
     """Last layers and labels; the rest stays, and the clipped sum is theirs alone."""
-    task = DiffusionTask(replace(SMALL, trainable=r"class_embedding|conv_out"), LATENTS, seed=0)
+    task = DiffusionTask(replace(SMALL, trainable=r"embedding.values|conv_out"), LATENTS, seed=0)
     model, whole = task.build(), TASKS["diffusion"].build()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    assert {name.removeprefix("unet.").split(".")[0] for name, _ in trained} == {"class_embedding", "conv_out"}
+    assert {name.split(".")[1] for name, _ in trained} == {"values", "conv_out"}
     assert all(torch.equal(p, dict(whole.named_parameters())[name]) for name, p in model.named_parameters())
     batch, expected = batch_of("diffusion"), torch.zeros(sum(p.numel() for _, p in trained))
     for i in range(4):
@@ -193,8 +200,8 @@ def test_adapters_alone_are_trained_and_clipped_and_merge_to_the_same_network() 
     assert trained and all(".lora_" in name for name, _ in trained)
     for _, p in trained:
         p.data.normal_(std=0.2)
-    found = clipped_sum(model, task.losses, trained, batch, 2, 0.3, 4, Path.bookkeeping)[0]
-    expected = clipped_sum(model, task.losses, trained, batch, 2, 0.3, 1, Path.materialise)[0]
+    found = clipped_sum(model, task.losses, trained, batch, 2, 0.3, 4, ClippingPath.bookkeeping)[0]
+    expected = clipped_sum(model, task.losses, trained, batch, 2, 0.3, 1, ClippingPath.materialise)[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     adapted = task.losses(model, batch)
     merge(model)

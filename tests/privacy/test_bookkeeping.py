@@ -18,7 +18,7 @@ from rayproj.privacy import clipping, layers
 from rayproj.privacy.bookkeeping import one_pass
 from rayproj.privacy.clipping import clipped_sum, with_views
 from rayproj.privacy.layers import How, choose
-from rayproj.privacy.plan import Path
+from rayproj.privacy.plan import ClippingPath
 from rayproj.privacy.tape import Uncovered
 
 PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
@@ -67,7 +67,7 @@ def check(model: nn.Module, batch: Batch, views: int = 1, tolerance: float = 1e-
     _, norms = naive(model, loss, batch, views, 1.0)
     clip_norm = norms.median().item()
     expected, _ = naive(model, loss, batch, views, clip_norm)
-    for path in (Path.bookkeeping, Path.two_pass):
+    for path in (ClippingPath.bookkeeping, ClippingPath.two_pass):
         found, found_losses, found_norms = clipped_sum(model, loss, parameters, batch, views, clip_norm, 100, path)
         near = {"rtol": tolerance, "atol": tolerance * expected.abs().max().item()}
         torch.testing.assert_close(found.double(), expected, **near)
@@ -377,10 +377,10 @@ def small_net() -> nn.Module:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", Path)
+@pytest.mark.parametrize("path", ClippingPath)
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("value", [1e6, math.nan, math.inf, 0.0])
-def test_one_example_changes_the_sum_by_at_most_the_clip_norm(views: int, value: float, path: Path) -> None:
+def test_one_example_changes_the_sum_by_at_most_the_clip_norm(views: int, value: float, path: ClippingPath) -> None:
     model, x = small_net(), torch.randn(4, 3, 6, 6)
     x[3] = value
     parameters = list(model.named_parameters())
@@ -400,7 +400,7 @@ def test_frozen_parameters_and_an_empty_batch() -> None:
     model[6].bias.requires_grad_(False)
     check(model, {"row": rows_of(4), "x": torch.randn(4, 3, 6, 6)}, 3)
     model, none = small_net(), {"row": rows_of(0), "x": torch.randn(0, 3, 6, 6)}
-    for path in Path:
+    for path in ClippingPath:
         total, found, norms = clipped_sum(model, losses, list(model.named_parameters()), none, 2, 1.0, 4, path)
         assert total.abs().sum() == 0 and len(found) == len(norms) == 0
 
@@ -409,23 +409,27 @@ def test_two_passes_have_the_same_dropout() -> None:
     model = nn.Sequential(nn.Linear(6, 40), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(40, 3))
     parameters, batch = list(model.named_parameters()), {"row": rows_of(8), "x": torch.randn(8, 6)}
     found = {}
-    for path in (Path.bookkeeping, Path.two_pass):
+    for path in (ClippingPath.bookkeeping, ClippingPath.two_pass):
         torch.manual_seed(5)
         found[path] = clipped_sum(model, losses, parameters, batch, 3, 0.1, 4, path)[0], torch.rand(1)
-    torch.testing.assert_close(found[Path.bookkeeping], found[Path.two_pass])
+    torch.testing.assert_close(found[ClippingPath.bookkeeping], found[ClippingPath.two_pass])
 
 
 def test_the_faster_path_is_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Two passes where they take less than nine tenths of the time of one; measured once."""
     batch = {"row": rows_of(4), "x": torch.randn(4, 3, 6, 6)}
-    for two, expected in ((1.0, Path.two_pass), (1.9, Path.bookkeeping), (3.0, Path.bookkeeping)):
-        seconds, asked = {Path.bookkeeping: 2.0, Path.two_pass: two}, []
+    for two, expected in (
+        (1.0, ClippingPath.two_pass),
+        (1.9, ClippingPath.bookkeeping),
+        (3.0, ClippingPath.bookkeeping),
+    ):
+        seconds, asked = {ClippingPath.bookkeeping: 2.0, ClippingPath.two_pass: two}, []
         monkeypatch.setattr(clipping, "_seconds", lambda *a, s=seconds, b=asked: b.append(a[-1]) or s[a[-1]])
         model = small_net()
         for _ in range(3):
             clipped_sum(model, losses, list(model.named_parameters()), batch, 1, 1.0, 4)
         assert list(clipping._choices[model].values()) == [expected]
-        assert asked == [Path.bookkeeping, Path.two_pass]
+        assert asked == [ClippingPath.bookkeeping, ClippingPath.two_pass]
     monkeypatch.undo()
     with caplog.at_level(logging.INFO):
         model = small_net()
@@ -444,7 +448,7 @@ def test_two_passes_hold_nothing() -> None:
 def test_two_passes_refuse_bf16() -> None:
     model, batch = small_net().bfloat16(), {"row": rows_of(4), "x": torch.randn(4, 3, 6, 6).bfloat16()}
     with pytest.raises(Uncovered, match=r"rounded to bf16.*privacy.path=auto"):
-        clipped_sum(model, losses, list(model.named_parameters()), batch, 1, 1.0, 4, Path.two_pass)
+        clipped_sum(model, losses, list(model.named_parameters()), batch, 1, 1.0, 4, ClippingPath.two_pass)
 
 
 def test_attention_of_torch_of_which_a_part_is_trained() -> None:
@@ -460,7 +464,9 @@ def test_attention_of_torch_of_which_a_part_is_trained() -> None:
 def test_a_bf16_model_sums_in_fp32() -> None:
     model = small_net().to(torch.bfloat16)
     batch = {"row": rows_of(5), "x": torch.randn(5, 3, 6, 6).bfloat16()}
-    found, _, norms = clipped_sum(model, losses, list(model.named_parameters()), batch, 3, 1.0, 100, Path.bookkeeping)
+    found, _, norms = clipped_sum(
+        model, losses, list(model.named_parameters()), batch, 3, 1.0, 100, ClippingPath.bookkeeping
+    )
     assert found.dtype is norms.dtype is torch.float32
     expected, expected_norms = naive(model.float(), losses, {**batch, "x": batch["x"].float()}, 3, 1.0)
     assert (found.double() - expected).norm() <= 0.05 * expected.norm()
@@ -536,7 +542,7 @@ def test_what_is_not_covered_is_said_and_goes_the_slow_way(kind: str, caplog: py
     def fresh() -> Batch:
         return {name: t.detach().clone() for name, t in batch.items()}
 
-    for path in (Path.bookkeeping, Path.two_pass):
+    for path in (ClippingPath.bookkeeping, ClippingPath.two_pass):
         with pytest.raises(Uncovered, match=f"privacy.path={path.value} does not cover.*{reason}"):
             clipped_sum(model, loss, parameters, fresh(), 1, 0.7, 6, path)
     assert all(p.requires_grad for _, p in parameters) and "forward" not in model.__dict__
@@ -555,7 +561,7 @@ def test_a_layer_that_is_not_what_it_seems_is_found_out_on_two_examples(caplog: 
     parameters = list(model.named_parameters())
     batch = {"row": rows_of(2), "x": torch.randn(2, 2, 4)}
     expected, _ = naive(model, losses, batch, 1, 0.7)
-    wrong = clipped_sum(model, losses, parameters, batch, 1, 0.7, 2, Path.bookkeeping)[0]
+    wrong = clipped_sum(model, losses, parameters, batch, 1, 0.7, 2, ClippingPath.bookkeeping)[0]
     assert (wrong.double() - expected).norm() > 0.01
     with caplog.at_level(logging.WARNING):
         found = clipped_sum(model, losses, parameters, batch, 1, 0.7, 2)[0]
@@ -568,7 +574,7 @@ def test_dropout_does_not_fail_the_trial(caplog: pytest.LogCaptureFixture) -> No
     batch = {"row": rows_of(6), "x": torch.randn(6, 4)}
     clipped_sum(model, losses, list(model.named_parameters()), batch, 1, 1.0, 6)
     assert not caplog.records and all(m.training for m in model.modules())
-    assert set(clipping._choices[model].values()) <= {Path.bookkeeping, Path.two_pass}
+    assert set(clipping._choices[model].values()) <= {ClippingPath.bookkeeping, ClippingPath.two_pass}
 
 
 def test_losses_linear_in_all_parameters_as_of_the_self_test(caplog: pytest.LogCaptureFixture) -> None:

@@ -82,14 +82,17 @@ def test_every_way_equals_the_naive_loop(multiplicity: int, chunk: int, dtype: t
 
 
 def test_a_whole_unet_of_diffusers() -> None:
+    from rayproj.diffusion.conditions import Conditions
     from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig
 
     torch.manual_seed(0)
-    model = Denoiser(DenoiserConfig(channels=(16, 32), head_dim=16, norm_groups=8), (4, 8, 8), 10)
+    model = Denoiser(
+        DenoiserConfig(channels=(16, 32), head_dim=16, norm_groups=8), (4, 8, 8), Conditions({"label": 10})
+    )
     batch = {"x": torch.randn(3, 4, 8, 8), "label": torch.arange(3), "row": torch.zeros(3, 3, dtype=torch.long)}
 
     def unet_losses(m: nn.Module, b: dict[str, Tensor]) -> Tensor:
-        return (m(b["x"], torch.full((len(b["x"]),), 0.4), b["label"]) - b["x"]).square().flatten(1).mean(1)
+        return (m(b["x"], torch.full((len(b["x"]),), 0.4), {"label": b["label"]}) - b["x"]).square().flatten(1).mean(1)
 
     parameters = list(model.named_parameters())
     total = torch.zeros(sum(p.numel() for _, p in parameters))

@@ -18,7 +18,7 @@ from rayproj.privacy import audit, clipping, ledger
 from rayproj.privacy import step as step_module
 from rayproj.privacy.audit import AuditConfig
 from rayproj.privacy.clipping import clipped_sum
-from rayproj.privacy.plan import Path, PrivacyConfig
+from rayproj.privacy.plan import ClippingPath, PrivacyConfig
 from rayproj.privacy.sampling import PoissonSampling
 from rayproj.privacy.step import PrivateStep
 from rayproj.storage.store import Store
@@ -86,11 +86,13 @@ def bookkeeping_is_trusted() -> None:
         return 1e-3 * m(b["x"]).square().sum((1, 2))
 
     arguments = model, losses, list(model.named_parameters()), batch, 1, 1e-3
-    expected, _, norms = clipped_sum(*arguments, chunk=1, path=Path.materialise)
+    expected, _, norms = clipped_sum(*arguments, chunk=1, path=ClippingPath.materialise)
     assert norms.max() < 1, "none would be clipped at 1"
     found, _, _ = clipped_sum(*arguments, chunk=5)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
-    assert set(clipping._choices[model].values()) <= {Path.bookkeeping, Path.two_pass}, "clipping went the slow way"
+    assert set(clipping._choices[model].values()) <= {ClippingPath.bookkeeping, ClippingPath.two_pass}, (
+        "clipping went the slow way"
+    )
 
 
 def a_release_that_is_done_again_is_charged_again(uri: str) -> None:

@@ -1,0 +1,158 @@
+"""What an image is drawn of: a class, properties, a text. Each may be missing, for a row or for all.
+
+A condition is a dict of tensors by name, rows first: int64 [B] numbers of a class or of a property's value, -1 for none; and
+"text", fp32 [B, T, D], embeddings of a text's tokens, zeros past its end, all zeros for none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rayproj import keyed
+from rayproj.data.dataset import Header
+from rayproj.engine.task import Batch
+from rayproj.errors import UserError
+
+Condition = dict[str, Tensor]
+TEXT, LABEL = "text", "label"
+
+
+@dataclass
+class ConditionConfig:
+    """How a condition is learned."""
+
+    dropout: float = 0.1  # share of examples trained without it, for guidance
+    captions: dict[str, float] = field(
+        default_factory=dict
+    )  # of "text": the fields it is drawn from, and how often each
+
+    def problems(self) -> list[str]:
+        found = [] if 0 <= self.dropout <= 1 else [f"conditions: dropout must lie in [0, 1], not {self.dropout:g}."]
+        return (
+            found
+            if all(w > 0 for w in self.captions.values())
+            else [*found, "conditions: captions have shares above 0."]
+        )
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions of a model.
+
+    Attributes:
+        values: how many values a class or property has.
+        text: [T, D] of the tokens, or nothing.
+    """
+
+    values: dict[str, int]
+    text: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, configs: dict[str, ConditionConfig], latents: Header) -> Conditions:
+        """Those of the config, as the latents have them.
+
+        Raises:
+            UserError: they have not.
+        """
+        values, text = dict[str, int](), set[tuple[int, ...]]()
+        for name, config in configs.items():
+            for source in [f"{TEXT}_{caption}" for caption in config.captions] if name == TEXT else [name]:
+                if source not in latents.fields:
+                    remedy = "properties" if name != TEXT else "text.captions"
+                    raise UserError(
+                        f"diffusion.conditions.{name}: the latents have no field '{source}'; they have "
+                        f"{', '.join(sorted(latents.fields))}. Encode them with {remedy} that name it."
+                    )
+                if name == TEXT:
+                    text.add(latents.fields[source].shape)
+                elif not (values := values | {name: len(latents.values_of(name))})[name]:
+                    raise UserError(
+                        f"diffusion.conditions.{name}: the values of '{name}' are not known; encode the latents with "
+                        f"properties.{name}=[...], the list of them."
+                    )
+        if TEXT in configs and len(text) != 1:
+            raise UserError("diffusion.conditions.text.captions must name at least one caption, all of one encoder.")
+        return cls(values, *text)
+
+    def nothing(self, rows: int, device: torch.device | str = "cpu") -> Condition:
+        """No condition at all."""
+        found = {name: torch.full((rows,), -1, device=device) for name in self.values}
+        return {**found, TEXT: torch.zeros(rows, *self.text, device=device)} if self.text else found
+
+
+def without(condition: Condition, *, keep: Sequence[str] = ()) -> Condition:
+    """The condition with all but the named ones taken away."""
+
+    def none(value: Tensor) -> Tensor:
+        return torch.zeros_like(value) if value.is_floating_point() else torch.full_like(value, -1)
+
+    return {name: value if name in keep else none(value) for name, value in condition.items()}
+
+
+def learned(configs: dict[str, ConditionConfig], batch: Batch, seed: int) -> Condition:
+    """The condition of a training batch: one of the captions of each row, and every condition dropped by itself.
+
+    Which, is a function of (seed, row) alone.
+    """
+    row, found = batch["row"], {}
+    for name, config in configs.items():
+        value = _caption(config, batch, seed) if name == TEXT else batch[name]
+        kept = keyed.uniform(seed, f"{name}_dropout", row) >= config.dropout
+        found[name] = value * kept[:, None, None] if name == TEXT else torch.where(kept, value, -1)
+    return found
+
+
+def _caption(config: ConditionConfig, batch: Batch, seed: int) -> Tensor:
+    (first, *others), total, begin = config.captions, sum(config.captions.values()), 0.0
+    value = batch[f"{TEXT}_{first}"]
+    if not others:
+        return value
+    drawn = keyed.uniform(seed, "caption", batch["row"]) * total
+    for before, caption in zip(config.captions, others, strict=False):
+        begin += config.captions[before]
+        value = torch.where((drawn >= begin)[:, None, None], batch[f"{TEXT}_{caption}"], value)
+    return value
+
+
+class Embedding(nn.Module):
+    """A condition as what networks take: one vector, and tokens to attend to.
+
+    Args:
+        width: of the vector.
+    """
+
+    def __init__(self, conditions: Conditions, width: int) -> None:
+        super().__init__()
+        # The last entry of each stands for none.
+        self.values = nn.ModuleDict({name: nn.Embedding(n + 1, width) for name, n in conditions.values.items()})
+        self.text = conditions.text
+        if self.text:
+            tokens, depth = self.text
+            self.whole_text = nn.Linear(depth, width)
+            self.no_text = nn.Embedding(1, tokens * depth)
+
+    def forward(self, condition: Condition) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The vector [B, width], the tokens [B, T, D], and which of these there are, bool [B, T]; None for what no
+        condition gives."""
+        vector, tokens, there = None, None, None
+        for name, table in self.values.items():
+            number = condition[name]
+            assert isinstance(table, nn.Embedding)
+            one = table(torch.where(number < 0, table.num_embeddings - 1, number))
+            vector = one if vector is None else vector + one
+        if self.text:
+            given = condition[TEXT]
+            there = (given != 0).any(-1)
+            none = ~there.any(-1)
+            empty = self.no_text(torch.zeros_like(none, dtype=torch.long)).view(given.shape)
+            tokens = torch.where(none[:, None, None], empty, given.to(empty.dtype))
+            there = there | none[:, None]
+            # The mean of the tokens is what sentence encoders are trained for.
+            share = there.to(tokens.dtype) / there.sum(-1, keepdim=True)
+            one = self.whole_text((tokens * share[:, :, None]).sum(1))
+            vector = one if vector is None else vector + one
+        return vector, tokens, there
