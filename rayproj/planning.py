@@ -172,11 +172,11 @@ def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs)
     model = memory.Model(task, bf16)
     if privacy:
         refuse_cross_example_layers(model.module)
-    found.parameters, found.commit = model.parameters, memory.checkpoint_bytes(model)
+    found.parameters, found.commit = model.parameters, memory.checkpoint_bytes(model, 1 + len(train.engine.ema_widths))
     held = {"decoded data": min(READER_CACHE, _decoded(header))}
     passing = example_memory(model, header, batch // ranks // micro_batches, privacy)
     for stage in (0, 1, 2, 3):
-        layout = memory.Layout(stage, ranks, bf16, on_gpu, micro_batches)
+        layout = memory.Layout(stage, ranks, bf16, on_gpu, micro_batches, 1 + len(train.engine.ema_widths))
         parts, host = rank_memory(model, layout, passing, train, privacy)
         found.memory[stage] = parts if on_gpu else parts | host | held
         if on_gpu and stage == found.zero_stage:

@@ -174,17 +174,22 @@ def draw(
     return codec.decode(sampling.integrate(network, noise, condition, config, process, unguided=denoiser))
 
 
-def trained(store: Store, latent_shape: tuple[int, ...], conditions: Conditions) -> tuple[Denoiser, Commit]:
+def trained(
+    store: Store, latent_shape: tuple[int, ...], conditions: Conditions, ema: float = 0.0
+) -> tuple[Denoiser, Commit]:
     """The averaged weights of a run's newest commit as a plain network, in which adapters are merged.
 
+    Args:
+        ema: width of an average that is put together from the commits; 0: the plain one.
+
     Raises:
-        UserError: the run has no commit, or its config describes another model.
+        UserError: the run has no commit, its config describes another model, or it has no such average.
     """
     config = configuration.section(DiffusionConfig, store.read("config.yaml"), "diffusion")
     model = Denoiser(config.denoiser, latent_shape, conditions)
     if config.lora.rank:
         adapt(model, config.lora, seed=0)
-    weights, commit = load_ema(store)
+    weights, commit = load_ema(store, ema)
     load_flat(model, weights)
     if config.lora.rank:
         merge(model)
@@ -198,13 +203,13 @@ class TrainedModel:
         UserError: the run has no commit, or its latents or autoencoder are gone.
     """
 
-    def __init__(self, run_dir: str, device: str) -> None:
+    def __init__(self, run_dir: str, device: str, ema: float = 0.0) -> None:
         store = Store(run_dir)
         config = configuration.section(DiffusionConfig, store.read("config.yaml"), "diffusion")
         self.header = Dataset.open(config.latents).header
         task = DiffusionTask(config, self.header, seed=0)
         self.latent_shape, self.process, self.conditions = task.latent_shape, task.process, task.conditions
-        self.denoiser, self.commit = trained(store, task.latent_shape, task.conditions)
+        self.denoiser, self.commit = trained(store, task.latent_shape, task.conditions, ema)
         self.denoiser.to(device).eval().requires_grad_(False)
         self.codec = Codec.load(self.header.provenance["autoencoder"], device)
         self.device = device

@@ -1,7 +1,7 @@
 """Checkpoints: every rank writes its own files, and whichever rank finishes last commits, once.
 
     checkpoints/step-00001200/a-<attempt>/master/part-00000.safetensors   rank 0's pieces of the master weights (`layout`)
-    checkpoints/step-00001200/a-<attempt>/{exp_avg,exp_avg_sq,ema}/...    likewise
+    checkpoints/step-00001200/a-<attempt>/{exp_avg,exp_avg_sq,ema}/...    likewise, and ema-0.05 of further averages
     checkpoints/step-00001200/a-<attempt>/rank-00000.safetensors          rank 0's generator states
     checkpoints/step-00001200/a-<attempt>/{fixed.safetensors,state.json}  buffers and position, by rank 0
     checkpoints/step-00001200/a-<attempt>/files-00000.json                what rank 0 wrote, with sizes and hashes
@@ -33,10 +33,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayproj import faults
-from rayproj.engine.engine import SHARDED, Engine, Snapshot
+from rayproj.engine.ema import combination
+from rayproj.engine.engine import Engine, Snapshot
 from rayproj.engine.layout import join
 from rayproj.errors import UserError
 from rayproj.storage.store import FileRecord, IntegrityError, Store, from_json, to_json
+
+TOLERATED = 0.1  # relative error of the profile of an average that is put together
 
 
 class Best(Enum):
@@ -195,7 +198,7 @@ def _to_files(snapshot: Snapshot, rank: int, folder: Path) -> None:
 
 
 def _from_files(folder: Path, rank: int) -> Snapshot:
-    sharded: dict[str, dict[str, Tensor]] = {kind: {} for kind in SHARDED}
+    sharded: dict[str, dict[str, Tensor]] = {kind.name: {} for kind in folder.iterdir() if kind.is_dir()}
     for kind, parts in sharded.items():
         for file in sorted((folder / kind).glob("part-*.safetensors")):
             parts |= load_file(str(file))
@@ -313,24 +316,62 @@ def set_aside(store: Store, path: str) -> None:
     store.delete_tree(path)
 
 
-def load_ema(store: Store) -> tuple[dict[str, Tensor], Commit]:
+def load_ema(store: Store, width: float = 0.0) -> tuple[dict[str, Tensor], Commit]:
     """The averaged weights of the newest commit of a run, for inference: flat fp32 tensors by name.
 
+    Args:
+        width: of an average that is put together from those that the commits hold (`engine.ema`); 0: the plain one.
+
     Raises:
-        UserError: the run has no commit.
+        UserError: the run has no commit, or its commits cannot give an average of that width.
         IntegrityError: a file is not what the commit says.
     """
     done = commits(store)
     if not done:
         raise UserError(f"The run {store.uri} has no committed checkpoint; train it first.")
-    files = [f for f in done[-1].files if f.path.startswith(("ema/", "fixed."))]
+    last = done[-1]
+    if not width:
+        return _averaged(store, last, "ema") | _of_files(store, last, "fixed.safetensors"), last
+    held = [
+        (commit, name)
+        for commit in done
+        for name in sorted({f.path.split("/")[0] for f in commit.files})
+        if "ema-" in name
+    ]
+    if not held:
+        raise UserError(
+            f"The run {store.uri} has the average of train.engine.ema alone; train with ema_widths=[0.05,0.1]."
+        )
+    tracks = [(float(commit.step), float(name.removeprefix("ema-"))) for commit, name in held]
+    weights, error = combination(tracks, (float(last.step), width))
+    if error > TOLERATED:
+        raise UserError(
+            f"An average of width {width:g} cannot be put together from {len(held)} others (its profile would be off by "
+            f"{error:.0%}); choose a width near theirs, or keep more commits by train.checkpoint.keep_every."
+        )
+    total: dict[str, Tensor] = {}
+    for weight, (commit, name) in zip(weights.tolist(), held, strict=True):
+        for parameter, tensor in _averaged(store, commit, name).items():
+            total[parameter] = total.get(parameter, 0) + weight * tensor.double()
+    found = {name: tensor.float() for name, tensor in total.items()}
+    return found | _of_files(store, last, "fixed.safetensors"), last
+
+
+def _averaged(store: Store, commit: Commit, name: str) -> dict[str, Tensor]:
+    return join(_of_files(store, commit, f"{name}/"))
+
+
+def _of_files(store: Store, commit: Commit, prefix: str) -> dict[str, Tensor]:
+    """What the files of a commit hold whose paths begin so.
+
+    Raises:
+        IntegrityError: a file is not what the commit says.
+    """
+    files = [f for f in commit.files if f.path.startswith(prefix)]
     with tempfile.TemporaryDirectory(prefix="rayproj-") as scratch:
-        if wrong := _fetch(store, done[-1], files, Path(scratch)):
+        if wrong := _fetch(store, commit, files, Path(scratch)):
             raise IntegrityError(wrong)
-        parts: dict[str, Tensor] = {}
-        for file in sorted((Path(scratch) / "ema").glob("*.safetensors")):
-            parts |= load_file(str(file))
-        return join(parts) | load_file(str(Path(scratch) / "fixed.safetensors")), done[-1]
+        return {name: t for file in files for name, t in load_file(str(Path(scratch) / file.path)).items()}
 
 
 def _fetch(store: Store, commit: Commit, files: Iterable[FileRecord], into: Path) -> str | None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rayproj.engine import ema
 from rayproj.engine.layout import Piece, Run, cut, join, pieces, runs
 from rayproj.engine.timing import StepTimer, charge_collectives
 from rayproj.engine.world import World
@@ -54,6 +55,9 @@ class EngineConfig:
     zero_stage: int = 2  # ZeRO: 0 shards nothing, 1 the optimizer, 2 the gradients too, 3 the weights too
     precision: Precision = Precision.auto
     ema: float = 0.999  # decay of the exponential moving average of the weights, per update
+    # Further averages, of these widths (`engine.ema`), such as [0.05, 0.1]; of what several commits hold of them
+    # (train.checkpoint.keep_every), one of any width can be put together afterwards.
+    ema_widths: list[float] = field(default_factory=list)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def problems(self) -> list[str]:
@@ -61,6 +65,8 @@ class EngineConfig:
         found = (
             [] if self.zero_stage in stages else [f"engine.zero_stage must be one of {stages}, not {self.zero_stage}."]
         )
+        if not all(0 < width <= 0.25 for width in self.ema_widths):
+            found.append("engine.ema_widths must lie in (0, 0.25].")
         return found if 0 <= self.ema < 1 else [*found, f"engine.ema must lie in [0, 1), not {self.ema}."]
 
 
@@ -77,7 +83,8 @@ class Snapshot:
     """A rank's training state on the host, as a checkpoint holds it.
 
     Attributes:
-        sharded: by kind ("master", "exp_avg", "exp_avg_sq", "ema"), the pieces that this rank writes, by key; fp32, flat.
+        sharded: by kind ("master", "exp_avg", "exp_avg_sq" and the averages), the pieces that this rank writes, by key;
+            fp32, flat.
         fixed: what the optimizer does not hold, frozen parameters and buffers, by name; fp32, flat. Rank 0's alone.
         generators: states of torch's generators, which draw for layers such as dropout; the rest is keyed.
         position: where the training is, and the shape of the group that it ran on.
@@ -87,9 +94,6 @@ class Snapshot:
     fixed: dict[str, Tensor]
     generators: dict[str, Tensor]
     position: dict[str, Any]
-
-
-SHARDED = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 class Engine:
@@ -112,7 +116,7 @@ class Engine:
         optimizer: DeepSpeed's ZeRO optimizer.
         parameters: (name, parameter) of what is trained, in the order of the flat vector.
         sizes: elements of each of them, by name, in the same order.
-        ema: fp32 [share], the moving average of this rank's master weights.
+        averages: fp32 [share] each, of this rank's master weights: "ema", and "ema-<width>" of further ones.
         step: completed updates.
         samples_seen: examples in them, over all ranks.
         timer: where the time goes.
@@ -170,7 +174,8 @@ class Engine:
         group = self.optimizer.fp16_groups[0] if config.zero_stage == 3 else self.optimizer.bit16_groups[0]
         self.parameters: list[tuple[str, nn.Parameter]] = [(names[id(p)], p) for p in group]
         self.sizes = {names[id(p)]: numel[id(p)] for p in group}
-        self.ema: Tensor = self.master.detach().clone()
+        names_of_averages = ["ema", *(average_of(width) for width in config.ema_widths)]
+        self.averages: dict[str, Tensor] = {name: self.master.detach().clone() for name in names_of_averages}
         self.plain = self.module if plain is None else _sharing(plain, self.module)
 
     @property
@@ -270,12 +275,15 @@ class Engine:
         self.samples_seen += samples
         # A young average forgets its start sooner: decay min(d, (1 + n) / (10 + n)), as in Tensorflow's EMA.
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        self.ema.lerp_(self.master.detach(), 1 - decay)
+        self.averages["ema"].lerp_(self.master.detach(), 1 - decay)
+        for width in self.config.ema_widths:
+            self.averages[average_of(width)].lerp_(self.master.detach(), 1 - ema.decay(self.step, width))
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The moving average of the whole model, and what is not trained of it: flat fp32 by name. Collective."""
-        shares = [torch.empty_like(self.ema) for _ in range(self.shares)]
-        dist.all_gather(shares, self.ema.contiguous(), group=self.group)
+        own = self.averages["ema"]
+        shares = [torch.empty_like(own) for _ in range(self.shares)]
+        dist.all_gather(shares, own.contiguous(), group=self.group)
         parts: dict[str, Tensor] = {}
         for number, share in enumerate(shares):
             parts |= cut(share, self.pieces(number))
@@ -305,7 +313,7 @@ class Engine:
         """Copy this rank's state to the host. Collective at ZeRO-3; what is trained afterwards does not change it."""
         state = self.optimizer.optimizer.state.get(self.master, {})
         zeros = torch.zeros(0)
-        flat = {"master": self.master, "ema": self.ema}
+        flat = {"master": self.master, **self.averages}
         flat |= {kind: state.get(kind, zeros) for kind in ("exp_avg", "exp_avg_sq")}
         written = self.written()
         sharded = {
@@ -337,10 +345,15 @@ class Engine:
         share. Without generator states, torch's generator is seeded by the step and the rank.
 
         Raises:
-            UserError: they are of another model.
+            UserError: they are of another model, or lack an average that the config asks for.
         """
         position = snapshot.position
-        shares = {kind: torch.zeros_like(self.ema) for kind in SHARDED}
+        shares = {kind: torch.zeros_like(self.master) for kind in ("master", "exp_avg", "exp_avg_sq", *self.averages)}
+        if missing := sorted(set(shares) - set(snapshot.sharded)):
+            raise UserError(
+                f"The checkpoint has no '{missing[0]}': the run began without it. Set train.engine.ema_widths as it was, or "
+                "start again in another run.dir."
+            )
         whole = {kind: join(parts) for kind, parts in snapshot.sharded.items()} if not self._fits(snapshot) else None
         for kind, share in shares.items():
             for p in self.pieces():
@@ -351,7 +364,8 @@ class Engine:
                 )
                 share[p.offset : p.offset + p.length] = part.to(share)
         self.master.data.copy_(shares["master"])
-        self.ema.copy_(shares["ema"])
+        for name, average in self.averages.items():
+            average.copy_(shares[name])
         if position["optimizer_steps"]:
             self.optimizer.optimizer.state[self.master] = {
                 "step": torch.tensor(float(position["optimizer_steps"])),
@@ -393,6 +407,11 @@ class Engine:
             for name, tensor in self.module.state_dict().items():
                 if name not in self.sizes:
                     tensor.copy_(_checked(fixed, name, tensor.numel()).view_as(tensor).to(tensor))
+
+
+def average_of(width: float) -> str:
+    """The name of the average of a width."""
+    return f"ema-{width:g}"
 
 
 def _alone(group: Any) -> Any:

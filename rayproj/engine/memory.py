@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rayproj.engine.engine import SHARDED
 from rayproj.engine.task import Batch, Task
 
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, in elements
@@ -116,6 +115,7 @@ class Layout:
     bf16: bool = False
     on_gpu: bool = False
     micro_batches: int = 1
+    averages: int = 1
 
     @property
     def weight(self) -> int:
@@ -136,7 +136,7 @@ def kept(model: Model, layout: Layout) -> Parts:
     """What a rank holds all the time."""
     share, fixed = layout.share(model), layout.weight * model.fixed
     weights = layout.weight * model.parameters
-    sharded = {"master weights": share, "moments of AdamW": 2 * share, "moving average": share}
+    sharded = {"master weights": share, "moments of AdamW": 2 * share, "moving averages": layout.averages * share}
     if layout.zero_stage < 3:
         return {"weights": weights + fixed, **sharded}
     small = layout.weight * sum(size for size in model.sizes.values() if size < PERSISTENT)
@@ -159,9 +159,9 @@ def update(model: Model, layout: Layout) -> int:
 
 def snapshot(model: Model, layout: Layout) -> int:
     """Bytes of the copy that a checkpoint takes on the host."""
-    return 4 * 4 * -(-model.parameters // layout.world_size) + 4 * model.fixed
+    return 4 * (3 + layout.averages) * -(-model.parameters // layout.world_size) + 4 * model.fixed
 
 
-def checkpoint_bytes(model: Model) -> int:
-    """Bytes of a commit, all ranks together: four kinds of state in fp32."""
-    return 4 * (len(SHARDED) * model.parameters + model.fixed)
+def checkpoint_bytes(model: Model, averages: int = 1) -> int:
+    """Bytes of a commit, all ranks together: master weights, two moments and the averages, in fp32."""
+    return 4 * ((3 + averages) * model.parameters + model.fixed)

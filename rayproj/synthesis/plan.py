@@ -30,6 +30,9 @@ class GenerateConfig:
 
     model: str = "???"  # run dir of jobs/train_diffusion.py or jobs/finetune_private.py
     out: str = "???"  # the dataset to write
+    ema: float = (
+        0.0  # width of the average of the weights, put together from the commits (`engine.ema`); 0: the plain one
+    )
     samples: int = 10000
     properties: dict[str, list[str]] = field(default_factory=dict)  # property of the model -> the values to draw
     prompts: list[str] = field(default_factory=list)  # texts to draw, if the model knows text
@@ -97,6 +100,7 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         "autoencoder_commit": commit_hash(_newest(autoencoder)),
         "sampler": configuration.to_dict(config.sampler),
         "seed": seed,
+        "ema": config.ema,
         "axes": axes,
         # Read after the commit, so that the ledger has every release that is in it.
         "private": private and {**private, "model_commit": commit_hash(newest)},

@@ -23,7 +23,7 @@ class Synthesizer:
         self.device, self.batch = device, int(config["batch"])
         self.header = Dataset.open(config["out"]).header
         provenance = self.header.provenance
-        self.model = TrainedModel(provenance["model"], device)
+        self.model = TrainedModel(provenance["model"], device, provenance["ema"])
         if commit_hash(self.model.commit) != provenance["model_commit"]:
             raise UserError(
                 f"The model {provenance['model']} has a newer commit (step {self.model.commit.step}) than the one that "
