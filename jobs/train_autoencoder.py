@@ -55,6 +55,8 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     model = whole_model(task, engine.averaged_weights(), world.device)
     assert isinstance(model, Autoencoder)
     measured = measure(model, torch.from_numpy(shown).to(world.device))
+    if task.described.mean:  # denoisers of others know no other scale
+        measured |= {"latent_mean": task.described.mean, "latent_std": task.described.std}
     shapes = {"image_shape": list(task.image_shape), "latent_shape": list(task.latent_shape)}
     return {**summary(engine, world), **measured, **shapes}
 

@@ -1,4 +1,5 @@
-"""The `rayproj` command: demo, chain, submit, plan, status, logs, stop, resume, privacy, export, verify, gc, doctor."""
+"""The `rayproj` command: demo, chain, submit, plan, status, logs, stop, resume, privacy, export, grid, verify, gc,
+doctor."""
 
 from __future__ import annotations
 
@@ -60,6 +61,12 @@ def main(argv: list[str] | None = None) -> int:
     export = commands.add_parser("export", help="the model of a run, with a model card, in formats that others read")
     export.add_argument("run", metavar="RUN", help="run dir of a training job")
     export.add_argument("--to", required=True, metavar="DIR", help="a folder that is not there yet")
+    grid = commands.add_parser("grid", help="a picture of a synthetic dataset, by prompt or class and by properties")
+    grid.add_argument("dataset", metavar="DATASET_URI", help="what jobs/generate.py wrote")
+    grid.add_argument("file", metavar="FILE", help="a PNG file")
+    grid.add_argument(
+        "--per-cell", type=int, default=4, metavar="N", help="images of one kind at most (default: %(default)d)"
+    )
     verify = commands.add_parser("verify", help="read and hash every file of the checkpoints and datasets of a folder")
     verify.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
     gc = commands.add_parser("gc", help="delete what no commit holds, as killed processes leave it")
@@ -121,6 +128,11 @@ def _run(arguments: argparse.Namespace) -> int:
         from rayproj.export import export
 
         print(export(arguments.run, arguments.to))
+        return 0
+    if arguments.command == "grid":
+        from rayproj.report.grid import write_grid
+
+        print(write_grid(arguments.dataset, arguments.file, arguments.per_cell))
         return 0
     if arguments.command == "verify":
         from rayproj.maintenance import print_verified

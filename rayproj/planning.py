@@ -150,7 +150,7 @@ def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs)
     else:
         refuse_engine(train.engine)
     batch = privacy.expected_batch if privacy else train.batch
-    found.samples = train.steps * batch or None
+    found.samples = None if privacy and not train.steps else train.steps * batch
     if hasattr(config, "diffusion"):
         header = inputs.header(config.diffusion.latents)
     else:

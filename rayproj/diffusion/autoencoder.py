@@ -4,7 +4,9 @@ Latent Diffusion Models", section 3.1), as a Task, and the codec that the later 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,29 +15,80 @@ from torch import Tensor, nn
 
 from rayproj import config as configuration
 from rayproj import keyed
+from rayproj.diffusion.perceptual import PatchCritic, PerceptualDistance
 from rayproj.engine.checkpoint import load_ema
 from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch
 from rayproj.errors import UserError
 from rayproj.storage.store import Store, from_json
 
+NO_VARIANCE = -60.0  # logarithm of it
+
 
 @dataclass
 class AutoencoderConfig:
     """A diffusers `AutoencoderKL`. Every level but the last halves height and width."""
 
+    # A folder of diffusers with an `AutoencoderKL` or `AutoencoderTiny`, such as the vae of a pipeline: the network, its
+    # size, the scale of its latents and the weights to start from, in place of the sizes here. train.steps=0 takes it as is.
+    weights: str = ""
     channels: tuple[int, ...] = (16, 32, 32)
     layers_per_block: int = 1
     norm_groups: int = 8
     latent_channels: int = 4
     kl_weight: float = 1e-4  # of the mean KL divergence per latent element
+    perceptual: float = 0.0  # weight of the distance in a network's features, 1 or less
+    adversarial: float = 0.0  # weight of a critic's opinion, 0.1 or less; it is trained beside the autoencoder
+    adversarial_from: int = 0  # step from which that counts, when images are about right
 
     def problems(self) -> list[str]:
-        return [
+        found = [
             f"autoencoder.channels: {c} is not a multiple of autoencoder.norm_groups={self.norm_groups}."
             for c in self.channels
             if c % self.norm_groups
         ]
+        names = ("kl_weight", "perceptual", "adversarial")
+        return found + [f"autoencoder.{n} must not be negative." for n in names if getattr(self, n) < 0]
+
+
+@dataclass(frozen=True)
+class Network:
+    """An autoencoder of diffusers as a config describes it, before it is built."""
+
+    kind: str  # the class
+    factor: int  # pixels of a side for a latent pixel
+    latent_channels: int
+    image_channels: int
+    mean: list[float]  # of latents, per channel, as whoever trained it scaled them; [] where that is to be measured
+    std: list[float]
+
+
+def described(config: AutoencoderConfig, image_channels: int) -> Network:
+    """What the config says, or the folder of weights that it names.
+
+    Raises:
+        UserError: there is no autoencoder in the folder, or one for other images.
+    """
+    if not config.weights:
+        factor = 2 ** (len(config.channels) - 1)
+        return Network("AutoencoderKL", factor, config.latent_channels, image_channels, [], [])
+    try:
+        said = json.loads((Path(config.weights) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"autoencoder.weights='{config.weights}' holds no autoencoder of diffusers ({error})."
+        ) from error
+    kind, channels = said.get("_class_name"), said.get("latent_channels", 4)
+    blocks = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
+    if kind not in blocks or said.get("in_channels", 3) != image_channels:
+        raise UserError(
+            f"autoencoder.weights='{config.weights}' is a {kind} of {said.get('in_channels', 3)} channels; it must be an "
+            f"AutoencoderKL or AutoencoderTiny of {image_channels}, as the images are (source.channels=rgb makes them 3)."
+        )
+    scale = said.get("scaling_factor") or 1.0
+    mean = said.get("latents_mean") or [said.get("shift_factor") or 0.0] * channels
+    std = [value / scale for value in said.get("latents_std") or [1.0] * channels]
+    return Network(kind, 2 ** (len(said[blocks[kind]]) - 1), channels, image_channels, mean, std)
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -53,29 +106,39 @@ class Autoencoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, image_channels: int) -> None:
         super().__init__()
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers import AutoencoderKL, AutoencoderTiny
 
-        levels = len(config.channels)
-        self.kl = AutoencoderKL(
-            in_channels=image_channels,
-            out_channels=image_channels,
-            latent_channels=config.latent_channels,
-            block_out_channels=tuple(config.channels),
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            layers_per_block=config.layers_per_block,
-            norm_num_groups=config.norm_groups,
-            mid_block_add_attention=False,
-        )
+        levels, network = len(config.channels), described(config, image_channels)
+        self.vae: Any
+        if config.weights:
+            kind = AutoencoderKL if network.kind == "AutoencoderKL" else AutoencoderTiny
+            self.vae = kind.from_pretrained(config.weights, local_files_only=True)
+        else:
+            self.vae = AutoencoderKL(
+                in_channels=image_channels,
+                out_channels=image_channels,
+                latent_channels=config.latent_channels,
+                block_out_channels=tuple(config.channels),
+                down_block_types=("DownEncoderBlock2D",) * levels,
+                up_block_types=("UpDecoderBlock2D",) * levels,
+                layers_per_block=config.layers_per_block,
+                norm_num_groups=config.norm_groups,
+                mid_block_add_attention=False,
+            )
+        if config.adversarial:
+            self.critic = PatchCritic(image_channels)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, fp32, each [B, latent_channels, h, w], of images in [-1, 1]."""
-        posterior = self.kl.encode(x.to(self.kl.dtype)).latent_dist
-        return posterior.mean.float(), posterior.logvar.float()
+        found = self.vae.encode(x.to(self.vae.dtype))
+        if not hasattr(found, "latent_dist"):  # an AutoencoderTiny has no posterior
+            mean = found.latents.float()
+            return mean, torch.full_like(mean, NO_VARIANCE)
+        return found.latent_dist.mean.float(), found.latent_dist.logvar.float()
 
     def decode(self, z: Tensor) -> Tensor:
         """fp32 images in about [-1, 1]."""
-        image: Tensor = self.kl.decode(z.to(self.kl.dtype)).sample
+        image: Tensor = self.vae.decode(z.to(self.vae.dtype)).sample
         return image.float()
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +148,8 @@ class Autoencoder(nn.Module):
 
 
 class AutoencoderTask:
-    """L1 + L2 reconstruction and a small KL term, per example.
+    """L1 + L2 reconstruction and a small KL term, per example; perceptual and adversarial terms where they are asked for
+    (Rombach et al. 2022, appendix G).
 
     Args:
         image_shape: [C, H, W] of the dataset's images.
@@ -100,13 +164,16 @@ class AutoencoderTask:
         preview_images: np.ndarray | None = None,
     ) -> None:
         self.config, self.image_shape, self.seed, self.preview_images = config, image_shape, seed, preview_images
-        factor = 2 ** (len(config.channels) - 1)
+        self.described = described(config, image_shape[0])
+        self.starts_trained = bool(config.weights)
+        self.perceptual = PerceptualDistance() if config.perceptual else None
+        factor = self.described.factor
         if any(side % factor for side in image_shape[1:]):
             raise UserError(
                 f"Images of {image_shape[1]}x{image_shape[2]} do not divide by {factor}; "
                 "set the source's image_size to a multiple or use fewer autoencoder.channels."
             )
-        self.latent_shape = (config.latent_channels, *(side // factor for side in image_shape[1:]))
+        self.latent_shape = (self.described.latent_channels, *(side // factor for side in image_shape[1:]))
 
     def build(self) -> nn.Module:
         torch.manual_seed(self.seed)
@@ -118,7 +185,14 @@ class AutoencoderTask:
         error = (reconstruction - x).flatten(1)
         # KL(N(mean, var) || N(0, 1)) per element, Kingma and Welling 2014, appendix B.
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
-        return error.abs().mean(1) + error.square().mean(1) + self.config.kl_weight * kl
+        found = error.abs().mean(1) + error.square().mean(1) + self.config.kl_weight * kl
+        if self.perceptual:
+            found = found + self.config.perceptual * self.perceptual(reconstruction, x)
+        if self.config.adversarial:
+            makers, critics = model.critic.losses(x, reconstruction)  # type: ignore[union-attr,operator]
+            late = batch["row"][:, 1] >= self.config.adversarial_from
+            found = found + self.config.adversarial * makers * late + critics * late
+        return found
 
     @torch.no_grad()
     def preview(self, model: nn.Module) -> np.ndarray | None:

@@ -122,17 +122,18 @@ class Embedding(nn.Module):
     """A condition as what networks take: one vector, and tokens to attend to.
 
     Args:
-        width: of the vector.
+        width: of the vector; 0: tokens alone, for networks that have no place for a vector or make their own.
     """
 
     def __init__(self, conditions: Conditions, width: int) -> None:
         super().__init__()
         # The last entry of each stands for none.
-        self.values = nn.ModuleDict({name: nn.Embedding(n + 1, width) for name, n in conditions.values.items()})
+        values = conditions.values if width else {}
+        self.values = nn.ModuleDict({name: nn.Embedding(n + 1, width) for name, n in values.items()})
         self.text = conditions.text
         if self.text:
             tokens, depth = self.text
-            self.whole_text = nn.Linear(depth, width)
+            self.whole_text = nn.Linear(depth, width) if width else None
             self.no_text = nn.Embedding(1, tokens * depth)
 
     def forward(self, condition: Condition) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -153,6 +154,7 @@ class Embedding(nn.Module):
             there = there | none[:, None]
             # The mean of the tokens is what sentence encoders are trained for.
             share = there.to(tokens.dtype) / there.sum(-1, keepdim=True)
-            one = self.whole_text((tokens * share[:, :, None]).sum(1))
-            vector = one if vector is None else vector + one
+            if self.whole_text is not None:
+                one = self.whole_text((tokens * share[:, :, None]).sum(1))
+                vector = one if vector is None else vector + one
         return vector, tokens, there

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rayproj.diffusion.conditions import LABEL, Condition, Conditions, Embedding
+from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.errors import UserError
 
 
@@ -24,6 +27,9 @@ class DenoiserConfig:
     """Which network of diffusers, and how large."""
 
     network: Network = Network.unet
+    # A folder of diffusers with a `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`, such as the unet of a
+    # Stable Diffusion pipeline: the network, its size and the weights to start from, in place of all else here.
+    weights: str = ""
     head_dim: int = 32
     # Of a U-Net.
     channels: tuple[int, ...] = (32, 64)  # per level; every level but the last halves height and width
@@ -57,7 +63,10 @@ class Denoiser(nn.Module):
     def __init__(self, config: DenoiserConfig, latent_shape: tuple[int, ...], conditions: Conditions) -> None:
         super().__init__()
         self.conditions, self.kind = conditions, config.network
-        if config.network is Network.unet:
+        if config.weights:
+            self.net, self.kind = _of_others(config.weights, latent_shape, conditions)
+            width = 0
+        elif config.network is Network.unet:
             width = 4 * config.channels[0]  # of diffusers' time embedding
             self.net = _unet(config, latent_shape, conditions)
         else:
@@ -68,15 +77,20 @@ class Denoiser(nn.Module):
                     f"{config.patch}; a transformer takes squares, of sides that are multiples of denoiser.patch."
                 )
             self.net = (_dit if config.network is Network.dit else _mmdit)(config, latent_shape, conditions)
-        # A DiT has tables of its own, one in each block.
-        self.embedding = Embedding(Conditions({}) if config.network is Network.dit else conditions, width)
+        # A DiT has tables of its own, one in each block; so have networks of others.
+        self.makes_own_vector = LABEL in conditions.values and (self.kind is Network.dit or not width)
+        self.embedding = Embedding(Conditions({}) if self.makes_own_vector else conditions, width)
+        if config.weights and conditions.text and (encoder := Path(config.weights).parent / "text_encoder").exists():
+            # With it, whoever trained these weights left texts out.
+            text = TextEncoder(TextConfig(str(encoder), conditions.text[0], padding=True), "cpu")
+            self.embedding.no_text.weight.data.copy_(text.embed([""]).flatten()[None])
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The prediction [B, C, h, w] at latents x [B, C, h, w] and times t [B] in [0, 1] (1 is pure noise)."""
         dtype = next(self.parameters()).dtype
         x, steps = x.to(dtype), (t * 1000).to(dtype)  # the networks' time embeddings are made for 1000 steps
         vector, tokens, there = self.embedding(condition)
-        if self.kind is Network.dit:
+        if self.makes_own_vector:
             number, none = condition[LABEL], self.conditions.values[LABEL]
             out = self.net(x, steps, class_labels=torch.where(number < 0, none, number)).sample
         elif self.kind is Network.mmdit:
@@ -86,7 +100,55 @@ class Denoiser(nn.Module):
             out = self.net(x, steps, class_labels=vector).sample
         else:
             out = self.net(x, steps, tokens, class_labels=vector, encoder_attention_mask=there).sample
+        out = out[:, : x.shape[1]]  # some predict variances too
         return out.float() if out.dtype is torch.bfloat16 else out
+
+
+def _of_others(folder: str, shape: tuple[int, ...], conditions: Conditions) -> tuple[Any, Network]:
+    """The network in a folder of diffusers.
+
+    Raises:
+        UserError: there is none, or it was made for other latents or conditions.
+    """
+    from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+
+    known = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)}
+    try:
+        said = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"denoiser.weights='{folder}' holds no network of diffusers ({error}).") from error
+    if (name := said.get("_class_name")) not in known:
+        raise UserError(
+            f"denoiser.weights='{folder}' is a {name}; the networks that can be taken are {', '.join(known)}."
+        )
+    net: Any = known[name].from_pretrained(folder, local_files_only=True)  # type: ignore[attr-defined]
+    values, wanted = dict(conditions.values), {"label": 0}
+    if name == "UNet2DConditionModel":
+        fits = not values and conditions.text[1:] == (net.config.cross_attention_dim,)
+        wanted = {"text of dimension": net.config.cross_attention_dim}
+    else:
+        own = (
+            net.config.num_embeds_ada_norm
+            if name == "DiTTransformer2DModel"
+            else (net.config.num_class_embeds or 0) - 1
+        )
+        fits = not conditions.text and values == ({LABEL: own} if own >= 0 else {})
+        wanted = {"classes": max(own, 0)}
+    if not fits or net.config.in_channels != shape[0]:
+        raise UserError(
+            f"denoiser.weights='{folder}' is for latents of {net.config.in_channels} channels and {wanted}, and these "
+            f"latents have {shape[0]} channels and {values or {'text': conditions.text}}; set diffusion.conditions so that "
+            "they fit."
+        )
+    return _undropped(net), Network.dit if name == "DiTTransformer2DModel" else Network.unet
+
+
+def _undropped(net: Any) -> Any:
+    """Without dropout of labels by the network, which are dropped by the rows' keys."""
+    for module in net.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    return net
 
 
 def _unet(config: DenoiserConfig, shape: tuple[int, ...], conditions: Conditions) -> Any:
@@ -118,20 +180,18 @@ def _dit(config: DenoiserConfig, shape: tuple[int, ...], conditions: Conditions)
 
     if conditions.text or set(conditions.values) != {LABEL}:
         raise UserError("denoiser.network=dit has the condition 'label' and no other; choose unet or mmdit.")
-    net = DiTTransformer2DModel(
-        num_attention_heads=config.heads,
-        attention_head_dim=config.head_dim,
-        in_channels=shape[0],
-        out_channels=shape[0],
-        num_layers=config.layers,
-        sample_size=shape[-1],
-        patch_size=config.patch,
-        num_embeds_ada_norm=conditions.values[LABEL],
+    return _undropped(
+        DiTTransformer2DModel(
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_dim,
+            in_channels=shape[0],
+            out_channels=shape[0],
+            num_layers=config.layers,
+            sample_size=shape[-1],
+            patch_size=config.patch,
+            num_embeds_ada_norm=conditions.values[LABEL],
+        )
     )
-    for module in net.modules():
-        if hasattr(module, "dropout_prob"):
-            module.dropout_prob = 0.0  # of labels, which are dropped by the rows' keys
-    return net
 
 
 def _mmdit(config: DenoiserConfig, shape: tuple[int, ...], conditions: Conditions) -> Any:

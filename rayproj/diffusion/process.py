@@ -11,7 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +23,15 @@ class Path(Enum):
 
     flow = "flow"  # 1 - t, t: rectified flow (Liu et al. 2023, "Flow Straight and Fast", eq. 1)
     cosine = "cosine"  # cos(πt/2), sin(πt/2): variance-preserving (Nichol and Dhariwal 2021, eq. 17)
+    # Of 1,000 discrete steps, between which ln(σ/α) is linear in t: what weights of others were trained with.
+    linear = "linear"  # β from 0.0001 to 0.02 (Ho et al. 2020); DiT
+    scaled_linear = "scaled_linear"  # √β from √0.00085 to √0.012; Stable Diffusion
     edm = "edm"  # 1, t / (1 - t): noise is added to the data as they are (Karras et al. 2022)
+
+
+STEPS = 1000
+BETAS = {Path.linear: (1e-4, 0.02), Path.scaled_linear: (0.00085, 0.012)}
+DISCRETE = tuple(BETAS)
 
 
 class Prediction(Enum):
@@ -54,6 +64,8 @@ class ProcessConfig:
     sigma_data: float = 1.0  # standard deviation of x0, for the path and the prediction `edm`; latents have 1
 
     def problems(self) -> list[str]:
+        if self.path in DISCRETE and self.predicts is Prediction.velocity:
+            return [f"process.predicts=velocity is of smooth paths; with path={self.path.value} choose noise or v."]
         found = [] if self.min_snr >= 0 else [f"process.min_snr must not be negative, but is {self.min_snr:g}."]
         return (
             found if self.sigma_data > 0 else [*found, f"process.sigma_data must be positive, not {self.sigma_data:g}."]
@@ -72,6 +84,12 @@ class Process:
             return 1 - t, t
         if self.path is Path.cosine:
             return torch.cos(0.5 * math.pi * t), torch.sin(0.5 * math.pi * t)
+        if self.path in DISCRETE:
+            ratio = torch.where(t > 0, torch.exp(_between(_log_ratios(self.path, t.device), t * STEPS)), 0.0).to(
+                t.dtype
+            )
+            alpha = torch.rsqrt(1 + ratio**2)
+            return alpha, alpha * ratio
         return torch.ones_like(t), t / (1 - t)
 
     def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,12 +102,18 @@ class Process:
 
     def time_of(self, ratio: float) -> float:
         """The time at which σ/α is `ratio`."""
+        if self.path in DISCRETE:
+            table = np.asarray(_log_ratios(self.path, "cpu"))
+            return float(np.interp(math.log(ratio), table, np.arange(STEPS))) / STEPS if ratio > 0 else 0.0
         if math.isinf(ratio):
             return 1.0
         return 2 / math.pi * math.atan(ratio) if self.path is Path.cosine else ratio / (1 + ratio)
 
     def ratio_at(self, t: float) -> float:
         """σ/α at a time; infinite at 1."""
+        if self.path in DISCRETE:
+            alpha, sigma = self.signal(torch.tensor(t, dtype=torch.float64))
+            return float(sigma / alpha)
         if t >= 1:
             return math.inf
         return math.tan(0.5 * math.pi * t) if self.path is Path.cosine else t / (1 - t)
@@ -142,6 +166,22 @@ class Process:
         ratio, d = sigma / alpha, self.config.sigma_data
         root = torch.sqrt(ratio**2 + d**2)
         return ratio / (d * root), -d / root
+
+
+def _log_ratios(path: Path, device: Any) -> Tensor:
+    """fp64 [STEPS]: ln(σ/α) at each of the discrete steps, of ᾱ = Π (1 - β) (Ho et al. 2020, eq. 4)."""
+    low, high = BETAS[path]
+    power = 2 if path is Path.scaled_linear else 1
+    betas = torch.linspace(low ** (1 / power), high ** (1 / power), STEPS, dtype=torch.float64, device=device) ** power
+    logs = torch.log1p(-betas).cumsum(0)
+    return 0.5 * (torch.log(-torch.expm1(logs)) - logs)
+
+
+def _between(table: Tensor, at: Tensor) -> Tensor:
+    """Linear interpolation, fp64; at the ends, the ends."""
+    place = at.double().clamp(0, len(table) - 1)
+    low = place.floor().long().clamp(max=len(table) - 2)
+    return torch.lerp(table[low], table[low + 1], place - low)
 
 
 def _over(x: Tensor, *of_times: Tensor) -> list[Tensor]:

@@ -86,6 +86,7 @@ class DiffusionTask:
     ) -> None:
         self.config, self.seed, self.codec, self.text = config, seed, codec, text
         self.process = Process(config.process)
+        self.starts_trained = bool(config.init or config.denoiser.weights)
         double, *sides = latents.fields["moments"].shape
         self.latent_shape = (double // 2, *sides)
         self.conditions = Conditions.of(config.conditioned, latents)

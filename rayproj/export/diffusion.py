@@ -112,10 +112,10 @@ with torch.no_grad():
 def _vae(codec: Codec) -> Any:
     """The AutoencoderKL, with the latents' scale in its config."""
     # A factor of 1, because the default is Stable Diffusion's, and other pipelines apply it beside mean and deviation.
-    codec.model.kl.register_to_config(
+    codec.model.vae.register_to_config(
         latents_mean=codec.mean.flatten().tolist(), latents_std=codec.std.flatten().tolist(), scaling_factor=1.0
     )
-    return codec.model.kl
+    return codec.model.vae
 
 
 def _data_of(autoencoder: Store) -> str:
