@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     plan.add_argument("--samples", type=int, default=0, metavar="N", help="of an input that is not there yet")
     plan.add_argument("--shape", default="", metavar="CxHxW", help="of its images or latents, such as 4x8x8")
     plan.add_argument("--classes", type=int, default=0, metavar="N", help="of it")
+    plan.add_argument(
+        "--text", default="24x384", metavar="TxD", help="tokens and dimension of its captions' embeddings"
+    )
     plan.add_argument("--json", action="store_true", help="the same for programs, sizes in bytes")
     status = commands.add_parser("status", help="the runs below a folder")
     status.add_argument("root", nargs="?", default="runs")
@@ -169,7 +172,12 @@ def run_plan(arguments: argparse.Namespace) -> int:
     shape = arguments.shape.split("x") if arguments.shape else []
     if arguments.shape and (len(shape) != 3 or not all(side.isdigit() and int(side) for side in shape)):
         raise UserError(f"--shape={arguments.shape} is not a shape; write CxHxW, such as 4x8x8.")
-    assumed = planning.Assumed(arguments.samples, tuple(map(int, shape)), arguments.classes)
+    text = arguments.text.split("x")
+    if len(text) != 2 or not all(side.isdigit() and int(side) for side in text):
+        raise UserError(f"--text={arguments.text} is not a shape; write TxD, such as 77x768.")
+    assumed = planning.Assumed(
+        arguments.samples, tuple(map(int, shape)), arguments.classes, (int(text[0]), int(text[1]))
+    )
     return planning.print_plans(arguments.job, arguments.config, arguments.overrides, assumed, arguments.json)
 
 

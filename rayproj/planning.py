@@ -23,6 +23,7 @@ import torch
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Field, Header, Inputs
+from rayproj.diffusion.conditions import LABEL, TEXT, ConditionConfig
 from rayproj.diffusion.task import DiffusionTask
 from rayproj.engine import memory
 from rayproj.engine.checkpoint import CheckpointConfig
@@ -51,6 +52,7 @@ class Assumed:
     samples: int = 0
     shape: tuple[int, ...] = ()  # of an image or a latent, [C, H, W]
     classes: int = 0
+    text: tuple[int, ...] = (24, 384)  # tokens and dimension of a caption's embedding; those of the default encoder
 
     def header(self) -> Header | None:
         if not (self.samples and self.shape and self.classes):
@@ -119,7 +121,7 @@ def plan(module: ModuleType, config: Any, assumed: Assumed = Assumed()) -> Plan:
         found.bundles = [_bundle(pool.cpus_per_actor, pool.gpus_per_actor, gpus)] * pool.actors
         found.together = False
     if hasattr(module, "task_of"):
-        _plan_training(found, module, config, inputs)
+        _plan_training(found, module, config, inputs, assumed)
     if hasattr(module, "shards_of"):
         headers = module.shards_of(config, inputs)
         found.shards = {uri: shards(header) for uri, header in headers.items()}
@@ -138,7 +140,7 @@ def _bundle(cpus: float, gpus: float | None, there: int) -> dict[str, float]:
     return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
 
-def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs) -> None:
+def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs, assumed: Assumed) -> None:
     train: TrainConfig = config.train
     privacy: PrivacyConfig | None = getattr(config, "privacy", None)
     ranks = config.cluster.ranks
@@ -153,6 +155,8 @@ def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs)
     found.samples = None if privacy and not train.steps else train.steps * batch
     if hasattr(config, "diffusion"):
         header = inputs.header(config.diffusion.latents)
+        if header.fields and config.diffusion.latents in inputs.missing:
+            header = _conditioned(header, config.diffusion.conditioned, assumed)
     else:
         header = inputs.header(config.data).only("image", "label")
     if not header.fields:
@@ -181,6 +185,16 @@ def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs)
         found.memory[stage] = parts if on_gpu else parts | host | held
         if on_gpu and stage == found.zero_stage:
             found.host = host | held
+
+
+def _conditioned(header: Header, conditions: dict[str, ConditionConfig], assumed: Assumed) -> Header:
+    """Assumed latents with all that a model is conditioned on; properties with two values."""
+    fields = dict(header.fields)
+    for name, config in conditions.items():
+        fields |= {f"{TEXT}_{caption}": Field("npy", assumed.text) for caption in config.captions}
+        if name not in (TEXT, LABEL):
+            fields[name] = Field("int", values=("0", "1"))
+    return replace(header, fields=fields)
 
 
 def bought(mechanism: PrivacyPlan) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def main() -> None:
         x0, noise = data[index], torch.randn(share, *data.shape[1:], generator=generator)
         t = torch.sigmoid(torch.randn(share, generator=generator))
         x = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * noise
-        loss = (deepspeed(x, t, labels[index]) - (noise - x0)).square().mean()
+        loss = (deepspeed(x, t, {"label": labels[index]}) - (noise - x0)).square().mean()
         deepspeed.backward(loss)
         deepspeed.step()
         loss.item()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rayproj.diffusion.conditions import LABEL, Condition, Conditions, Embedding
 from rayproj.diffusion.text import TextConfig, TextEncoder
@@ -80,7 +83,8 @@ class Denoiser(nn.Module):
         # A DiT has tables of its own, one in each block; so have networks of others.
         self.makes_own_vector = LABEL in conditions.values and (self.kind is Network.dit or not width)
         self.embedding = Embedding(Conditions({}) if self.makes_own_vector else conditions, width)
-        if config.weights and conditions.text and (encoder := Path(config.weights).parent / "text_encoder").exists():
+        encoder, real = Path(config.weights).parent / "text_encoder", not isinstance(torch.empty(0), FakeTensor)
+        if config.weights and conditions.text and real and encoder.exists():
             # With it, whoever trained these weights left texts out.
             text = TextEncoder(TextConfig(str(encoder), conditions.text[0], padding=True), "cpu")
             self.embedding.no_text.weight.data.copy_(text.embed([""]).flatten()[None])
@@ -100,8 +104,41 @@ class Denoiser(nn.Module):
             out = self.net(x, steps, class_labels=vector).sample
         else:
             out = self.net(x, steps, tokens, class_labels=vector, encoder_attention_mask=there).sample
-        out = out[:, : x.shape[1]]  # some predict variances too
+        out = out[:, : x.shape[1]]  # some networks predict variances too
         return out.float() if out.dtype is torch.bfloat16 else out
+
+
+@contextmanager
+def remembering(model: Denoiser) -> Iterator[None]:
+    """A block in which what depends on the condition alone is computed once, as long as it is the same object: its
+    embedding, and the keys and values that the image attends to. For samplers, which ask the same of every step."""
+    layers: list[Any] = [model.embedding]
+    for module in model.net.modules():
+        if getattr(module, "is_cross_attention", False):
+            layers += [module.to_k, module.to_v]
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = _last(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def _last(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function, which is not run again on the argument that it was last given."""
+    known: list[tuple[Any, Any]] = []
+
+    def remembered(argument: Any) -> Any:
+        if not known or known[0][0] is not argument:
+            known[:] = [(argument, function(argument))]
+        return known[0][1]
+
+    return remembered
 
 
 def _of_others(folder: str, shape: tuple[int, ...], conditions: Conditions) -> tuple[Any, Network]:
@@ -121,7 +158,10 @@ def _of_others(folder: str, shape: tuple[int, ...], conditions: Conditions) -> t
         raise UserError(
             f"denoiser.weights='{folder}' is a {name}; the networks that can be taken are {', '.join(known)}."
         )
-    net: Any = known[name].from_pretrained(folder, local_files_only=True)  # type: ignore[attr-defined]
+    if isinstance(torch.empty(0), FakeTensor):  # memory is planned, for which its size is enough
+        net: Any = known[name].from_config(said)  # type: ignore[attr-defined]
+    else:
+        net = known[name].from_pretrained(folder, local_files_only=True)  # type: ignore[attr-defined]
     values, wanted = dict(conditions.values), {"label": 0}
     if name == "UNet2DConditionModel":
         fits = not values and conditions.text[1:] == (net.config.cross_attention_dim,)

@@ -70,19 +70,22 @@ def guided(network: Network, config: SamplerConfig, weak: Network | None = None)
     if config.guidance == 1 and not config.weights:
         return network
 
+    weights, n = list(config.weights.values()) or [config.guidance], len(config.weights or "1") + 1
+    last: list[tuple[Condition, Condition]] = []
+
+    def together(condition: Condition) -> Condition:
+        """All that is asked at once; the same object for the same condition."""
+        if not last or last[0][0] is not condition:
+            parts = [without(condition, keep=[name]) for name in config.weights] or [condition]
+            parts.append(without(condition))
+            last[:] = [(condition, {name: torch.cat([part[name] for part in parts]) for name in condition})]
+        return last[0][1]
+
     def output(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if weak is not None:
             under, base = network(x, t, condition), weak(x, t, condition)
             return base + config.guidance * (under - base)
-        if config.weights:
-            parts = [without(condition, keep=[name]) for name in config.weights]
-            weights = list(config.weights.values())
-        else:
-            parts, weights = [condition], [config.guidance]
-        parts.append(without(condition))
-        n = len(parts)
-        together = {name: torch.cat([part[name] for part in parts]) for name in condition}
-        *under_each, base = network(torch.cat([x] * n), torch.cat([t] * n), together).chunk(n)
+        *under_each, base = network(torch.cat([x] * n), torch.cat([t] * n), together(condition)).chunk(n)
         out = base
         for weight, under in zip(weights, under_each, strict=True):
             out = out + weight * (under - base)

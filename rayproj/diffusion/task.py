@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from rayproj import config as configuration
 from rayproj import keyed
 from rayproj.data.dataset import Dataset, Header
+from rayproj.data.reader import Reader
 from rayproj.diffusion import process, sampling
 from rayproj.diffusion.adapters import LoraConfig, adapt, merge
 from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.conditions import LABEL, TEXT, Condition, ConditionConfig, Conditions, learned
-from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig
+from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, remembering
 from rayproj.diffusion.process import Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.text import TextConfig, TextEncoder
@@ -26,6 +27,8 @@ from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch
 from rayproj.errors import UserError
 from rayproj.storage.store import Store
+
+VALIDATED = 8  # times at which the loss on held-out examples is measured
 
 
 @dataclass
@@ -39,6 +42,8 @@ class DiffusionConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
     conditions: dict[str, ConditionConfig] = field(default_factory=dict)  # "label", "text", properties; {}: the label
+    validation: str = ""  # held-out latents, for train.validate_every
+    validation_samples: int = 256  # as many of them
     prompts: list[str] = field(default_factory=list)  # of the previews, if there is text
     time_density: TimeDensity = TimeDensity.logit_normal  # of the training times; 1 is pure noise
     time_mean: float = 0.0  # of their logit, where that is normal
@@ -71,6 +76,7 @@ class DiffusionTask:
             deviation of the scaled latent.
         codec: decodes previews; None for no previews.
         text: encodes their prompts; None for none.
+        held_out: examples to validate on; None for none.
 
     Raises:
         UserError: the latents lack what the model is to be conditioned on.
@@ -83,8 +89,9 @@ class DiffusionTask:
         seed: int,
         codec: Codec | None = None,
         text: TextEncoder | None = None,
+        held_out: Batch | None = None,
     ) -> None:
-        self.config, self.seed, self.codec, self.text = config, seed, codec, text
+        self.config, self.seed, self.codec, self.text, self.held_out = config, seed, codec, text, held_out
         self.process = Process(config.process)
         self.starts_trained = bool(config.init or config.denoiser.weights)
         double, *sides = latents.fields["moments"].shape
@@ -124,12 +131,30 @@ class DiffusionTask:
         return model
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._errors(model, batch, self._times(batch["row"]), self.config.conditioned)
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """The loss on held-out examples at each of eight times, every example under its whole condition."""
+        if self.held_out is None:
+            return {}
+        whole = {name: replace(config, dropout=0.0) for name, config in self.config.conditioned.items()}
+        found: dict[str, float] = {}
+        for k in range(VALIDATED):
+            t = torch.full((len(self.held_out["row"]),), (k + 0.5) / VALIDATED, device=self.held_out["row"].device)
+            batch = {name: tensor.clone() for name, tensor in self.held_out.items()}
+            batch["row"][:, 2] = k
+            parts = [{n: v[i : i + 64] for n, v in batch.items()} for i in range(0, len(t), 64)]
+            errors = torch.cat([self._errors(model, part, t[: len(part["row"])], whole) for part in parts])
+            found[f"val_loss_{t[0]:.2f}"] = errors.mean().item()
+        return {"val_loss": sum(found.values()) / VALIDATED, **found}
+
+    def _errors(self, model: nn.Module, batch: Batch, t: Tensor, conditions: dict[str, ConditionConfig]) -> Tensor:
         row = batch["row"]
         mean, std = batch["moments"].float().chunk(2, dim=1)
         x0 = mean + std * keyed.normal(self.seed, "posterior", row, self.latent_shape)
         noise = keyed.normal(self.seed, "noise", row, self.latent_shape)
-        t = self._times(row)
-        condition = learned(self.config.conditioned, batch, self.seed)
+        condition = learned(conditions, batch, self.seed)
         out = model(self.process.input_of(self.process.noised(x0, noise, t), t), t, condition)
         errors = (out.float() - self.process.target(x0, noise, t)).square().flatten(1).mean(1)
         return self.process.weight(t) * errors
@@ -171,8 +196,11 @@ def draw(
     """uint8 images [B, C, H, W] under a condition. The noise of an image is keyed by (seed, its id) alone."""
     row = torch.stack([ids, torch.zeros_like(ids), torch.zeros_like(ids)], dim=1)
     noise = keyed.normal(seed, "sample", row, latent_shape)
+    assert isinstance(denoiser, Denoiser)
     network = sampling.guided(denoiser, config)
-    return codec.decode(sampling.integrate(network, noise, condition, config, process, unguided=denoiser))
+    with remembering(denoiser):
+        latents = sampling.integrate(network, noise, condition, config, process, unguided=denoiser)
+    return codec.decode(latents)
 
 
 def trained(
@@ -226,6 +254,25 @@ class TrainedModel:
 
     def draw(self, condition: Condition, ids: Tensor, seed: int, config: SamplerConfig) -> Tensor:
         return draw(self.denoiser, self.codec, condition, ids, self.latent_shape, seed, config, self.process)
+
+
+def held_out(config: DiffusionConfig, fields: list[str], device: str) -> Batch | None:
+    """The examples to validate on.
+
+    Raises:
+        UserError: there are no such latents, or without what the model is conditioned on.
+    """
+    if not config.validation:
+        return None
+    dataset = Dataset.open(config.validation)
+    if missing := sorted(set(fields) - set(dataset.header.fields)):
+        raise UserError(
+            f"diffusion.validation='{config.validation}' has no field '{missing[0]}', which the model needs."
+        )
+    columns = Reader(dataset, fields).gather(np.arange(min(config.validation_samples, dataset.header.num_samples)))
+    index = torch.from_numpy(columns.pop("index"))
+    row = torch.stack([index, torch.zeros_like(index), torch.zeros_like(index)], dim=1)
+    return {"row": row.to(device), **{name: torch.from_numpy(v).to(device) for name, v in columns.items()}}
 
 
 def encoder_of(latents: Header, device: str) -> TextEncoder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
@@ -25,4 +25,13 @@ class Task(Protocol):
 
     def preview(self, model: nn.Module) -> np.ndarray | None:
         """Images that show what the model has learned, uint8 [N, C, H, W], or None."""
+        ...
+
+
+@runtime_checkable
+class Validated(Protocol):
+    """A Task that can be measured on held-out examples too."""
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Measures on held-out examples, by names that begin with "val_"; nothing where there are none."""
         ...

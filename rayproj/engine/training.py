@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayproj import faults
@@ -17,7 +18,7 @@ from rayproj.engine.checkpoint import CheckpointConfig
 from rayproj.engine.engine import Engine, EngineConfig, load_flat
 from rayproj.engine.flops import flops_per_sample, peak_tflops
 from rayproj.engine.steps import Step
-from rayproj.engine.task import Batch, Task
+from rayproj.engine.task import Batch, Task, Validated
 from rayproj.engine.world import World
 from rayproj.errors import NonFiniteLoss, UserError
 from rayproj.storage.store import Store
@@ -52,6 +53,7 @@ class TrainConfig:
     micro_batch: int = 0  # examples in one forward and backward of a rank; 0: the rank's whole slice
     log_every: int = 10
     preview_every: int = 0  # 0: none
+    validate_every: int = 0  # steps between measurements on held-out examples, if the task has any; 0: none
     peak_tflops: float = 0.0  # of one device, for the MFU; 0: known for common GPUs, else there is no MFU
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -103,7 +105,7 @@ def train(
         *means, save_votes, stop_votes = engine.mean_over_ranks(
             [*metrics.values(), float(save_now), float(link.stop_requested())]
         )
-        log.add(dict(zip(metrics, means, strict=True)))
+        log.add(dict(zip(metrics, means, strict=True)), _validated(engine, recipe.task, config))
         stop = stop_votes > 0
         if save_votes > 0 or stop or engine.step == config.steps:
             with engine.timer.phase("checkpoint_stall"):
@@ -140,6 +142,7 @@ class _Log:
     def __init__(self, engine: Engine, recipe: Recipe, link: Link, clock: Callable[[], float]) -> None:
         self.engine, self.recipe, self.link, self.clock = engine, recipe, link, clock
         self.latest: dict[str, float] = {}
+        self.validation: dict[str, float] = {}  # what was measured since the last report
         self.flops_per_sample = 0.0
         self._begin()
 
@@ -153,7 +156,8 @@ class _Log:
             self.flops_per_sample = flops_per_sample(self.engine, self.recipe.task, batch) * self.recipe.step.views
             self._begin()
 
-    def add(self, metrics: dict[str, float]) -> None:
+    def add(self, metrics: dict[str, float], validation: dict[str, float]) -> None:
+        self.validation |= validation
         step, config = self.engine.step, self.recipe.config
         if not all(math.isfinite(value) for value in metrics.values()):
             raise NonFiniteLoss(f"At step {step} the metrics were {metrics}; lower the learning rate and start again.")
@@ -161,9 +165,11 @@ class _Log:
         if step % config.log_every and step != config.steps:
             return
         means = {name: sum(row[name] for row in self.rows) / len(self.rows) for name in metrics}
-        self.latest = means | {name: metrics[name] for name in self.recipe.step.running_totals}
+        now = means | {name: metrics[name] for name in self.recipe.step.running_totals} | self.validation
+        self.latest |= now
+        self.validation = {}
         if self.engine.world.rank == 0:
-            self.link.report({"type": "metrics", "step": step, **self.latest, **self._pace()})
+            self.link.report({"type": "metrics", "step": step, **now, **self._pace()})
         wall, seconds = time.time(), self.clock() - self.began
         self._span(f"steps to {step}", wall - seconds, wall)
         self._begin()
@@ -185,6 +191,19 @@ class _Log:
     def _span(self, what: str, start: float, end: float) -> None:
         rank = f"rank {self.engine.world.rank}"
         self.link.report({"type": "span", "actor": rank, "what": what, "start": start, "end": end})
+
+
+def _validated(engine: Engine, task: Task, config: TrainConfig) -> dict[str, float]:
+    """What the averaged weights do on held-out examples, where it is time for it; on rank 0 alone. Collective."""
+    last = engine.step == config.steps
+    due = config.validate_every and (last or engine.step % config.validate_every == 0)
+    if not due or not isinstance(task, Validated):
+        return {}
+    weights, found = engine.averaged_weights(), [dict[str, float]()]
+    if engine.world.rank == 0:
+        found = [task.validate(whole_model(task, weights, engine.world.device))]
+    dist.broadcast_object_list(found, src=0)  # whichever rank commits, it takes them along
+    return found[0]
 
 
 def _preview(engine: Engine, task: Task, link: Link) -> None:

@@ -12,7 +12,7 @@ from rayproj.data.dataset import Field, Header
 from rayproj.diffusion import sampling
 from rayproj.diffusion.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderTask, described
 from rayproj.diffusion.conditions import ConditionConfig, Conditions
-from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig
+from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, remembering
 from rayproj.diffusion.perceptual import PatchCritic, PerceptualDistance
 from rayproj.diffusion.process import Path as ProcessPath
 from rayproj.diffusion.process import Prediction, Process, ProcessConfig
@@ -76,8 +76,20 @@ def test_an_imported_pipeline_draws_as_diffusers_does(
     config = SamplerConfig(5, guidance=4.0)
     # A sampler of diffusers starts from the noise as it is, and ours at the noise's level of that time.
     start = noise / process.signal(torch.tensor(steps[0] / 1000))[1]
-    found = integrate(guided(model, config), start, {"text": encoder(prompts)}, config, process)
+    condition = {"text": encoder(prompts)}
+    found = integrate(guided(model, config), start, condition, config, process)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    asked: list[int] = []
+    keys = next(m for m in model.net.modules() if getattr(m, "is_cross_attention", False)).to_k
+    keys.register_forward_pre_hook(lambda *_: asked.append(1))
+    inner, made = keys.forward, []
+    keys.forward = lambda x: (made.append(1), inner(x))[1]
+    with remembering(model):
+        again = integrate(guided(model, config), start, condition, config, process)
+    del keys.forward
+    assert torch.equal(again, found) and len(asked) == 5 and len(made) == 1, "keys of a text are computed once"
+    other = integrate(guided(model, config), start, {"text": encoder(prompts[::-1])}, config, process)
+    assert (other - found).abs().max() > 1e-3, "and not kept for another"
 
 
 def test_the_empty_text_of_an_imported_pipeline_is_none(stable: tuple[Path, Any]) -> None:

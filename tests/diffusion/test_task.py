@@ -119,6 +119,24 @@ def test_another_process_trains_and_draws(path: ProcessPath, predicts: Predictio
     assert torch.equal(distance.argmin(1), torch.arange(3)) and distance.diagonal().max() < 0.3
 
 
+def test_validation_is_the_loss_at_fixed_times_and_does_not_move() -> None:
+    task = DiffusionTask(SMALL, LATENTS, 0, held_out=batch_of("diffusion", 70))
+    model = task.build().eval()
+    found = task.validate(model)
+    assert found == task.validate(model) and len(found) == 9
+    t, batch = torch.full((70,), 3.5 / 8), batch_of("diffusion", 70)
+    row = batch["row"].clone()
+    row[:, 2] = 3
+    mean, std = batch["moments"].chunk(2, dim=1)
+    x0 = mean + std * keyed.normal(0, "posterior", row, (4, 4, 4))
+    noise = keyed.normal(0, "noise", row, (4, 4, 4))
+    with torch.no_grad():
+        velocity = model((1 - 3.5 / 8) * x0 + 3.5 / 8 * noise, t, {"label": batch["label"]})
+    assert found["val_loss_0.44"] == pytest.approx((velocity - (noise - x0)).square().mean().item(), rel=1e-4)
+    assert found["val_loss"] == pytest.approx(np.mean([v for n, v in found.items() if n != "val_loss"]))
+    assert DiffusionTask(SMALL, LATENTS, 0).validate(model) == {}
+
+
 def test_labels_are_dropped_at_the_configured_rate() -> None:
     draws = keyed.uniform(0, "label_dropout", rows(20000)) < 0.1
     assert abs(draws.float().mean() - 0.1) < 4 * (0.09 / 20000) ** 0.5
