@@ -24,7 +24,7 @@ def write_grid(uri: str, file: str, per_cell: int = 4) -> str:
         UserError: it is no synthetic dataset, or lacks an image of some row and column.
     """
     dataset = Dataset.open(uri)
-    axes: dict[str, list[str]] = dataset.header.provenance.get("axes", {})
+    axes: dict[str, list[str]] = dict(dataset.header.provenance.get("axes", []))
     if not axes:
         raise UserError(f"'{uri}' is no dataset of jobs/generate.py with conditions; there is nothing to order it by.")
     *columns, rows = axes  # the prompt is the last axis, and a label alone is all there is

