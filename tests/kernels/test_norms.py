@@ -1,0 +1,144 @@
+"""Fused normalisations, forward and backward, the guided update and AdamW with averages, against references in fp64."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rayproj.kernels import norms  # type: ignore[attr-defined]
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+norms_triton: Any = pytest.importorskip("rayproj.kernels.norms_triton", exc_type=ImportError)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEAR = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape).to(DEVICE, dtype).requires_grad_() for shape in shapes]
+
+
+def check(found: Any, reference: Any, inputs: list[Tensor], dtype: torch.dtype) -> None:
+    """Values, and gradients of a weighted sum of them, equal those of the reference in fp64."""
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    ours, theirs = found(*inputs), reference(*exact)
+    ours, theirs = (o if isinstance(o, tuple) else (o,) for o in (ours, theirs))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype is dtype
+        torch.testing.assert_close(a.double(), b, **NEAR[dtype])
+    weights = [torch.linspace(-1, 1, a.numel(), device=DEVICE).view(a.shape) for a in ours]
+    sum((a * w).sum() for a, w in zip(ours, weights, strict=True)).backward()
+    sum((b * w.double()).sum() for b, w in zip(theirs, weights, strict=True)).backward()
+    for t, e in zip(inputs, exact, strict=True):
+        assert t.grad is not None and e.grad is not None and t.grad.dtype is t.dtype
+        scale = e.grad.abs().max().item()
+        torch.testing.assert_close(
+            t.grad.double() / scale, e.grad / scale, rtol=NEAR[dtype]["rtol"], atol=NEAR[dtype]["atol"]
+        )
+
+
+# Sides that are no powers of two, one token, more tokens than a program takes.
+@pytest.mark.parametrize("shape", [(2, 5, 12), (3, 1, 33), (1, 37, 64), (2, 16, 100)])
+@pytest.mark.parametrize("dtype", NEAR)
+def test_layer_norm_and_modulate(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    inputs = tensors(shape, (shape[0], shape[2]), (shape[0], shape[2]), dtype=dtype)
+
+    def reference(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        normal = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return normal * (1 + scale[:, None]) + shift[:, None]
+
+    check(norms_triton.layer_norm_modulate, reference, inputs, dtype)
+    torch.testing.assert_close(
+        norms.layer_norm_modulate(*inputs).double(), reference(*[t.double() for t in inputs]), **NEAR[dtype]
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 12), (1, 37, 33)])
+@pytest.mark.parametrize("dtype", NEAR)
+def test_gate_residual_layer_norm_and_modulate(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    vector = (shape[0], shape[2])
+    inputs = tensors(shape, shape, vector, vector, vector, dtype=dtype)
+
+    def reference(x: Tensor, h: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        r = x + gate[:, None] * h
+        normal = (r - r.mean(-1, keepdim=True)) / (r.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return r, normal * (1 + scale[:, None]) + shift[:, None]
+
+    check(norms_triton.gated_norm_modulate, reference, inputs, dtype)
+    for a, b in zip(norms.gated_norm_modulate(*inputs), reference(*[t.double() for t in inputs]), strict=True):
+        torch.testing.assert_close(a.double(), b, **NEAR[dtype])
+
+
+def test_chunks_of_a_linear_are_taken_as_they_lie() -> None:
+    """Shift and scale come as slices of one linear's output, and are not contiguous."""
+    x, both = tensors((2, 5, 12), (2, 24))
+    shift, scale = both.chunk(2, dim=1)
+    found = norms_triton.layer_norm_modulate(x, shift, scale)
+    torch.testing.assert_close(found, norms.layer_norm_modulate(x, shift, scale))
+    found.sum().backward()
+    assert both.grad is not None and both.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 6, 5, 3), 2), ((3, 8, 7), 8), ((1, 12, 40, 33), 3)])
+@pytest.mark.parametrize("dtype", NEAR)
+def test_group_norm_and_silu(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+    inputs = tensors(shape, (shape[1],), (shape[1],), dtype=dtype)
+
+    def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        grouped = x.reshape(x.shape[0], groups, -1)
+        mean, var = grouped.mean(-1, keepdim=True), grouped.var(-1, keepdim=True, unbiased=False)
+        affine = (1, -1, *[1] * (x.ndim - 2))
+        z = ((grouped - mean) / (var + 1e-5).sqrt()).reshape(x.shape) * weight.view(affine) + bias.view(affine)
+        return z / (1 + (-z).exp())
+
+    check(lambda x, w, b: norms_triton.group_norm_silu(x, groups, w, b), reference, inputs, dtype)
+    plain = norms.group_norm_silu(inputs[0], groups, *inputs[1:])
+    torch.testing.assert_close(plain.double(), reference(*[t.double() for t in inputs]), **NEAR[dtype])
+
+
+def test_a_mean_far_from_zero_loses_nothing() -> None:
+    """The sum of squares less the square of the mean would cancel here."""
+    x, weight, bias = tensors((2, 4, 300), (4,), (4,))
+    far = (x.detach() + 1000).requires_grad_()
+    found = norms_triton.group_norm_silu(far, 2, weight, bias)
+    exact = norms.group_norm_silu(far.double(), 2, weight.double(), bias.double())
+    torch.testing.assert_close(found.double(), exact.double(), rtol=1e-3, atol=1e-3)
+    shift, scale = tensors((2, 300), (2, 300))
+    found = norms_triton.layer_norm_modulate(far, shift, scale)
+    torch.testing.assert_close(found, norms.layer_norm_modulate(far, shift, scale), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+def test_a_step_under_guidance(dtype: torch.dtype) -> None:
+    (x,), (under, base) = tensors((3, 4, 9, 7)), tensors((3, 4, 9, 7), (3, 4, 9, 7), dtype=dtype)
+    expected = 0.7 * x.double() - 0.3 * (base.double() + 4.5 * (under.double() - base.double()))
+    for function in (norms_triton.guided_update, norms.guided_update):
+        torch.testing.assert_close(function(x, under, base, 4.5, 0.7, -0.3).double(), expected, **NEAR[dtype])
+
+
+@pytest.mark.parametrize("averages", [0, 1, 2, 3])
+def test_adamw_with_averages_is_torchs_and_the_lerps(averages: int) -> None:
+    size, decays = 2500, [0.9, 0.99, 0.5][:averages]
+    torch.manual_seed(0)
+    weights = torch.randn(size, device=DEVICE)
+    peer = weights.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([peer], lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    states = {
+        name: [weights.clone(), torch.zeros_like(weights), torch.zeros_like(weights)] for name in ("fused", "plain")
+    }
+    kept = {name: [weights.clone() for _ in decays] for name in ("fused", "plain", "peer")}
+    for updates in range(1, 5):
+        gradient = torch.randn(size, device=DEVICE)
+        peer.grad = gradient.clone()
+        optimizer.step()
+        for average, decay in zip(kept["peer"], decays, strict=True):
+            average.mul_(decay).add_(peer.detach(), alpha=1 - decay)
+        options = (decays, updates, 1e-2, (0.9, 0.99), 1e-8, 0.1)
+        norms_triton.adamw_averages(gradient.clone(), *states["fused"], kept["fused"], *options)
+        norms.adamw_averages(gradient.clone(), *states["plain"], kept["plain"], *options)
+    for name in ("fused", "plain"):
+        torch.testing.assert_close(states[name][0], peer.detach(), rtol=1e-5, atol=1e-6)
+        for found, expected in zip(kept[name], kept["peer"], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
