@@ -26,6 +26,7 @@ class Config:
     autoencoder: str = "???"  # run dir of jobs/train_autoencoder.py
     text: TextConfig = field(default_factory=TextConfig)
     properties: dict[str, list[str]] = field(default_factory=dict)  # a text of the images -> all that it can be
+    low: int = 0  # side of a smaller copy of each image, for a model that makes it larger again; 0: none
     batch: int = 128  # images encoded at once by an actor
     run: RunConfig = field(default_factory=RunConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
@@ -45,9 +46,8 @@ def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:
 
 
 def latents_of(config: Config, uri: str) -> Header:
-    return latent_header(
-        Dataset.open(uri).header, config.autoencoder, config.properties, text_encoder(config.text, "cpu")
-    )
+    text = text_encoder(config.text, "cpu")
+    return latent_header(Dataset.open(uri).header, config.autoencoder, config.properties, text, config.low)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def main(config: Config) -> dict[str, Any]:
             if (images := Store(uri)).exists(WEIGHTS):
                 latents.store.write(WEIGHTS, images.read(WEIGHTS))
             maker: dict[str, Any] = {"images": uri, "autoencoder": config.autoencoder, "batch": config.batch}
-            maker |= {"properties": config.properties, "text": asdict(config.text)}
+            maker |= {"properties": config.properties, "text": asdict(config.text), "low": config.low}
             parts[part] = produce(run, latents, "rayproj.diffusion.encode:Encoder", config.pool, maker)
         return run.finish({"parts": parts, "samples": sum(part["samples"] for part in parts.values())})
 

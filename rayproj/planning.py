@@ -23,7 +23,7 @@ import torch
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Field, Header, Inputs
-from rayproj.diffusion.conditions import LABEL, TEXT, ConditionConfig
+from rayproj.diffusion.conditions import LABEL, LOW, TEXT, ConditionConfig
 from rayproj.diffusion.task import DiffusionTask
 from rayproj.engine import memory
 from rayproj.engine.checkpoint import CheckpointConfig
@@ -192,7 +192,9 @@ def _conditioned(header: Header, conditions: dict[str, ConditionConfig], assumed
     fields = dict(header.fields)
     for name, config in conditions.items():
         fields |= {f"{TEXT}_{caption}": Field("npy", assumed.text) for caption in config.captions}
-        if name not in (TEXT, LABEL):
+        if name == LOW:
+            fields[name] = Field("png", (3, *header.fields["moments"].shape[1:]))
+        elif name not in (TEXT, LABEL):
             fields[name] = Field("int", values=("0", "1"))
     return replace(header, fields=fields)
 

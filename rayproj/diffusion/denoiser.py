@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rayproj.diffusion.conditions import LABEL, Condition, Conditions, Embedding
+from rayproj.diffusion.conditions import LABEL, LOW, Condition, Conditions, Embedding
 from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.errors import UserError
 
@@ -74,6 +74,8 @@ class Denoiser(nn.Module):
             self.net = _unet(config, latent_shape, conditions)
         else:
             width = config.heads * config.head_dim
+            if conditions.low:
+                raise UserError(f"denoiser.network={config.network.value} has no condition 'low'; choose unet.")
             if latent_shape[-1] != latent_shape[-2] or latent_shape[-1] % config.patch:
                 raise UserError(
                     f"Latents of {latent_shape[-2]}x{latent_shape[-1]} do not cut into patches of {config.patch}x"
@@ -92,8 +94,14 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The prediction [B, C, h, w] at latents x [B, C, h, w] and times t [B] in [0, 1] (1 is pure noise)."""
         dtype = next(self.parameters()).dtype
-        x, steps = x.to(dtype), (t * 1000).to(dtype)  # the networks' time embeddings are made for 1000 steps
+        x, steps, channels = (
+            x.to(dtype),
+            (t * 1000).to(dtype),
+            x.shape[1],
+        )  # the networks' time embeddings are made for 1000 steps
         vector, tokens, there = self.embedding(condition)
+        if self.conditions.low:
+            x = torch.cat([x, _at(condition[LOW].to(dtype), x.shape[-1])], dim=1)
         if self.makes_own_vector:
             number, none = condition[LABEL], self.conditions.values[LABEL]
             out = self.net(x, steps, class_labels=torch.where(number < 0, none, number)).sample
@@ -104,7 +112,7 @@ class Denoiser(nn.Module):
             out = self.net(x, steps, class_labels=vector).sample
         else:
             out = self.net(x, steps, tokens, class_labels=vector, encoder_attention_mask=there).sample
-        out = out[:, : x.shape[1]]  # some networks predict variances too
+        out = out[:, :channels]  # some networks predict variances too
         return out.float() if out.dtype is torch.bfloat16 else out
 
 
@@ -174,7 +182,7 @@ def _of_others(folder: str, shape: tuple[int, ...], conditions: Conditions) -> t
         )
         fits = not conditions.text and values == ({LABEL: own} if own >= 0 else {})
         wanted = {"classes": max(own, 0)}
-    if not fits or net.config.in_channels != shape[0]:
+    if not fits or net.config.in_channels != shape[0] or conditions.low:
         raise UserError(
             f"denoiser.weights='{folder}' is for latents of {net.config.in_channels} channels and {wanted}, and these "
             f"latents have {shape[0]} channels and {values or {'text': conditions.text}}; set diffusion.conditions so that "
@@ -191,6 +199,25 @@ def _undropped(net: Any) -> Any:
     return net
 
 
+def _at(low: Tensor, side: int) -> Tensor:
+    """An image at the side of the latents: what it has more of pixels becomes channels, what it has less is repeated."""
+    if low.shape[-1] > side:
+        return nn.functional.pixel_unshuffle(low, low.shape[-1] // side)
+    return nn.functional.interpolate(low, size=(side, side), mode="nearest")
+
+
+def _channels_of(low: tuple[int, ...], side: int) -> int:
+    """Of `_at`."""
+    if not low:
+        return 0
+    large, small = max(low[-1], side), min(low[-1], side)
+    if low[-1] != low[-2] or large % small:
+        raise UserError(
+            f"A low image of {low[-2]}x{low[-1]} does not go with latents of side {side}: one must divide the other."
+        )
+    return low[0] * max(1, low[-1] // side) ** 2
+
+
 def _unet(config: DenoiserConfig, shape: tuple[int, ...], conditions: Conditions) -> Any:
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -199,14 +226,14 @@ def _unet(config: DenoiserConfig, shape: tuple[int, ...], conditions: Conditions
     kind = "CrossAttn" if conditions.text else "Attn"
     common: dict[str, Any] = {
         "sample_size": shape[-1],
-        "in_channels": shape[0],
+        "in_channels": shape[0] + _channels_of(conditions.low, shape[-1]),
         "out_channels": shape[0],
         "block_out_channels": tuple(config.channels),
         "layers_per_block": config.layers_per_block,
         "down_block_types": tuple(f"{kind}DownBlock2D" if a else "DownBlock2D" for a in attends),
         "up_block_types": tuple(f"{kind}UpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
         "norm_num_groups": config.norm_groups,
-        "class_embed_type": "identity" if conditions.values or conditions.text else None,
+        "class_embed_type": "identity" if conditions.values or conditions.text or conditions.low else None,
     }
     if not conditions.text:
         return UNet2DModel(**common, attention_head_dim=config.head_dim)

@@ -6,25 +6,31 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.diffusion.autoencoder import Codec
-from rayproj.diffusion.conditions import TEXT
+from rayproj.diffusion.conditions import LOW, TEXT
 from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.errors import UserError
 from rayproj.storage.store import Store, from_json
 
 
 def latent_header(
-    images: Header, autoencoder: str, properties: dict[str, list[str]], text: TextEncoder | None = None
+    images: Header,
+    autoencoder: str,
+    properties: dict[str, list[str]],
+    text: TextEncoder | None = None,
+    low: int = 0,
 ) -> Header:
     """The plan of the latent dataset: one latent for each image, in the same shards, with its label, captions and the like.
 
     The field "moments" [2C, h, w] holds mean and standard deviation of the scaled latent, so that a training step from
     the cache can draw the posterior's noise anew, as a step without it would. A caption's embeddings [T, D] are the field
-    text_<caption>. A property, which is a text of the images, becomes the number of its value.
+    text_<caption>. A property, which is a text of the images, becomes the number of its value. A smaller copy of the
+    image, of side `low`, is the field "low".
 
     Raises:
         UserError: the images have no such caption or property.
@@ -38,6 +44,8 @@ def latent_header(
             raise UserError(f"The images of '{images.name}' have no text '{name}'; they have {texts}.")
     fields |= {name: Field("int", values=tuple(values)) for name, values in properties.items()}
     fields |= {f"{TEXT}_{name}": Field("npy", text.shape) for name in captions if text}
+    if low:
+        fields[LOW] = Field("png", (images.fields["image"].shape[0], low, low))
     return Header(
         name=f"{images.name} latents",
         fields={"moments": Field("npy", (2 * shape[0], *shape[1:])), **fields},
@@ -54,6 +62,12 @@ def latent_header(
     )
 
 
+def smaller(images: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 [B, C, side, side] of uint8 images, antialiased bicubic."""
+    small = F.interpolate(images.float(), size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+    return small.round().clamp(0, 255).to(torch.uint8)
+
+
 def text_encoder(config: TextConfig, device: str) -> TextEncoder | None:
     """None if there is no caption to encode."""
     return TextEncoder(config, device) if config.captions else None
@@ -62,11 +76,12 @@ def text_encoder(config: TextConfig, device: str) -> TextEncoder | None:
 class Encoder:
     """Makes a shard of latents from the same shard of images.
 
-    Config keys: "images", "autoencoder", "batch", "properties", "text" (a TextConfig).
+    Config keys: "images", "autoencoder", "batch", "properties", "text" (a TextConfig), "low".
     """
 
     def __init__(self, config: dict[str, Any], device: str) -> None:
         self.device, self.batch, self.properties = device, int(config["batch"]), config["properties"]
+        self.low = int(config.get("low", 0))
         self.codec = Codec.load(config["autoencoder"], device)
         self.text = text_encoder(configuration.from_dict(TextConfig, config["text"]), device)
         dataset = Dataset.open(config["images"])
@@ -82,6 +97,8 @@ class Encoder:
             rows.append(torch.cat(self.codec.encode(part.to(self.device)), dim=1).cpu())
         columns: dict[str, Any] = {name: samples[name].tolist() for name in self.kept}
         columns["moments"] = torch.cat(rows).float().numpy()
+        if self.low:
+            columns[LOW] = smaller(torch.from_numpy(samples["image"]), self.low).numpy()
         columns |= {f"{TEXT}_{name}": self._embedded(columns[name]) for name in self._captions()}
         for name, values in self.properties.items():
             number = {value: k for k, value in enumerate(values)}

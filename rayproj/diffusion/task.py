@@ -17,7 +17,7 @@ from rayproj.data.reader import Reader
 from rayproj.diffusion import process, sampling
 from rayproj.diffusion.adapters import LoraConfig, adapt, merge
 from rayproj.diffusion.autoencoder import Codec
-from rayproj.diffusion.conditions import LABEL, TEXT, Condition, ConditionConfig, Conditions, learned
+from rayproj.diffusion.conditions import LABEL, LOW, TEXT, Condition, ConditionConfig, Conditions, learned
 from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, remembering
 from rayproj.diffusion.process import Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig
@@ -102,7 +102,7 @@ class DiffusionTask:
     def fields(self) -> list[str]:
         """Of the latents, which a batch must have."""
         captions = [f"{TEXT}_{name}" for name in self.config.conditioned.get(TEXT, ConditionConfig()).captions]
-        return ["moments", *self.conditions.values, *captions]
+        return ["moments", *self.conditions.values, *captions, *([LOW] if self.conditions.low else [])]
 
     def build(self) -> nn.Module:
         return self._network(self.config.init)
@@ -167,7 +167,7 @@ class DiffusionTask:
         return process.mixture_of_uniforms(u, config.time_mixture) if config.time_mixture else u
 
     def preview(self, model: nn.Module) -> np.ndarray | None:
-        if self.codec is None:
+        if self.codec is None or self.conditions.low:
             return None
         device, prompts = next(model.parameters()).device, self.config.prompts if self.text else []
         kinds = max(self.conditions.values.get(LABEL, 1), len(prompts))  # four images of each

@@ -85,6 +85,8 @@ def plan(config: GenerateConfig, seed: int) -> Header:
     diffusion = configuration.section(DiffusionConfig, run.read("config.yaml"), "diffusion")
     latents = Dataset.open(diffusion.latents).header
     conditions = Conditions.of(diffusion.conditioned, latents)
+    if conditions.low:
+        raise UserError(f"'{config.model}' makes images larger, and draws none by itself; give it to jobs/upscale.py.")
     axes = axes_of(config, conditions, latents)
     unknown = sorted(set(config.sampler.weights) - {*conditions.values, *([TEXT] if conditions.text else [])})
     if unknown:
