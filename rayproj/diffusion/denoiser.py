@@ -94,11 +94,8 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The prediction [B, C, h, w] at latents x [B, C, h, w] and times t [B] in [0, 1] (1 is pure noise)."""
         dtype = next(self.parameters()).dtype
-        x, steps, channels = (
-            x.to(dtype),
-            (t * 1000).to(dtype),
-            x.shape[1],
-        )  # the networks' time embeddings are made for 1000 steps
+        channels, x = x.shape[1], x.to(dtype)
+        steps = (t * 1000).to(dtype)  # the networks' time embeddings are made for 1000 steps
         vector, tokens, there = self.embedding(condition)
         if self.conditions.low:
             x = torch.cat([x, _at(condition[LOW].to(dtype), x.shape[-1])], dim=1)

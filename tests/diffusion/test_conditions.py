@@ -8,8 +8,9 @@ from scipy import stats
 from torch import Tensor
 
 from rayproj.data.dataset import Field, Header
-from rayproj.diffusion.conditions import ConditionConfig, Conditions, Embedding, learned, without
+from rayproj.diffusion.conditions import ConditionConfig, Conditions, Embedding, learned, noisy, without
 from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, Network
+from rayproj.diffusion.sampling import SamplerConfig, integrate
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
 from rayproj.engine.task import Batch
 from rayproj.errors import UserError
@@ -176,6 +177,67 @@ def test_the_network_is_that_of_diffusers(network: str) -> None:
                 x, t * 1000, text, class_labels=whole, encoder_attention_mask=mask
             ).sample
     torch.testing.assert_close(found, theirs, rtol=0, atol=1e-5)
+
+
+def low_task(side: int, noise: float = 0.0, network: str = "unet", dropout: float = 0.0) -> DiffusionTask:
+    fields = {"moments": Field("npy", (8, 4, 4)), "low": Field("png", (3, side, side))}
+    config = DiffusionConfig("x", denoiser=SMALL[network], conditions={"low": ConditionConfig(dropout, noise=noise)})
+    return DiffusionTask(config, Header("x", fields, 10, 5, ()), seed=0)
+
+
+def test_a_smaller_image_is_given_noise_of_a_drawn_level() -> None:
+    size = 4000
+    batch = {"row": rows(size), "low": torch.full((size, 1, 2, 2), 255, dtype=torch.uint8)}
+    condition = learned({"low": ConditionConfig(0.25, noise=0.6)}, batch, 0)
+    level, image = condition["low_noise"], condition["low"]
+    gone = level == 0
+    assert abs(gone.double().mean() - 0.25) < 0.03 and (image[gone] == 0).all()
+    assert stats.kstest(level[~gone].numpy() / 0.6, "uniform").pvalue > 1e-3
+    rest = (image - torch.sqrt(1 - level**2)[:, None, None, None])[~gone] / level[~gone][:, None, None, None]
+    assert stats.kstest(rest.flatten().numpy(), "norm").pvalue > 1e-3
+    plain = noisy(batch["low"][:1] // 255 * 51, torch.zeros(1), torch.randn(1, 1, 2, 2))
+    torch.testing.assert_close(plain, torch.full((1, 1, 2, 2), 51 / 127.5 - 1))
+
+
+@pytest.mark.parametrize("side", [2, 4, 8])
+def test_a_latent_is_drawn_from_the_smaller_image(side: int) -> None:
+    """Latents that are a linear map of the image, which the model has to find in every pixel of it."""
+    task = low_task(side, noise=0.1)
+    torch.manual_seed(0)
+    model, size = task.build(), 64
+    low = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8)
+    pixels = torch.nn.functional.interpolate(low.float() / 127.5 - 1, (8, 8), mode="nearest")
+    blocks = torch.nn.functional.pixel_unshuffle(pixels, 2)  # [12, 4, 4]
+    x0 = torch.einsum("bchw,dc->bdhw", blocks, torch.randn(4, 12)) / 2
+    batch = {"moments": torch.cat([x0, torch.zeros_like(x0)], 1), "low": low}
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+    for step in range(150):
+        row = torch.stack([torch.arange(size), torch.full((size,), step), torch.zeros(size).long()], 1)
+        optimizer.zero_grad()
+        task.losses(model, {**batch, "row": row}).mean().backward()
+        optimizer.step()
+    condition = {"low": low.float() / 127.5 - 1, "low_noise": torch.zeros(size)}
+    noise = torch.randn(size, 4, 4, 4)
+    drawn = integrate(model.eval(), noise, condition, SamplerConfig(8), task.process)
+    assert (drawn - x0).square().mean() < 0.25 * x0.var()
+    shuffled = integrate(
+        model, noise, {**condition, "low": condition["low"].roll(1, 0)}, SamplerConfig(8), task.process
+    )
+    assert (shuffled - x0).square().mean() > x0.var()
+
+
+def test_a_smaller_image_is_clipped_like_everything_else_and_refused_where_it_does_not_go() -> None:
+    task, batch = low_task(8, noise=0.3, dropout=0.3), batch_of(4)
+    batch["low"] = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    model = task.network()
+    parameters = list(model.named_parameters())
+    found = clipped_sum(model, task.losses, parameters, batch, 2, 0.3, 4, ClippingPath.bookkeeping)
+    expected = clipped_sum(model, task.losses, parameters, batch, 2, 0.3, 1, ClippingPath.materialise)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=2e-6)
+    with pytest.raises(UserError, match=r"A low image of 3x3 does not go with latents of side 4"):
+        low_task(3).network()
+    with pytest.raises(UserError, match="network=mmdit has no condition 'low'"):
+        low_task(8, network="mmdit").network()
 
 
 @pytest.mark.parametrize(

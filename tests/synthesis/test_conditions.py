@@ -63,24 +63,20 @@ class Silent:
         return False
 
 
+def run_of(world: World, task: Any, dataset: Dataset, fields: list[str], store: Store, settings: TrainConfig) -> None:
+    batches = Batches(Reader(dataset, fields), Shuffled(12, 6, 4, 0), 0, 1)
+    train(Recipe(task, PlainStep(4, 0, 1), batches, settings), world, store, Silent())
+
+
 def train_both(world: World, folder: str) -> None:
     """The runs of an autoencoder and of a denoiser, with what lies between, as the jobs write them."""
     images = write_images(f"{folder}/images")
     autoencoder = Store(f"{folder}/autoencoder")
     config = AutoencoderConfig(channels=(8, 8), norm_groups=4)
     settings = TrainConfig(steps=2, batch=4)
-    order = Shuffled(12, 6, 4, 0)
-
-    def run(task: Any, dataset: Dataset, fields: list[str], store: Store) -> None:
-        train(
-            Recipe(task, PlainStep(4, 0, 1), Batches(Reader(dataset, fields), order, 0, 1), settings),
-            world,
-            store,
-            Silent(),
-        )
 
     task = AutoencoderTask(config, (3, 8, 8), 0)
-    run(task, images, ["image"], autoencoder)
+    run_of(world, task, images, ["image"], autoencoder, settings)
     autoencoder.put_once("config.yaml", yaml.safe_dump({"autoencoder": AUTOENCODER, "data": images.uri}).encode())
     result = {"image_shape": [3, 8, 8], "latent_shape": list(task.latent_shape)}
     autoencoder.put_once("result.json", to_json({**result, "latent_mean": [0.0] * 4, "latent_std": [1.0] * 4}))
@@ -100,7 +96,7 @@ def train_both(world: World, folder: str) -> None:
     diffusion = DiffusionTask(DiffusionConfig(latents.uri, denoiser=denoiser, conditions=conditions), header, 0)
     store = Store(f"{folder}/denoiser")
     store.put_once("config.yaml", yaml.safe_dump({"diffusion": values}).encode())
-    run(diffusion, latents, diffusion.fields, store)
+    run_of(world, diffusion, latents, diffusion.fields, store, settings)
 
 
 @pytest.fixture(scope="module")
