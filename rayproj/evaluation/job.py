@@ -17,6 +17,7 @@ from rayproj.engine.training import Link
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.accuracy import accuracy, confusion_matrix
+from rayproj.evaluation.clip import ClipScore
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.quality import memorisation, quality
 from rayproj.evaluation.skewsize import skewsize
@@ -36,6 +37,8 @@ class EvaluateConfig:
     samples: int = 1000  # images of each set in the measures of quality, which depend on their number
     feature_size: int = 64  # side to which images are resized for the feature extractor
     batch: int = 128
+    clip: str = ""  # folder of a CLIP model: how well images go with their texts, of every set that has `captions`
+    captions: str = "prompt"  # the field with the texts
     group: str = ""  # an attribute of the test images: SkewSize of each classifier over it
 
     def problems(self) -> list[str]:
@@ -78,6 +81,10 @@ def evaluate(config: EvaluateConfig, world: World, link: Link) -> dict[str, Any]
             mine[name] = quality(reference, features) | copied
         progress.add()
     measures = _from_all(mine, sets, world)
+    if config.clip:
+        clip = ClipScore(config.clip, world.device)
+        for name, uri in sets.items():
+            measures[name] |= _clip_score(config, uri, clip, world)
     shown = {f"{key}/{name}": v for name, found in measures.items() for key, v in found.items() if v is not None}
     progress.add(**shown)
     found = {name: accuracy(matrix) for name, matrix in confusion.items()}
@@ -155,6 +162,26 @@ def _features(
     everything: list[Any] = [None] * world.world_size
     dist.all_gather_object(everything, np.concatenate(found))
     return np.concatenate(everything)
+
+
+def _clip_score(config: EvaluateConfig, uri: str, clip: ClipScore, world: World) -> dict[str, float]:
+    """The mean score of the images of a set that have a text, and its standard error; nothing for a set without."""
+    dataset = Dataset.open(uri)
+    if config.captions not in dataset.header.fields:
+        return {}
+    reader, found = Reader(dataset, fields=["image", config.captions]), [np.zeros(0)]
+    for ids in _share(np.arange(min(config.samples, dataset.header.num_samples)), world, config.batch):
+        batch = reader.gather(ids)
+        there = np.array([bool(text) for text in batch[config.captions]], bool)
+        if there.any():
+            images, texts = torch.from_numpy(batch["image"][there]), list(batch[config.captions][there])
+            found.append(clip(images, texts).double().cpu().numpy())
+    everything: list[Any] = [None] * world.world_size
+    dist.all_gather_object(everything, np.concatenate(found))
+    scores = np.concatenate(everything)
+    if not len(scores):
+        return {}
+    return {"clip_score": float(scores.mean()), "clip_score_error": float(scores.std() / np.sqrt(len(scores)))}
 
 
 def _share(ids: np.ndarray, world: World, batch: int) -> list[np.ndarray]:
