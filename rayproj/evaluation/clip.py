@@ -31,15 +31,17 @@ class ClipScore:
         self.device, self.name = device, folder
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
+            model = CLIPModel.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"evaluate.clip='{folder}' cannot be loaded ({str(error).splitlines()[0]}); give a folder with a "
                 "CLIPModel of transformers and its tokenizer. None comes with this package."
             ) from error
+        self.model: Any = model
         self.model.to(device).eval().requires_grad_(False)
-        self.side = int(self.model.config.vision_config.image_size)
-        self.words = int(self.model.config.text_config.max_position_embeddings)
+        sizes: Any = self.model.config
+        self.side = int(sizes.vision_config.image_size)
+        self.words = int(sizes.text_config.max_position_embeddings)
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] to the network's input: RGB, antialiased bicubic, normalised as it was trained."""
