@@ -31,14 +31,13 @@ class ClipScore:
         self.device, self.name = device, folder
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = CLIPModel.from_pretrained(folder, local_files_only=True)
+            model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"evaluate.clip='{folder}' cannot be loaded ({str(error).splitlines()[0]}); give a folder with a "
                 "CLIPModel of transformers and its tokenizer. None comes with this package."
             ) from error
-        self.model: Any = model
-        self.model.to(device).eval().requires_grad_(False)
+        self.model = model.to(device).eval().requires_grad_(False)
         sizes: Any = self.model.config
         self.side = int(sizes.vision_config.image_size)
         self.words = int(sizes.text_config.max_position_embeddings)
