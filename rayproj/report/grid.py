@@ -46,6 +46,7 @@ def write_grid(uri: str, file: str, per_cell: int = 4) -> str:
         return np.stack([reader.gather(np.array(ids))["image"] for ids in chosen])
 
     titles = [" ".join(axes[name][i] for name, i in zip(columns, c, strict=True)) for c in wanted]
-    picture = figures.samples(dict(zip(titles, map(images, wanted), strict=True)), axes[rows])
+    blocks = dict(zip(titles, map(images, wanted), strict=True))
+    picture = figures.samples(blocks, axes[rows], zoom=0.5 if count > 1 else 0.9)
     Path(file).write_bytes(figures.png(picture))
     return file
