@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ def measure() -> list[Row]:
     found = [row for name in NETWORKS for row in _compare("train", name, "training step", "s", "lower", 1.0)]
     with tempfile.TemporaryDirectory(prefix="rayproj-bench-") as folder:
         _write_pipeline(Path(folder))
-        found += _compare("sample", folder, f"{IMAGES} samples of {SAMPLER_STEPS} steps", "s", "lower", 1 / 1.2)
+        what = f"{IMAGES} samples of {SAMPLER_STEPS} steps"
+        found += _compare("sample", folder, what, "s", "lower", 1.0)
+        found += _compare("compiled", folder, f"{what}, ours compiled", "s", "lower", 1 / 1.2)
+        found += _compare("both compiled", folder, f"{what}, both compiled", "s", "lower", 1.0)
     peak, reached = (float(_run("mfu", what, "")) for what in ("peak", "ours"))
     rate = {"metric": "arithmetic of a training step, UNet", "unit": "TFLOPS", "better": "higher", "goal": None}
     found.append(rate | {"ours": reached, "peer": "torch.mm", "peer_value": peak, "ratio": reached / peak})
@@ -59,7 +63,7 @@ def measure() -> list[Row]:
 def _compare(what: str, which: str, metric: str, unit: str, better: str, goal: float) -> list[Row]:
     times: dict[str, list[float]] = {"ours": [], "diffusers": []}
     peaks: dict[str, float] = {}
-    for number in range(ROUNDS):
+    for number in range(1 if "compiled" in what else ROUNDS):
         for way in list(times) if number % 2 else reversed(list(times)):
             seconds, peak = map(float, _run(what, way, which).split())
             times[way].append(seconds)
@@ -170,7 +174,7 @@ def _given() -> tuple[Tensor, Tensor, Tensor]:
     return text, nothing[:1], torch.randn(IMAGES, 4, 16, 16, generator=generator)
 
 
-def _ours_sampled(folder: str) -> Callable[[int], Any]:
+def _ours_sampled(folder: str, compiled: bool = False) -> Callable[[int], Any]:
     from rayproj.diffusion.autoencoder import Autoencoder, AutoencoderConfig, Codec
 
     text, nothing, noise = _given()
@@ -178,6 +182,8 @@ def _ours_sampled(folder: str) -> Callable[[int], Any]:
     model.embedding.no_text.weight.data.copy_(nothing.reshape(1, -1))
     model.requires_grad_(False)
     codec = Codec(Autoencoder(AutoencoderConfig(weights=f"{folder}/vae"), 3), [0.0] * 4, [1.0] * 4, "cpu")
+    if compiled:
+        model.net.compile()
     config = SamplerConfig(SAMPLER_STEPS, Solver.dpmpp_2m, guidance=5.0)
     process = Process(ProcessConfig(ProcessPath.scaled_linear, Prediction.noise))
 
@@ -189,7 +195,7 @@ def _ours_sampled(folder: str) -> Callable[[int], Any]:
     return draw
 
 
-def _theirs_sampled(folder: str) -> Callable[[int], Any]:
+def _theirs_sampled(folder: str, compiled: bool = False) -> Callable[[int], Any]:
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     text, nothing, noise = _given()
@@ -199,16 +205,22 @@ def _theirs_sampled(folder: str) -> Callable[[int], Any]:
         scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
+    if compiled:
+        pipeline.unet.compile()
     kept: dict[str, Any] = {"num_inference_steps": SAMPLER_STEPS, "guidance_scale": 5.0, "output_type": "np"}
     kept |= {"prompt_embeds": text, "negative_prompt_embeds": nothing.expand_as(text)}
     return lambda number: pipeline(latents=noise.clone(), **kept).images
 
 
-WAYS = {
+WAYS: dict[tuple[str, str], Callable[[str], Callable[[int], Any]]] = {
     ("train", "ours"): _ours_trained,
     ("train", "diffusers"): _theirs_trained,
     ("sample", "ours"): _ours_sampled,
     ("sample", "diffusers"): _theirs_sampled,
+    ("compiled", "ours"): partial(_ours_sampled, compiled=True),
+    ("compiled", "diffusers"): _theirs_sampled,
+    ("both compiled", "ours"): partial(_ours_sampled, compiled=True),
+    ("both compiled", "diffusers"): partial(_theirs_sampled, compiled=True),
 }
 
 

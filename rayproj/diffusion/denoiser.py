@@ -43,6 +43,8 @@ class DenoiserConfig:
     layers: int = 6
     heads: int = 4
     patch: int = 2  # side of a token in latent pixels
+    # Whether activations are computed again in the backward instead of being kept: less memory, about a third more time.
+    recompute: bool = False
 
     def problems(self) -> list[str]:
         if self.network is not Network.unet:
@@ -82,6 +84,8 @@ class Denoiser(nn.Module):
                     f"{config.patch}; a transformer takes squares, of sides that are multiples of denoiser.patch."
                 )
             self.net = (_dit if config.network is Network.dit else _mmdit)(config, latent_shape, conditions)
+        if config.recompute:
+            self.net.enable_gradient_checkpointing()
         # A DiT has tables of its own, one in each block; so have networks of others.
         self.makes_own_vector = LABEL in conditions.values and (self.kind is Network.dit or not width)
         self.embedding = Embedding(Conditions({}) if self.makes_own_vector else conditions, width)
@@ -118,7 +122,8 @@ def remembering(model: Denoiser) -> Iterator[None]:
     """A block in which what depends on the condition alone is computed once, as long as it is the same object: its
     embedding, and the keys and values that the image attends to. For samplers, which ask the same of every step."""
     layers: list[Any] = [model.embedding]
-    for module in model.net.modules():
+    compiled = model.net._compiled_call_impl is not None  # in which nothing of Python is remembered
+    for module in () if compiled else model.net.modules():
         if getattr(module, "is_cross_attention", False):
             layers += [module.to_k, module.to_v]
     before = [layer.__dict__.get("forward") for layer in layers]

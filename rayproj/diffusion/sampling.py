@@ -48,6 +48,8 @@ class SamplerConfig:
     sigma_max: float = 80.0  # σ/α of the first time, for spacing=karras and the path `edm`
     sigma_min: float = 0.002  # of the last before 0, for spacing=karras
     shift: float = 1.0  # factor on σ/α of all times, for larger latents (Esser et al. 2024, eq. 23)
+    bf16: bool = False  # the network alone: the latents and the solver stay in fp32
+    compile: bool = False  # by torch.compile, half a minute once for each sampler; measured 1.26 times as fast on CPU
 
     def problems(self) -> list[str]:
         found = [] if self.steps >= 1 else [f"sampler.steps must be at least 1, not {self.steps}."]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -251,6 +252,19 @@ class TrainedModel:
             UserError: it is gone, or another by now.
         """
         return encoder_of(self.header, self.device)
+
+    def prepare(self, config: SamplerConfig) -> None:
+        """Make the network what the sampler asks for.
+
+        Raises:
+            UserError: it asks for a compiled one, and there is no compiler.
+        """
+        if config.bf16:
+            self.denoiser.bfloat16()
+        if config.compile:
+            if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+                raise UserError("sampler.compile=true needs a C++ compiler; install g++, or leave it off.")
+            self.denoiser.net.compile()
 
     def draw(self, condition: Condition, ids: Tensor, seed: int, config: SamplerConfig) -> Tensor:
         return draw(self.denoiser, self.codec, condition, ids, self.latent_shape, seed, config, self.process)

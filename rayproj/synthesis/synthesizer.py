@@ -30,6 +30,7 @@ class Synthesizer:
                 f"{config['out']} was planned with (step {provenance['model_step']}); give generate.out another place."
             )
         self.sampler = configuration.from_dict(SamplerConfig, provenance["sampler"])
+        self.model.prepare(self.sampler)
         self.seed, self.axes = int(provenance["seed"]), dict(provenance["axes"])
         # Of a property the number that the model has for it, which is not its place in the plan.
         self.numbers = {

@@ -96,6 +96,7 @@ class Upscaler:
                 f"The model {said['upscaler']} has a newer commit than '{config['out']}' was planned with; give another."
             )
         self.sampler = configuration.from_dict(SamplerConfig, said["upscaler_sampler"])
+        self.model.prepare(self.sampler)
         self.noise, self.seed = float(said["upscaler_noise"]), int(said["upscaler_seed"])
 
     def make(self, shard: int) -> list[dict[str, Any]]:

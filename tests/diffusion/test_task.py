@@ -17,7 +17,7 @@ from rayproj.diffusion.denoiser import DenoiserConfig
 from rayproj.diffusion.process import Path as ProcessPath
 from rayproj.diffusion.process import Prediction, Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig, Solver, Spacing, integrate
-from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, draw
+from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, TrainedModel, draw
 from rayproj.errors import UserError
 from rayproj.privacy.clipping import clipped_sum
 from rayproj.privacy.plan import ClippingPath
@@ -152,6 +152,36 @@ def test_an_image_does_not_depend_on_its_batch_mates() -> None:
         whole = draw(model, codec, {"label": labels}, ids, (4, 4, 4), 3, sampler, process)
         alone = draw(model, codec, {"label": labels[2:3]}, ids[2:3], (4, 4, 4), 3, sampler, process)
     assert (whole[2].int() - alone[0].int()).abs().max() <= 1
+
+
+def test_a_network_in_bf16_and_a_compiled_one_draw_nearly_the_same() -> None:
+    torch.manual_seed(0)
+    codec = Codec(Autoencoder(TINY_AE, 1), [0.0] * 4, [1.0] * 4, "cpu")
+    labels, ids, process = torch.tensor([0, 1]), torch.tensor([5, 6]), Process(ProcessConfig())
+    drawn = []
+    for sampler in (SamplerConfig(3), SamplerConfig(3, bf16=True), SamplerConfig(3, compile=True)):
+        model = TrainedModel.__new__(TrainedModel)
+        model.denoiser = TASKS["diffusion"].build().eval().requires_grad_(False)
+        model.prepare(sampler)
+        drawn.append(draw(model.denoiser, codec, {"label": labels}, ids, (4, 4, 4), 3, sampler, process).int())
+    plain, rounded, compiled = drawn
+    assert (plain - compiled).abs().max() <= 1
+    assert (plain - rounded).abs().max() > 0 and (plain - rounded).abs().float().mean() < 3
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    found = {}
+    for recompute in (False, True):
+        task = DiffusionTask(replace(SMALL, denoiser=replace(SMALL.denoiser, recompute=recompute)), LATENTS, seed=0)
+        model = task.build()
+        task.losses(model, batch_of("diffusion")).mean().backward()
+        found[recompute] = [p.grad for p in model.parameters()]
+        parameters = list(model.named_parameters())
+        model.zero_grad()
+        clip = clipped_sum(model, task.losses, parameters, batch_of("diffusion"), 1, 0.3, 4, ClippingPath.bookkeeping)
+        found[recompute].append(clip[0])
+    for kept, again in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(kept, again, rtol=1e-4, atol=1e-6)
 
 
 def test_the_codec_scales_latents_to_unit_variance_and_back() -> None:
