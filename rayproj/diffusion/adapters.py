@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from rayproj.diffusion.others import planned
 from rayproj.errors import UserError
 
 
@@ -48,7 +51,19 @@ def adapt(model: nn.Module, config: LoraConfig, seed: int) -> None:
         )
     torch.manual_seed(seed)
     asked = PeftConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=names)
-    inject_adapter_in_model(asked, model)
+    with _where_they_are() if planned() else nullcontext():
+        inject_adapter_in_model(asked, model)
+
+
+@contextmanager
+def _where_they_are() -> Iterator[None]:
+    """Modules stay on their device: torch cannot move parameters without contents, not even to where they are."""
+    to = nn.Module.to
+    nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = to  # type: ignore[method-assign]
 
 
 def merge(model: nn.Module) -> None:

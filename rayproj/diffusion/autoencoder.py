@@ -4,9 +4,7 @@ Latent Diffusion Models", section 3.1), as a Task, and the codec that the later 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from rayproj import config as configuration
 from rayproj import keyed
+from rayproj.diffusion import others
 from rayproj.diffusion.perceptual import PatchCritic, PerceptualDistance
 from rayproj.engine.checkpoint import load_ema
 from rayproj.engine.engine import load_flat
@@ -72,12 +71,7 @@ def described(config: AutoencoderConfig, image_channels: int) -> Network:
     if not config.weights:
         factor = 2 ** (len(config.channels) - 1)
         return Network("AutoencoderKL", factor, config.latent_channels, image_channels, [], [])
-    try:
-        said = json.loads((Path(config.weights) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"autoencoder.weights='{config.weights}' holds no autoencoder of diffusers ({error})."
-        ) from error
+    said = others.config_of(config.weights, "autoencoder.weights")
     kind, channels = said.get("_class_name"), said.get("latent_channels", 4)
     blocks = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
     if kind not in blocks or said.get("in_channels", 3) != image_channels:
@@ -112,7 +106,7 @@ class Autoencoder(nn.Module):
         self.vae: Any
         if config.weights:
             kind = AutoencoderKL if network.kind == "AutoencoderKL" else AutoencoderTiny
-            self.vae = kind.from_pretrained(config.weights, local_files_only=True)
+            self.vae = others.load(kind, config.weights, "autoencoder.weights")
         else:
             self.vae = AutoencoderKL(
                 in_channels=image_channels,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from rayproj.diffusion import others
 from rayproj.diffusion.conditions import LABEL, LOW, Condition, Conditions, Embedding
 from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.errors import UserError
@@ -89,8 +88,8 @@ class Denoiser(nn.Module):
         # A DiT has tables of its own, one in each block; so have networks of others.
         self.makes_own_vector = LABEL in conditions.values and (self.kind is Network.dit or not width)
         self.embedding = Embedding(Conditions({}) if self.makes_own_vector else conditions, width)
-        encoder, real = Path(config.weights).parent / "text_encoder", not isinstance(torch.empty(0), FakeTensor)
-        if config.weights and conditions.text and real and encoder.exists():
+        encoder = Path(config.weights).parent / "text_encoder"
+        if config.weights and conditions.text and encoder.exists() and not others.planned():
             # With it, whoever trained these weights left texts out.
             text = TextEncoder(TextConfig(str(encoder), conditions.text[0], padding=True), "cpu")
             self.embedding.no_text.weight.data.copy_(text.embed([""]).flatten()[None])
@@ -160,18 +159,12 @@ def _of_others(folder: str, shape: tuple[int, ...], conditions: Conditions) -> t
     from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
     known = {kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)}
-    try:
-        said = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"denoiser.weights='{folder}' holds no network of diffusers ({error}).") from error
+    said = others.config_of(folder, "denoiser.weights")
     if (name := said.get("_class_name")) not in known:
         raise UserError(
             f"denoiser.weights='{folder}' is a {name}; the networks that can be taken are {', '.join(known)}."
         )
-    if isinstance(torch.empty(0), FakeTensor):  # memory is planned, for which its size is enough
-        net: Any = known[name].from_config(said)  # type: ignore[attr-defined]
-    else:
-        net = known[name].from_pretrained(folder, local_files_only=True)  # type: ignore[attr-defined]
+    net = others.load(known[name], folder, "denoiser.weights")
     values, wanted = dict(conditions.values), {"label": 0}
     if name == "UNet2DConditionModel":
         fits = not values and conditions.text[1:] == (net.config.cross_attention_dim,)

@@ -38,7 +38,8 @@ class PerceptualDistance:
         x = x.float() * (127.5 / 128)
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         if isinstance(x, FakeTensor):  # memory is planned with them
-            state: dict[str, Any] = {n: x.fake_mode.from_tensor(t) for n, t in self.net.state_dict().items()}
+            held = [*self.net.named_parameters(), *self.net.named_buffers()]
+            state: dict[str, Any] = {name: x.fake_mode.from_tensor(tensor) for name, tensor in held}
             return torch.func.functional_call(self.net, state, (x,))  # type: ignore[no-any-return]
         return self.net(x)  # type: ignore[no-any-return]
 

@@ -32,6 +32,7 @@ class Path(Enum):
 STEPS = 1000
 BETAS = {Path.linear: (1e-4, 0.02), Path.scaled_linear: (0.00085, 0.012)}
 DISCRETE = tuple(BETAS)
+FIRST = 1e-6  # the time of the first of the discrete steps, before which there is nothing but the clean image
 
 
 class Prediction(Enum):
@@ -104,10 +105,15 @@ class Process:
         """The time at which σ/α is `ratio`."""
         if self.path in DISCRETE:
             table = np.asarray(_log_ratios(self.path, "cpu"))
-            return float(np.interp(math.log(ratio), table, np.arange(STEPS))) / STEPS if ratio > 0 else 0.0
+            return max(FIRST, float(np.interp(math.log(ratio), table, np.arange(STEPS))) / STEPS) if ratio > 0 else 0.0
         if math.isinf(ratio):
             return 1.0
         return 2 / math.pi * math.atan(ratio) if self.path is Path.cosine else ratio / (1 + ratio)
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The least σ/α above 0 that there is, and the greatest."""
+        return (self.ratio_at(FIRST), self.ratio_at(1.0)) if self.path in DISCRETE else (0.0, math.inf)
 
     def ratio_at(self, t: float) -> float:
         """σ/α at a time; infinite at 1."""

@@ -105,7 +105,8 @@ def times(config: SamplerConfig, process: Process) -> list[float]:
     if config.spacing is Spacing.uniform:
         found = [first * (1 - i / n) for i in range(n)]
     else:
-        low, high = config.sigma_min ** (1 / 7), config.sigma_max ** (1 / 7)
+        least, most = process.reach
+        low, high = max(config.sigma_min, least) ** (1 / 7), min(config.sigma_max, most) ** (1 / 7)
         found = [process.time_of((high + i / max(1, n - 1) * (low - high)) ** 7) for i in range(n)]
     return [*(process.time_of(config.shift * process.ratio_at(t)) for t in found), 0.0]
 

@@ -1,5 +1,7 @@
 """Networks of others: pipelines and autoencoders of diffusers from a folder, drawn from as diffusers draws."""
 
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, remembering
 from rayproj.diffusion.perceptual import PatchCritic, PerceptualDistance
 from rayproj.diffusion.process import Path as ProcessPath
 from rayproj.diffusion.process import Prediction, Process, ProcessConfig
-from rayproj.diffusion.sampling import SamplerConfig, guided, integrate
+from rayproj.diffusion.sampling import SamplerConfig, Spacing, guided, integrate, times
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
 from rayproj.diffusion.text import TextConfig, TextEncoder
+from rayproj.engine import memory
 from rayproj.errors import UserError
 from tests.support import pipelines
 
@@ -85,6 +88,8 @@ def test_discrete_paths_are_those_of_diffusers() -> None:
         torch.testing.assert_close(alpha, theirs[1:].sqrt(), rtol=2e-4, atol=2e-5)
         torch.testing.assert_close(sigma, (1 - theirs[1:]).sqrt(), rtol=2e-4, atol=2e-5)
         assert [v.item() for v in process.signal(torch.zeros(1))] == [1.0, 0.0]
+        grid = times(SamplerConfig(30, spacing=Spacing.karras), process)
+        assert all(a > b for a, b in pairwise(grid)), "within what there is of noise"
         for t in (0.1, 0.5005, 0.9):
             assert process.time_of(process.ratio_at(t)) == pytest.approx(t, abs=1e-6)
     assert ProcessConfig(ProcessPath.linear).problems(), "of a velocity there is none"
@@ -204,6 +209,15 @@ def test_the_perceptual_distance_sees_blur_and_not_a_small_shift_of_brightness()
     assert (distance(x, blurred) > 2 * distance(x, brighter)).all()
     grey = distance(x[:, :1], blurred[:, :1])
     torch.testing.assert_close(grey, distance(x[:, :1].repeat(1, 3, 1, 1), blurred[:, :1].repeat(1, 3, 1, 1)))
+
+
+def test_the_memory_of_every_term_can_be_planned() -> None:
+    config = AutoencoderConfig(channels=(8, 8), norm_groups=4)
+    sizes = []
+    for terms in ({}, {"perceptual": 1.0}, {"adversarial": 0.1}):
+        model = memory.Model(AutoencoderTask(replace(config, **terms), (3, 16, 16), 0))
+        sizes.append(model.forward_and_backward(model.batch(8, {"image": ((3, 16, 16), torch.uint8)})))
+    assert sizes[1] > sizes[0] and sizes[2] > sizes[0]
 
 
 def test_each_side_of_the_adversarial_loss_trains_itself_alone() -> None:

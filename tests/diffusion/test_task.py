@@ -18,6 +18,7 @@ from rayproj.diffusion.process import Path as ProcessPath
 from rayproj.diffusion.process import Prediction, Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig, Solver, Spacing, integrate
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, TrainedModel, draw
+from rayproj.engine import memory
 from rayproj.errors import UserError
 from rayproj.privacy.clipping import clipped_sum
 from rayproj.privacy.plan import ClippingPath
@@ -256,6 +257,7 @@ def test_adapters_alone_are_trained_and_clipped_and_merge_to_the_same_network() 
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
     torch.testing.assert_close(task.losses(model, batch), adapted, rtol=1e-4, atol=1e-5)
     assert (adapted - task.losses(plain, batch)).abs().min() > 1e-3
+    assert memory.Model(task).parameters == sum(p.numel() for _, p in trained), "as it is planned"
     with pytest.raises(UserError, match=r"lora.layers='no_such' is found in the name of no Linear"):
         DiffusionTask(replace(SMALL, lora=LoraConfig(rank=2, layers="no_such"), init="a run"), LATENTS, 0).network()
 

@@ -68,7 +68,7 @@ def imagenet256(folder: Path) -> list[str]:
 def stable_diffusion(folder: Path) -> list[str]:
     weights = f"diffusion.denoiser.weights={folder}/models/unet"
     return [
-        *source(folder, 16, "data.source.split_column="),
+        *source(folder, 16),
         *stage("train_autoencoder", f"autoencoder.weights={folder}/models/vae", ONE),
         *stage("encode_latents", f"text.encoder={folder}/models/text_encoder", "text.tokens=12", "pool.actors=1"),
         *stage("base", weights, ONE),
