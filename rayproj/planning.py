@@ -41,7 +41,7 @@ from rayproj.storage.store import Store, to_json
 # A rank on CPU with torch, DeepSpeed, diffusers and Ray imported and its first step done: resident bytes, measured.
 BASE = 560 << 20
 HELD_BACK = 0.125  # of what is in use: freed, but not given back by malloc; measured 0.02 to 0.25 from case to case
-HELD_BACK_PRIVATE = 0.6  # of private training, whose pieces of many sizes leave more gaps; measured 0.4 to 0.9
+HELD_BACK_PRIVATE = 0.7  # of private training, whose pieces of many sizes leave more gaps; measured 0.4 to 1
 READER_CACHE = 1 << 30  # bound of `Reader` on the decoded shards that it keeps
 
 

@@ -88,11 +88,13 @@ class Denoiser(nn.Module):
         # A DiT has tables of its own, one in each block; so have networks of others.
         self.makes_own_vector = LABEL in conditions.values and (self.kind is Network.dit or not width)
         self.embedding = Embedding(Conditions({}) if self.makes_own_vector else conditions, width)
+        self.kept: tuple[str, ...] = ()  # names of parameters that no training changes
         encoder = Path(config.weights).parent / "text_encoder"
         if config.weights and conditions.text and encoder.exists() and not others.planned():
             # With it, whoever trained these weights left texts out.
             text = TextEncoder(TextConfig(str(encoder), conditions.text[0], padding=True), "cpu")
             self.embedding.no_text.weight.data.copy_(text.embed([""]).flatten()[None])
+            self.kept = ("embedding.no_text.weight",)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The prediction [B, C, h, w] at latents x [B, C, h, w] and times t [B] in [0, 1] (1 is pure noise)."""

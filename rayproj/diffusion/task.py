@@ -122,7 +122,7 @@ class DiffusionTask:
             adapt(model, self.config.lora, self.seed)
             return model
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(bool(re.search(self.config.trainable, name)))
+            parameter.requires_grad_(bool(re.search(self.config.trainable, name)) and name not in model.kept)
         if not any(p.requires_grad for p in model.parameters()):
             names = ", ".join(sorted({n.rsplit(".", 2)[0] for n, _ in model.named_parameters()})[:8])
             raise UserError(

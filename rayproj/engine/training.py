@@ -166,7 +166,7 @@ class _Log:
             return
         means = {name: sum(row[name] for row in self.rows) / len(self.rows) for name in metrics}
         now = means | {name: metrics[name] for name in self.recipe.step.running_totals} | self.validation
-        self.latest |= now
+        self.latest = self.latest | now  # a new one: a commit may still hold the old
         self.validation = {}
         if self.engine.world.rank == 0:
             self.link.report({"type": "metrics", "step": step, **now, **self._pace()})

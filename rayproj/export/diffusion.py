@@ -12,7 +12,7 @@ from rayproj.data.dataset import Dataset
 from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.conditions import LABEL
 from rayproj.diffusion.denoiser import Network
-from rayproj.diffusion.process import Path, Prediction
+from rayproj.diffusion.process import BETAS, Path, Prediction
 from rayproj.diffusion.task import DiffusionConfig, TrainedModel
 from rayproj.engine.checkpoint import load_ema
 from rayproj.errors import UserError
@@ -26,6 +26,8 @@ def write_pipeline(run: Store, folder: File) -> Card:
     from rayproj.export import pipeline
 
     model = TrainedModel(run.uri, "cpu")
+    if model.conditions.text and not model.conditions.values and model.denoiser.embedding.whole_text is None:
+        return _write_stable_diffusion(run, model, folder)
     if (model.process.path, model.process.predicts) != (Path.flow, Prediction.velocity):
         raise UserError(
             "Only rectified flows (diffusion.process.path=flow, predicts=velocity) are exported as a pipeline so far, and "
@@ -79,6 +81,66 @@ images = pipeline(labels, num_inference_steps={preview.steps}, guidance_scale={p
         commit=model.commit,
         data=[describe(header, "Denoiser"), learned],
         privacy=[*privacy, no_guarantee("the data of the autoencoder (`vae/`)")],
+    )
+
+
+def _write_stable_diffusion(run: Store, model: TrainedModel, folder: File) -> Card:
+    """A fine-tuned Stable Diffusion pipeline as what it was: one that diffusers itself can load.
+
+    Raises:
+        UserError: the process or the latents are not those of Stable Diffusion.
+    """
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    kinds = {Prediction.noise: "epsilon", Prediction.data: "sample", Prediction.v: "v_prediction"}
+    own = {"mean": model.codec.mean.flatten().tolist(), "std": model.codec.std.flatten().tolist()}
+    scale, vae = model.codec.model.vae.config.get("scaling_factor", 1.0), model.codec.model.vae
+    theirs = [1 / scale] * len(own["std"])
+    same = all(abs(a - b) < 1e-5 * b for a, b in zip(own["std"], theirs, strict=True)) and not any(own["mean"])
+    if model.process.path is not Path.scaled_linear or model.process.predicts not in kinds or not same:
+        raise UserError(
+            "A text-to-image model is exported as a Stable Diffusion pipeline, with diffusion.process.path=scaled_linear "
+            "and autoencoder.weights of such a pipeline; this run has others. Draw with jobs/generate.py."
+        )
+    low, high = BETAS[Path.scaled_linear]
+    images, autoencoder = model.header.provenance["images"], Store(model.header.provenance["autoencoder"])
+    privacy = guarantees(run, images)
+    words = model.text.tokenizer
+    words.model_max_length = model.conditions.text[0]
+    pipeline = StableDiffusionPipeline(
+        vae,
+        model.text.model,
+        words,
+        model.denoiser.net,
+        DDIMScheduler(
+            beta_start=low,
+            beta_end=high,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            prediction_type=kinds[model.process.predicts],
+            timestep_spacing="trailing",
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    code = """
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained(".")
+images = pipeline(["a picture"], num_inference_steps=25, guidance_scale=7.5).images
+"""
+    return Card(
+        about="Text-to-image latent diffusion, fine-tuned from the weights of a Stable Diffusion pipeline; adapters, if "
+        "there were any, are merged. There is no safety checker.",
+        library="diffusers",
+        tags=["latent-diffusion", "text-to-image", "stable-diffusion", "synthetic-data", "rayproj"],
+        code=code,
+        commit=model.commit,
+        data=[describe(model.header, "Denoiser"), _data_of(autoencoder)],
+        privacy=[*privacy, no_guarantee("the data of the pipeline that it started from")],
     )
 
 

@@ -201,7 +201,9 @@ ADD: dict[ClippingPath, Add] = {
     ClippingPath.two_pass: _add_by_two_passes,
     ClippingPath.materialise: _add_by_gradients,
 }
-FASTER = 0.9  # of the time of one pass: two must be below, lest chance decide between restarts
+# Chance must not decide between restarts, whose numbers are to be the same bit for bit: two passes must take less than this
+# part of the time of one, and one pass long enough to be measured.
+FASTER, MEASURABLE = 0.7, 0.1
 
 _choices: WeakKeyDictionary[nn.Module, dict[tuple[str, int, int, int], ClippingPath]] = WeakKeyDictionary()
 
@@ -222,7 +224,8 @@ def _chosen(work: _Work, batch: Batch, chunk: int) -> ClippingPath:
             else:
                 part = {name: t[:chunk] for name, t in batch.items()}
                 one = _seconds(work, part, chunk, ClippingPath.bookkeeping)
-                two = math.inf if work.bf16 else _seconds(work, part, chunk, ClippingPath.two_pass)
+                tried = one >= MEASURABLE and not work.bf16
+                two = _seconds(work, part, chunk, ClippingPath.two_pass) if tried else math.inf
                 known[key] = ClippingPath.two_pass if two < FASTER * one else ClippingPath.bookkeeping
                 log.info("Clipping by %s; one pass took %.3g s, two %.3g s.", known[key].value, one, two)
     return known[key]

@@ -1,6 +1,9 @@
 """Fused normalisations, forward and backward, the guided update and AdamW with averages, against references in fp64."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,10 @@ from torch import Tensor
 
 from rayproj.kernels import norms  # type: ignore[attr-defined]
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-norms_triton: Any = pytest.importorskip("rayproj.kernels.norms_triton", exc_type=ImportError)
+# Triton must be told before it is imported, so these run in a process of their own.
+READY = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+norms_triton: Any = pytest.importorskip("rayproj.kernels.norms_triton", exc_type=ImportError) if READY else None
+ready = pytest.mark.skipif(not READY, reason="runs in the process that the last test starts")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEAR = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
@@ -40,6 +45,7 @@ def check(found: Any, reference: Any, inputs: list[Tensor], dtype: torch.dtype) 
 
 
 # Sides that are no powers of two, one token, more tokens than a program takes.
+@ready
 @pytest.mark.parametrize("shape", [(2, 5, 12), (3, 1, 33), (1, 37, 64), (2, 16, 100)])
 @pytest.mark.parametrize("dtype", NEAR)
 def test_layer_norm_and_modulate(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -55,6 +61,7 @@ def test_layer_norm_and_modulate(shape: tuple[int, int, int], dtype: torch.dtype
     )
 
 
+@ready
 @pytest.mark.parametrize("shape", [(2, 5, 12), (1, 37, 33)])
 @pytest.mark.parametrize("dtype", NEAR)
 def test_gate_residual_layer_norm_and_modulate(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -71,6 +78,7 @@ def test_gate_residual_layer_norm_and_modulate(shape: tuple[int, int, int], dtyp
         torch.testing.assert_close(a.double(), b, **NEAR[dtype])
 
 
+@ready
 def test_chunks_of_a_linear_are_taken_as_they_lie() -> None:
     """Shift and scale come as slices of one linear's output, and are not contiguous."""
     x, both = tensors((2, 5, 12), (2, 24))
@@ -81,6 +89,7 @@ def test_chunks_of_a_linear_are_taken_as_they_lie() -> None:
     assert both.grad is not None and both.grad.abs().sum() > 0
 
 
+@ready
 @pytest.mark.parametrize(("shape", "groups"), [((2, 6, 5, 3), 2), ((3, 8, 7), 8), ((1, 12, 40, 33), 3)])
 @pytest.mark.parametrize("dtype", NEAR)
 def test_group_norm_and_silu(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
@@ -98,6 +107,7 @@ def test_group_norm_and_silu(shape: tuple[int, ...], groups: int, dtype: torch.d
     torch.testing.assert_close(plain.double(), reference(*[t.double() for t in inputs]), **NEAR[dtype])
 
 
+@ready
 def test_a_mean_far_from_zero_loses_nothing() -> None:
     """The sum of squares less the square of the mean would cancel here."""
     x, weight, bias = tensors((2, 4, 300), (4,), (4,))
@@ -110,6 +120,7 @@ def test_a_mean_far_from_zero_loses_nothing() -> None:
     torch.testing.assert_close(found, norms.layer_norm_modulate(far, shift, scale), rtol=1e-3, atol=1e-3)
 
 
+@ready
 @pytest.mark.parametrize("dtype", NEAR)
 def test_a_step_under_guidance(dtype: torch.dtype) -> None:
     (x,), (under, base) = tensors((3, 4, 9, 7)), tensors((3, 4, 9, 7), (3, 4, 9, 7), dtype=dtype)
@@ -118,6 +129,7 @@ def test_a_step_under_guidance(dtype: torch.dtype) -> None:
         torch.testing.assert_close(function(x, under, base, 4.5, 0.7, -0.3).double(), expected, **NEAR[dtype])
 
 
+@ready
 @pytest.mark.parametrize("averages", [0, 1, 2, 3])
 def test_adamw_with_averages_is_torchs_and_the_lerps(averages: int) -> None:
     size, decays = 2500, [0.9, 0.99, 0.5][:averages]
@@ -142,3 +154,17 @@ def test_adamw_with_averages_is_torchs_and_the_lerps(averages: int) -> None:
         torch.testing.assert_close(states[name][0], peer.detach(), rtol=1e-5, atol=1e-6)
         for found, expected in zip(kept[name], kept["peer"], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(READY, reason="this is that process, or there is a GPU")
+def test_all_of_these_on_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
