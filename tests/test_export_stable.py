@@ -68,7 +68,7 @@ def fine_tune(world: World, folder: str) -> None:
         )
         model = DiffusionTask(config, header, 0)
         store = Store(f"{folder}/{name}")
-        values = {"latents": latents.uri, "denoiser": {"weights": f"{models}/unet"}}
+        values = {"latents": latents.uri, "init": "", "denoiser": {"weights": f"{models}/unet"}}
         values |= {
             "conditions": {"text": {"captions": {"caption": 1.0}}},
             "process": {"path": path, "predicts": "noise"},
