@@ -12,8 +12,7 @@ from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Header
 from rayproj.data.loader import Batches
 from rayproj.data.reader import Reader
-from rayproj.diffusion.autoencoder import Codec
-from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, encoder_of, held_out
+from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
 from rayproj.privacy.budget import register
@@ -39,17 +38,8 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-def task_of(config: Config, header: Header, shows_on: str = "") -> DiffusionTask:
-    """With what it takes to make previews and to validate, if that is to be done on some device."""
-    diffusion, codec, text = config.diffusion, None, None
-    task = DiffusionTask(diffusion, header, config.run.seed)
-    if shows_on and config.train.preview_every:
-        codec = Codec.load(header.provenance["autoencoder"], shows_on)
-        text = encoder_of(header, shows_on) if diffusion.prompts else None
-    if shows_on and config.train.validate_every:
-        task.held_out = held_out(diffusion, task.fields, shows_on)
-    task.codec, task.text = codec, text
-    return task
+def task_of(config: Config, header: Header) -> DiffusionTask:
+    return DiffusionTask(config.diffusion, header, config.run.seed)
 
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
@@ -57,7 +47,9 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     store = Store(config.run.dir)
     latents = Dataset.open(config.diffusion.latents)
     header = latents.header
-    task = task_of(config, header, world.device if config.privacy.unsafe_metrics else "")
+    task = task_of(config, header)
+    if config.privacy.unsafe_metrics:
+        task.show(world.device, config.train)
     mechanism = plan(config.privacy, header.num_samples, config.train.steps)
     config.train.steps = mechanism.steps
     if world.rank == 0:  # at every start: steps that are done again are charged again

@@ -13,8 +13,7 @@ from rayproj.data.dataset import Dataset, Header
 from rayproj.data.loader import Batches
 from rayproj.data.order import order_of
 from rayproj.data.reader import Reader
-from rayproj.diffusion.autoencoder import Codec
-from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, encoder_of, held_out
+from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
 from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
@@ -35,24 +34,16 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-def task_of(config: Config, header: Header, shows_on: str = "") -> DiffusionTask:
-    """With what it takes to make previews and to validate, if that is to be done on some device."""
-    diffusion, codec, text = config.diffusion, None, None
-    task = DiffusionTask(diffusion, header, config.run.seed)
-    if shows_on and config.train.preview_every:
-        codec = Codec.load(header.provenance["autoencoder"], shows_on)
-        text = encoder_of(header, shows_on) if diffusion.prompts else None
-    if shows_on and config.train.validate_every:
-        task.held_out = held_out(diffusion, task.fields, shows_on)
-    task.codec, task.text = codec, text
-    return task
+def task_of(config: Config, header: Header) -> DiffusionTask:
+    return DiffusionTask(config.diffusion, header, config.run.seed)
 
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     config = configuration.from_dict(Config, values)
     latents = Dataset.open(config.diffusion.latents)
     header = latents.header
-    task = task_of(config, header, world.device)
+    task = task_of(config, header)
+    task.show(world.device, config.train)
     order = order_of(latents.weights(), header.num_samples, header.shard_size, config.train.batch, config.run.seed)
     batches = Batches(Reader(latents, task.fields), order, world.rank, world.world_size)
     step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)

@@ -1,13 +1,11 @@
-"""References of `norms_triton`: normalisations with what comes after them, the update of a sampler under guidance, and AdamW
-with averages of the weights. Plain torch, differentiable by autograd.
+"""References of `norms_triton`: normalisations with what comes after them, and the update of a sampler under guidance. Plain
+torch, differentiable by autograd.
 """
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
-
-from rayproj.kernels import philox  # type: ignore[attr-defined]
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -49,31 +47,3 @@ def guided_update(x: Tensor, under: Tensor, base: Tensor, guidance: float, keep:
     """keep x + gain (base + guidance (under - base)): a step of an Euler-like solver under guidance."""
     out = base.float() + guidance * (under.float() - base.float())
     return keep * x + gain * out.to(x.dtype)
-
-
-def adamw_averages(
-    gradient: Tensor,
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    averages: list[Tensor],
-    decays: list[float],
-    updates: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """An update by AdamW of a shard, in place, as of `philox.noisy_adamw`, and of averages of its weights: each becomes
-    decay average + (1 - decay) weight.
-
-    Args:
-        gradient, master, exp_avg, exp_avg_sq, averages: fp32 [n].
-        updates: how many the moments have seen, with this one.
-    """
-    exp_avg.lerp_(gradient, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    size, root = philox.adamw_corrections(updates, lr, betas)
-    master.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, exp_avg_sq.sqrt().div_(root).add_(eps), value=-size)
-    for average, decay in zip(averages, decays, strict=True):
-        average.lerp_(master, 1 - decay)

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rayproj.kernels import philox  # type: ignore[attr-defined]
-
 ROWS = 16  # tokens that one program of a backward takes, so that sums over tokens are made in two stages
 PIECE = 1024  # elements at once
 
@@ -260,57 +258,3 @@ def guided_update(x: Tensor, under: Tensor, base: Tensor, guidance: float, keep:
     out = torch.empty_like(x)
     _guided[(triton.cdiv(x.numel(), PIECE),)](x, under, base, out, x.numel(), guidance, keep, gain, PIECE=PIECE)
     return out
-
-
-@triton.jit
-def _adamw_averages(  # type: ignore[no-untyped-def]
-    gradient, master, exp_avg, exp_avg_sq, average0, average1, average2, size, step_size, root, eps, decay,
-    new_first, old_second, new_second, new0, new1, new2, AVERAGES: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * PIECE + tl.arange(0, PIECE)
-    inside = at < size
-    g = tl.load(gradient + at, mask=inside, other=0.0)
-    first = tl.load(exp_avg + at, mask=inside, other=0.0)
-    first += new_first * (g - first)
-    second = old_second * tl.load(exp_avg_sq + at, mask=inside, other=0.0) + new_second * g * g
-    weight = decay * tl.load(master + at, mask=inside, other=0.0)
-    divisor = tl.div_rn(tl.sqrt_rn(second), root + tl.zeros_like(second)) + eps
-    weight -= tl.div_rn(step_size * first, divisor)
-    tl.store(exp_avg + at, first, mask=inside)
-    tl.store(exp_avg_sq + at, second, mask=inside)
-    tl.store(master + at, weight, mask=inside)
-    if AVERAGES > 0:
-        value = tl.load(average0 + at, mask=inside, other=0.0)
-        tl.store(average0 + at, value + new0 * (weight - value), mask=inside)
-    if AVERAGES > 1:
-        value = tl.load(average1 + at, mask=inside, other=0.0)
-        tl.store(average1 + at, value + new1 * (weight - value), mask=inside)
-    if AVERAGES > 2:
-        value = tl.load(average2 + at, mask=inside, other=0.0)
-        tl.store(average2 + at, value + new2 * (weight - value), mask=inside)
-
-
-def adamw_averages(
-    gradient: Tensor,
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    averages: list[Tensor],
-    decays: list[float],
-    updates: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """As `norms.adamw_averages`, in one pass, for at most three averages: 28 bytes an element and 8 for each average, where
-    AdamW by itself moves 28 and an average 12 more."""
-    assert len(averages) <= 3
-    flat = [gradient, master, exp_avg, exp_avg_sq, *averages]
-    assert all(t.dtype is torch.float32 and t.is_contiguous() and t.shape == gradient.shape for t in flat)
-    size, root = philox.adamw_corrections(updates, lr, betas)
-    scales = size, root, eps, 1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1]
-    new = [1 - decay for decay in decays] + [0.0] * (3 - len(decays))
-    flat += [master] * (3 - len(averages))  # in the place of those there are not; never touched
-    grid = (triton.cdiv(len(gradient), PIECE),)
-    _adamw_averages[grid](*flat, len(gradient), *scales, *new, AVERAGES=len(averages), PIECE=PIECE)

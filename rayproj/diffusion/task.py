@@ -26,6 +26,7 @@ from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.engine.checkpoint import Commit, load_ema
 from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch
+from rayproj.engine.training import TrainConfig
 from rayproj.errors import UserError
 from rayproj.storage.store import Store
 
@@ -92,7 +93,8 @@ class DiffusionTask:
         text: TextEncoder | None = None,
         held_out: Batch | None = None,
     ) -> None:
-        self.config, self.seed, self.codec, self.text, self.held_out = config, seed, codec, text, held_out
+        self.config, self.header, self.seed = config, latents, seed
+        self.codec, self.text, self.held_out = codec, text, held_out
         self.process = Process(config.process)
         self.starts_trained = bool(config.init or config.denoiser.weights)
         double, *sides = latents.fields["moments"].shape
@@ -104,6 +106,18 @@ class DiffusionTask:
         """Of the latents, which a batch must have."""
         captions = [f"{TEXT}_{name}" for name in self.config.conditioned.get(TEXT, ConditionConfig()).captions]
         return ["moments", *self.conditions.values, *captions, *([LOW] if self.conditions.low else [])]
+
+    def show(self, device: str, train: TrainConfig) -> None:
+        """Get what it takes to make previews and to validate on a device, as far as they are asked for.
+
+        Raises:
+            UserError: the autoencoder, the text encoder or the held-out latents are gone, or do not fit.
+        """
+        if train.preview_every:
+            self.codec = Codec.load(self.header.provenance["autoencoder"], device)
+            self.text = encoder_of(self.header, device) if self.config.prompts else None
+        if train.validate_every and self.config.validation:
+            self.held_out = held_out(self.config, self.fields, device)
 
     def build(self) -> nn.Module:
         return self._network(self.config.init)
@@ -270,14 +284,12 @@ class TrainedModel:
         return draw(self.denoiser, self.codec, condition, ids, self.latent_shape, seed, config, self.process)
 
 
-def held_out(config: DiffusionConfig, fields: list[str], device: str) -> Batch | None:
+def held_out(config: DiffusionConfig, fields: list[str], device: str) -> Batch:
     """The examples to validate on.
 
     Raises:
         UserError: there are no such latents, or without what the model is conditioned on.
     """
-    if not config.validation:
-        return None
     dataset = Dataset.open(config.validation)
     if missing := sorted(set(fields) - set(dataset.header.fields)):
         raise UserError(

