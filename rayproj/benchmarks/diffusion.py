@@ -8,7 +8,6 @@ DPM-Solver++.
 from __future__ import annotations
 
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rayproj.benchmarks.privacy import resident
 from rayproj.data.dataset import Field, Header
 from rayproj.diffusion import sampling
 from rayproj.diffusion.conditions import ConditionConfig, Conditions
@@ -236,10 +236,10 @@ def one(what: str, way: str, which: str) -> str:
         engine, step = _engine(task), PlainStep(BATCH, 0, 1)
         work = BATCH * flops_per_sample(engine, task, _batch(0))
         return str(work / 1e12 / _median(lambda number: step(engine, task, _batch(number)), STEPS))
-    start = _resident("VmRSS")
+    start = resident("VmRSS")
     run = WAYS[what, way](which)
     seconds = _median(run, STEPS if what == "train" else 3)
-    return f"{seconds} {_resident('VmHWM') - start}"
+    return f"{seconds} {resident('VmHWM') - start}"
 
 
 def _median(run: Callable[[int], Any], times: int) -> float:
@@ -250,13 +250,6 @@ def _median(run: Callable[[int], Any], times: int) -> float:
         run(number)
         taken.append(time.perf_counter() - began)
     return statistics.median(taken[2:])
-
-
-def _resident(key: str) -> float:
-    """VmRSS or VmHWM of this process, in MiB."""
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) / 1024
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def _step(way: str, model: Network, views: int) -> Callable[[Batch], Any]:
     )
 
 
-def _resident(key: str) -> float:
+def resident(key: str) -> float:
     """VmRSS or VmHWM of this process, in MiB."""
     found = re.search(rf"{key}:\s+(\d+) kB", File("/proc/self/status").read_text())
     assert found
@@ -219,12 +219,12 @@ def one(what: str, way: str, kind: str, examples: int, views: int) -> float:
     torch.set_num_threads(1)
     tiny = Network(kind, small=True)
     _step(way, tiny, views)(batch_of(tiny.side, 2))  # what is loaded lazily is loaded
-    start = _resident("VmRSS")
+    start = resident("VmRSS")
     model = Network(kind)
     step, batch = _step(way, model, views), batch_of(model.side, examples)
     step(batch)
     if what == "peak":
-        return _resident("VmHWM") - start
+        return resident("VmHWM") - start
     seconds = []
     for _ in range(STEPS if views == 1 else 2):
         began = time.perf_counter()

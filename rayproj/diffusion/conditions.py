@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -170,12 +171,11 @@ class Embedding(nn.Module):
     def forward(self, condition: Condition) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The vector [B, width], the tokens [B, T, D], and which of these there are, bool [B, T]; None for what no
         condition gives."""
-        vector, tokens, there = None, None, None
+        parts, tokens, there = list[Tensor](), None, None
         for name, table in self.values.items():
             number = condition[name]
             assert isinstance(table, nn.Embedding)
-            one = table(torch.where(number < 0, table.num_embeddings - 1, number))
-            vector = one if vector is None else vector + one
+            parts.append(table(torch.where(number < 0, table.num_embeddings - 1, number)))
         if self.text:
             given = condition[TEXT]
             there = (given != 0).any(-1)
@@ -186,12 +186,10 @@ class Embedding(nn.Module):
             # The mean of the tokens is what sentence encoders are trained for.
             share = there.to(tokens.dtype) / there.sum(-1, keepdim=True)
             if self.whole_text is not None:
-                one = self.whole_text((tokens * share[:, :, None]).sum(1))
-                vector = one if vector is None else vector + one
+                parts.append(self.whole_text((tokens * share[:, :, None]).sum(1)))
         if self.low_noise is not None:
             from diffusers.models.embeddings import get_timestep_embedding
 
             waves = get_timestep_embedding(condition[LOW_NOISE] * 1000, LEVELS)
-            one = self.low_noise(waves.to(self.low_noise.weight.dtype))
-            vector = one if vector is None else vector + one
-        return vector, tokens, there
+            parts.append(self.low_noise(waves.to(self.low_noise.weight.dtype)))
+        return reduce(torch.add, parts) if parts else None, tokens, there

@@ -72,7 +72,8 @@ def guided(network: Network, config: SamplerConfig, weak: Network | None = None)
     if config.guidance == 1 and not config.weights:
         return network
 
-    weights, n = list(config.weights.values()) or [config.guidance], len(config.weights or "1") + 1
+    weights = list(config.weights.values()) or [config.guidance]
+    n = len(weights) + 1
     last: list[tuple[Condition, Condition]] = []
 
     def together(condition: Condition) -> Condition:
