@@ -1,5 +1,6 @@
 """A real Ray head with its dashboard, and jobs handed to it both ways."""
 
+import contextlib
 import json
 import os
 import re
@@ -69,7 +70,8 @@ class Head:
     def kill(self) -> None:
         """As a power cut: all that it had started is gone."""
         for process in [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile, as the head fell apart
+                process.kill()
         self.process.wait()
 
     def end(self) -> None:

@@ -75,6 +75,7 @@ def test_crashed_starts_are_charged_for_what_they_recorded(tmp_path) -> None:  #
     """Commits are at steps 2 and 4. The first start dies before it records step 3, the second after: each time the next
     does steps 2 and 3 again, with the same examples and other noise."""
     config = private.settings(5, every_steps=2)
+    config.checkpoint.asynchronous = False  # committed at step 2, however slow the machine
     for attempt, point in (("first", "ledger.before_record:0:4"), ("second", "ledger.after_record:0:2")):
         died = run_ranks(private.run, 2, str(tmp_path), config, attempt, env={"RAYPROJ_FAULT": point}, check=False)
         assert died[0] == -signal.SIGKILL
