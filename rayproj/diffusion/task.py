@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -207,13 +208,18 @@ def draw(
     seed: int,
     config: SamplerConfig,
     process: Process,
+    weak: Denoiser | None = None,
 ) -> Tensor:
-    """uint8 images [B, C, H, W] under a condition. The noise of an image is keyed by (seed, its id) alone."""
+    """uint8 images [B, C, H, W] under a condition. The noise of an image is keyed by (seed, its id) alone.
+
+    Args:
+        weak: guides in the place of the model without its condition.
+    """
     row = torch.stack([ids, torch.zeros_like(ids), torch.zeros_like(ids)], dim=1)
     noise = keyed.normal(seed, "sample", row, latent_shape)
     assert isinstance(denoiser, Denoiser)
-    network = sampling.guided(denoiser, config)
-    with remembering(denoiser):
+    network = sampling.guided(denoiser, config, weak)
+    with remembering(denoiser), remembering(weak) if weak else nullcontext():
         latents = sampling.integrate(network, noise, condition, config, process, unguided=denoiser)
     return codec.decode(latents)
 
@@ -257,6 +263,23 @@ class TrainedModel:
         self.denoiser.to(device).eval().requires_grad_(False)
         self.codec = Codec.load(self.header.provenance["autoencoder"], device)
         self.device = device
+        self.weak: TrainedModel | None = None
+
+    def guide_by(self, weak: TrainedModel) -> None:
+        """Take a weaker model's output where guidance asks for that without a condition (Karras et al. 2024).
+
+        Raises:
+            UserError: it is of other latents, conditions or outputs.
+        """
+        ours, theirs = (
+            (m.latent_shape, m.conditions, m.process.config, m.header.provenance["autoencoder"]) for m in (self, weak)
+        )
+        if ours != theirs:
+            raise UserError(
+                "generate.weak is to be a model of the same latents, conditions and process as generate.model, only smaller "
+                "or trained for less; this one differs."
+            )
+        self.weak = weak
 
     @cached_property
     def text(self) -> TextEncoder:
@@ -273,6 +296,8 @@ class TrainedModel:
         Raises:
             UserError: it asks for a compiled one, and there is no compiler.
         """
+        if self.weak:
+            self.weak.prepare(config)
         if config.bf16:
             self.denoiser.bfloat16()
         if config.compile:
@@ -281,7 +306,8 @@ class TrainedModel:
             self.denoiser.net.compile()
 
     def draw(self, condition: Condition, ids: Tensor, seed: int, config: SamplerConfig) -> Tensor:
-        return draw(self.denoiser, self.codec, condition, ids, self.latent_shape, seed, config, self.process)
+        weak = self.weak and self.weak.denoiser
+        return draw(self.denoiser, self.codec, condition, ids, self.latent_shape, seed, config, self.process, weak)
 
 
 def held_out(config: DiffusionConfig, fields: list[str], device: str) -> Batch:

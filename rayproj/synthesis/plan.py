@@ -33,6 +33,7 @@ class GenerateConfig:
     ema: float = (
         0.0  # width of the average of the weights, put together from the commits (`engine.ema`); 0: the plain one
     )
+    weak: str = ""  # run dir of a smaller or less trained model, away from which sampler.guidance leads (autoguidance)
     samples: int = 10000
     properties: dict[str, list[str]] = field(default_factory=dict)  # property of the model -> the values to draw
     prompts: list[str] = field(default_factory=list)  # texts to draw, if the model knows text
@@ -41,7 +42,10 @@ class GenerateConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def problems(self) -> list[str]:
-        return [f"generate.{k} must be positive." for k in ("samples", "shard_size", "batch") if getattr(self, k) <= 0]
+        found = [f"generate.{k} must be positive." for k in ("samples", "shard_size", "batch") if getattr(self, k) <= 0]
+        if self.weak and (self.sampler.weights or self.sampler.guidance == 1):
+            found.append("generate.weak guides by sampler.guidance, other than 1 and without sampler.weights.")
+        return found
 
 
 def cell_of(sample: int, axes: dict[str, list[str]]) -> dict[str, int]:
@@ -94,7 +98,7 @@ def plan(config: GenerateConfig, seed: int) -> Header:
     autoencoder = Store(latents.provenance["autoencoder"])
     shape = tuple(from_json(autoencoder.read("result.json"))["image_shape"])
     newest = _newest(run)
-    private = certificate(run)
+    private, weak = certificate(run), _weak(config, diffusion.latents)
     provenance: dict[str, Any] = {
         "model": run.uri,
         "model_commit": commit_hash(newest),
@@ -107,6 +111,11 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         # Read after the commit, so that the ledger has every release that is in it.
         "private": private and {**private, "model_commit": commit_hash(newest)},
     }
+    if weak:
+        provenance |= {name: weak[name] for name in ("weak", "weak_commit")}
+        provenance["private"] = provenance["private"] or weak["private"]
+        if private and weak["private"]:
+            provenance["private_weak"] = weak["private"]
     fields = {"image": Field("png", shape), "seed": Field("int")}
     for name in axes:
         fields[name] = Field("str") if name == PROMPT else latents.fields[name]
@@ -123,6 +132,29 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         attribution=latents.attribution,
         provenance=provenance,
     )
+
+
+def _weak(config: GenerateConfig, latents: str) -> dict[str, Any]:
+    """The model that guides, for the provenance, and its certificate.
+
+    Raises:
+        UserError: it has no run, or would tell of private images what the model that it guides must not.
+    """
+    if not config.weak:
+        return {}
+    run = Store(config.weak)
+    if not run.exists("config.yaml"):
+        raise UserError(
+            f"There is no run at '{config.weak}'; give generate.weak the run dir of a trained diffusion model."
+        )
+    private = certificate(run)
+    learned = configuration.section(DiffusionConfig, run.read("config.yaml"), "diffusion").latents
+    if certificate(Store(config.model)) and not private and Store(learned).uri == Store(latents).uri:
+        raise UserError(
+            f"generate.weak='{config.weak}' learned from the private images of generate.model without privacy, so that what "
+            "both draw would have no guarantee; give a private one, or one of other images."
+        )
+    return {"weak": run.uri, "weak_commit": commit_hash(_newest(run)), "private": private}
 
 
 def commit_hash(commit: Commit) -> str:

@@ -24,11 +24,16 @@ class Synthesizer:
         self.header = Dataset.open(config["out"]).header
         provenance = self.header.provenance
         self.model = TrainedModel(provenance["model"], device, provenance["ema"])
-        if commit_hash(self.model.commit) != provenance["model_commit"]:
-            raise UserError(
-                f"The model {provenance['model']} has a newer commit (step {self.model.commit.step}) than the one that "
-                f"{config['out']} was planned with (step {provenance['model_step']}); give generate.out another place."
-            )
+        models = {"model": self.model}
+        if "weak" in provenance:
+            models["weak"] = TrainedModel(provenance["weak"], device)
+            self.model.guide_by(models["weak"])
+        for name, model in models.items():
+            if commit_hash(model.commit) != provenance[f"{name}_commit"]:
+                raise UserError(
+                    f"The model {provenance[name]} has a newer commit (step {model.commit.step}) than the one that "
+                    f"{config['out']} was planned with; give generate.out another place."
+                )
         self.sampler = configuration.from_dict(SamplerConfig, provenance["sampler"])
         self.model.prepare(self.sampler)
         self.seed, self.axes = int(provenance["seed"]), dict(provenance["axes"])

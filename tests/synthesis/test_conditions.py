@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from rayproj import cli
+from rayproj import cli, keyed
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.diffusion.sampling import SamplerConfig
+from rayproj.diffusion.task import TrainedModel
 from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.engine.world import World
 from rayproj.errors import UserError
@@ -50,6 +51,10 @@ def train_both(world: World, folder: str) -> None:
     text, properties = {"tokens": 6, "captions": ["caption"]}, {"style": ["flat", "bold"]}
     latents = runs.latents(f"{folder}/latents", images, autoencoder, text, properties)
     runs.denoiser(world, f"{folder}/denoiser", latents, {"denoiser": DENOISER, "conditions": CONDITIONS})
+    small = {**DENOISER, "channels": [16, 16]}
+    runs.denoiser(world, f"{folder}/weak", latents, {"denoiser": small, "conditions": CONDITIONS})
+    style = {"style": CONDITIONS["style"]}
+    runs.denoiser(world, f"{folder}/another", latents, {"denoiser": small, "conditions": style})
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,49 @@ def test_every_prompt_is_drawn_in_every_property_in_turn(folder: Path) -> None:
 
     picture = np.asarray(Image.open(out).convert("RGB"))
     assert picture.std() > 10 and picture.shape[1] > 100
+
+
+def test_a_weaker_model_guides(folder: Path) -> None:
+    """Karras et al. 2024, eq. 5, against the loop written out; and both models are pinned by the plan."""
+    sampler = SamplerConfig(3, guidance=2.0)
+    config = config_of(folder, out=str(folder / "guided"), weak=str(folder / "weak"), sampler=sampler)
+    header = plan(config, 0)
+    Dataset.create(config.out, header)
+    maker = Synthesizer({"out": config.out, "batch": 4}, "cpu")
+    ids = torch.arange(4)
+    condition = maker.model.conditions.nothing(4, "cpu")
+    condition["style"], condition["text"] = ids % 2, maker.model.text(["a red square"] * 4)
+    strong, weak = maker.model.denoiser, TrainedModel(str(folder / "weak"), "cpu").denoiser
+    x = keyed.normal(0, "sample", torch.stack([ids, 0 * ids, 0 * ids], 1), maker.model.latent_shape)
+    for i in range(3):
+        t = torch.full((4,), 1 - i / 3)
+        with torch.no_grad():
+            base = weak(x, t, condition)
+            x = x - (base + 2 * (strong(x, t, condition) - base)) / 3
+    drawn = maker.model.draw(condition, ids, 0, sampler)
+    assert (drawn.int() - maker.model.codec.decode(x).int()).abs().max() <= 1
+    alone = TrainedModel(str(folder / "denoiser"), "cpu").draw(condition, ids, 0, sampler)
+    assert not torch.equal(drawn, alone)
+    assert header.provenance["weak_commit"] != header.provenance["model_commit"]
+    with pytest.raises(UserError, match="of the same latents, conditions and process"):
+        other = config_of(folder, out=str(folder / "wrong"), weak=str(folder / "another"), sampler=sampler)
+        Dataset.create(other.out, plan(other, 0))
+        Synthesizer({"out": other.out, "batch": 4}, "cpu")
+
+
+def test_a_weaker_model_without_privacy_does_not_guide_a_private_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folder, weak=str(folder / "weak"), sampler=SamplerConfig(3, guidance=2.0))
+    spent = {str(folder / "denoiser"): {"epsilon": 8.0}}
+    monkeypatch.setattr("rayproj.synthesis.plan.certificate", lambda run: spent.get(run.uri))
+    with pytest.raises(UserError, match=r"learned from the private images of .* without privacy"):
+        plan(config, 0)
+    spent[str(folder / "weak")] = {"epsilon": 2.0}
+    found = plan(config, 0).provenance
+    assert (found["private"]["epsilon"], found["private_weak"]["epsilon"]) == (8.0, 2.0)
+    del spent[str(folder / "denoiser")]
+    assert plan(config, 0).provenance["private"] == {"epsilon": 2.0}, "what guides is seen in what is drawn"
 
 
 def test_a_cell_is_the_sample_in_mixed_radix() -> None:
