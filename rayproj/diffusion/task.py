@@ -29,6 +29,8 @@ from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch
 from rayproj.engine.training import TrainConfig
 from rayproj.errors import UserError
+from rayproj.evaluation.features import EfficientNetLite0Features
+from rayproj.evaluation.frechet import FeatureStatistics, frechet_distance
 from rayproj.storage.store import Store
 
 VALIDATED = 8  # times at which the loss on held-out examples is measured
@@ -47,6 +49,9 @@ class DiffusionConfig:
     conditions: dict[str, ConditionConfig] = field(default_factory=dict)  # "label", "text", properties; {}: the label
     validation: str = ""  # held-out latents, for train.validate_every
     validation_samples: int = 256  # as many of them
+    # Of those, images drawn anew under the same conditions as `preview` says, for the Fréchet distance of the two sets; it
+    # depends on their number. 0: none.
+    validation_drawn: int = 0
     prompts: list[str] = field(default_factory=list)  # of the previews, if there is text
     time_density: TimeDensity = TimeDensity.logit_normal  # of the training times; 1 is pure noise
     time_mean: float = 0.0  # of their logit, where that is normal
@@ -67,6 +72,8 @@ class DiffusionConfig:
             return ["diffusion.lora.rank goes with diffusion.init, and not with diffusion.trainable."]
         if (self.time_density is TimeDensity.mixture) != bool(self.time_mixture):
             return ["diffusion.time_mixture goes with diffusion.time_density=mixture: a list of [low, high, weight]."]
+        if self.validation_drawn and not 2 <= self.validation_drawn <= self.validation_samples:
+            return ["diffusion.validation_drawn is 0, or from 2 to diffusion.validation_samples."]
         sound = (len(p) == 3 and 0 <= p[0] < p[1] <= 1 and p[2] > 0 for p in self.time_mixture)
         return [] if all(sound) else ["diffusion.time_mixture: each is [low, high, weight], 0 <= low < high <= 1."]
 
@@ -114,8 +121,10 @@ class DiffusionTask:
         Raises:
             UserError: the autoencoder, the text encoder or the held-out latents are gone, or do not fit.
         """
-        if train.preview_every:
+        drawn = train.validate_every and self.config.validation and self.config.validation_drawn
+        if train.preview_every or drawn:
             self.codec = Codec.load(self.header.provenance["autoencoder"], device)
+        if train.preview_every:
             self.text = encoder_of(self.header, device) if self.config.prompts else None
         if train.validate_every and self.config.validation:
             self.held_out = held_out(self.config, self.fields, device)
@@ -151,7 +160,8 @@ class DiffusionTask:
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """The loss on held-out examples at each of eight times, every example under its whole condition."""
+        """The loss on held-out examples at each of eight times, every example under its whole condition; and how far what is
+        drawn under their conditions is from them, if it is asked for."""
         if self.held_out is None:
             return {}
         whole = {name: replace(config, dropout=0.0) for name, config in self.config.conditioned.items()}
@@ -163,7 +173,22 @@ class DiffusionTask:
             parts = [{n: v[i : i + 64] for n, v in batch.items()} for i in range(0, len(t), 64)]
             errors = torch.cat([self._errors(model, part, t[: len(part["row"])], whole) for part in parts])
             found[f"val_loss_{t[0]:.2f}"] = errors.mean().item()
-        return {"val_loss": sum(found.values()) / VALIDATED, **found}
+        found = {"val_loss": sum(found.values()) / VALIDATED, **found}
+        if self.config.validation_drawn and self.codec:
+            found["val_frechet_distance"] = self._distance(model, self.held_out, whole, self.codec)
+        return found
+
+    def _distance(self, model: nn.Module, batch: Batch, whole: dict[str, ConditionConfig], codec: Codec) -> float:
+        """Between images drawn under the conditions of examples and these, both as the autoencoder has them, in the features
+        of EfficientNet-lite0."""
+        extractor, sets = EfficientNetLite0Features(device=str(batch["row"].device)), []
+        for first in range(0, min(self.config.validation_drawn, len(batch["row"])), 64):
+            part = {name: v[first : min(first + 64, self.config.validation_drawn)] for name, v in batch.items()}
+            condition, ids = learned(whole, part, self.seed), part["row"][:, 0]
+            drawn = draw(model, codec, condition, ids, self.latent_shape, self.seed, self.config.preview, self.process)
+            sets.append([extractor(x).cpu() for x in (drawn, codec.decode(part["moments"].float().chunk(2, dim=1)[0]))])
+        statistics = (FeatureStatistics.of(torch.cat(features).numpy()) for features in zip(*sets, strict=True))
+        return frechet_distance(*statistics)
 
     def _errors(self, model: nn.Module, batch: Batch, t: Tensor, conditions: dict[str, ConditionConfig]) -> Tensor:
         row = batch["row"]
@@ -253,6 +278,8 @@ class TrainedModel:
         UserError: the run has no commit, or its latents or autoencoder are gone.
     """
 
+    weak: TrainedModel | None = None  # see `guide_by`
+
     def __init__(self, run_dir: str, device: str, ema: float = 0.0) -> None:
         store = Store(run_dir)
         config = configuration.section(DiffusionConfig, store.read("config.yaml"), "diffusion")
@@ -263,7 +290,6 @@ class TrainedModel:
         self.denoiser.to(device).eval().requires_grad_(False)
         self.codec = Codec.load(self.header.provenance["autoencoder"], device)
         self.device = device
-        self.weak: TrainedModel | None = None
 
     def guide_by(self, weak: TrainedModel) -> None:
         """Take a weaker model's output where guidance asks for that without a condition (Karras et al. 2024).

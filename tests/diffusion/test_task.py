@@ -20,6 +20,7 @@ from rayproj.diffusion.sampling import SamplerConfig, Solver, Spacing, integrate
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, TrainedModel, draw
 from rayproj.engine import memory
 from rayproj.errors import UserError
+from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.privacy.clipping import clipped_sum
 from rayproj.privacy.plan import ClippingPath
 
@@ -136,6 +137,26 @@ def test_validation_is_the_loss_at_fixed_times_and_does_not_move() -> None:
     assert found["val_loss_0.44"] == pytest.approx((velocity - (noise - x0)).square().mean().item(), rel=1e-4)
     assert found["val_loss"] == pytest.approx(np.mean([v for n, v in found.items() if n != "val_loss"]))
     assert DiffusionTask(SMALL, LATENTS, 0).validate(model) == {}
+
+
+def test_validation_draws_under_the_held_out_conditions() -> None:
+    codec = Codec(AutoencoderTask(TINY_AE, (1, 16, 16), seed=0).build(), [0.0] * 4, [1.0] * 4, "cpu")  # type: ignore[arg-type]
+    config = replace(SMALL, validation_drawn=66, preview=SamplerConfig(2))
+    task = DiffusionTask(config, LATENTS, 0, codec=codec, held_out=batch_of("diffusion", 70))
+    model, batch = task.build().eval(), {name: v[:66] for name, v in batch_of("diffusion", 70).items()}
+    found = task.validate(model)["val_frechet_distance"]
+    drawn = draw(
+        model, codec, {"label": batch["label"]}, torch.arange(66), (4, 4, 4), 0, SamplerConfig(2), task.process
+    )
+    extract = EfficientNetLite0Features()
+    sets = [extract(images).double() for images in (drawn, codec.decode(batch["moments"][:, :4]))]
+    means, covariances = [s.mean(0) for s in sets], [torch.cov(s.T) for s in sets]
+    # tr (S1 S2)^1/2 by the eigenvalues of the product itself.
+    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()
+    expected = (means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * roots
+    assert found == pytest.approx(expected.item(), rel=1e-3)
+    silent = DiffusionTask(SMALL, LATENTS, 0, codec=codec, held_out=batch_of("diffusion", 70))
+    assert "val_frechet_distance" not in silent.validate(model)
 
 
 def test_labels_are_dropped_at_the_configured_rate() -> None:
