@@ -37,6 +37,11 @@ class Config:
     cluster: GroupConfig = field(default_factory=GroupConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    def problems(self) -> list[str]:
+        return ["diffusion.buckets are not for private training, which draws from one dataset."] * bool(
+            self.diffusion.buckets
+        )
+
 
 def task_of(config: Config, header: Header) -> DiffusionTask:
     return DiffusionTask(config.diffusion, header, config.run.seed)

@@ -95,8 +95,9 @@ def _read(config: ImportConfig) -> tuple[Source, dict[str, list[Sample]]]:
         split, group = sample.pop("split"), sample.pop("group")
         part = assign(group, config.fractions, config.seed) if config.fractions and split == "train" else split
         if part not in kept or sample["label"] in kept[part]:
-            parts.setdefault(part, []).append(sample)
-    missing = sorted({*config.fractions, *kept} - set(parts))
+            shape = "/{1}x{2}".format(*sample["image"].shape) if config.source.buckets else ""
+            parts.setdefault(f"{part}{shape}", []).append(sample)
+    missing = sorted({*config.fractions, *kept} - {name.partition("/")[0] for name in parts})
     if missing:
         raise UserError(
             f"The part '{missing[0]}' got no sample; the source is too small for data.fractions and data.classes, or has "
@@ -117,10 +118,11 @@ def _position(key: str, seed: int) -> bytes:
 
 
 def _header(source: Source, part: str, samples: list[Sample], config: ImportConfig) -> Header:
+    base = part.partition("/")[0]  # without its bucket
     scalars = {"label": Field("int"), **{name: Field("str") for name in source.attributes}}
     return Header(
         name=f"{source.name} ({part})",
-        fields={"image": Field("png", source.image_shape), **scalars},
+        fields={"image": Field("png", samples[0]["image"].shape), **scalars},
         num_samples=len(samples),
         shard_size=config.shard_size,
         classes=source.classes,
@@ -131,7 +133,7 @@ def _header(source: Source, part: str, samples: list[Sample], config: ImportConf
             "part": part,
             "fractions": config.fractions,
             "seed": config.seed,
-            **({"classes": config.classes[part]} if part in config.classes else {}),
+            **({"classes": config.classes[base]} if base in config.classes else {}),
         },
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from rayproj.data import watermark
 from rayproj.data.dataset import Dataset
-from rayproj.data.order import Shuffled
+from rayproj.data.order import Buckets, Shuffled
 from rayproj.data.reader import Reader
 
 
@@ -46,6 +47,20 @@ class Batches:
         index = torch.from_numpy(columns.pop("index"))
         row = torch.stack([index, torch.full_like(index, step), torch.zeros_like(index)], dim=1)
         return {"row": row, **{k: torch.from_numpy(v) for k, v in columns.items() if v.dtype != object}}
+
+
+class Bucketed:
+    """Batches of one dataset of several in each step."""
+
+    def __init__(self, parts: Sequence[Batches], buckets: Buckets) -> None:
+        self.parts, self.buckets = parts, buckets
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        """As `Batches.at`, with the step of the training in "row"."""
+        bucket, number = self.buckets.at(step)
+        batch = self.parts[bucket].at(number)
+        batch["row"][:, 1] = step
+        return batch
 
 
 class Streamed:

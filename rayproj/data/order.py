@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+
+from rayproj.data.dataset import Dataset
 
 
 @lru_cache(maxsize=2)
@@ -98,10 +101,36 @@ class Weighted:
         return self._held[1]
 
 
-def order_of(
-    weights: np.ndarray | None, num_samples: int, shard_size: int, global_batch: int, seed: int
-) -> Shuffled | Weighted:
+class Buckets:
+    """Which of several datasets, of images of different shapes, a step's batch is from: all of it, so that every rank has as
+    much to do as the others.
+
+    In each run of as many steps as the samples fill, a dataset has its share, rounded up or down so that its mean is exact,
+    in a keyed order.
+
+    Args:
+        sizes: samples of each.
+    """
+
+    def __init__(self, sizes: Sequence[int], global_batch: int, seed: int) -> None:
+        self.ends, self.seed = np.cumsum(sizes) / sum(sizes), seed
+        self.round = -(-sum(sizes) // global_batch)
+        self._drawn = np.empty(0, np.int64)
+
+    def at(self, step: int) -> tuple[int, int]:
+        """The dataset of update `step`, and how many steps before it were from the same."""
+        while step >= len(self._drawn):
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, len(self._drawn) // self.round]))
+            places = (np.arange(self.round) + rng.random()) / self.round
+            drawn = rng.permutation(np.searchsorted(self.ends, places, side="right").clip(max=len(self.ends) - 1))
+            self._drawn = np.concatenate([self._drawn, drawn])
+        bucket = int(self._drawn[step])
+        return bucket, int((self._drawn[:step] == bucket).sum())
+
+
+def order_of(dataset: Dataset, global_batch: int, seed: int) -> Shuffled | Weighted:
     """By weight if there are weights."""
+    weights, header = dataset.weights(), dataset.header
     if weights is None:
-        return Shuffled(num_samples, shard_size, global_batch, seed)
-    return Weighted(weights, shard_size, global_batch, seed)
+        return Shuffled(header.num_samples, header.shard_size, global_batch, seed)
+    return Weighted(weights, header.shard_size, global_batch, seed)

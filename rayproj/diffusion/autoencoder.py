@@ -103,6 +103,7 @@ class Autoencoder(nn.Module):
         from diffusers import AutoencoderKL, AutoencoderTiny
 
         levels, network = len(config.channels), described(config, image_channels)
+        self.factor = network.factor
         self.vae: Any
         if config.weights:
             kind = AutoencoderKL if network.kind == "AutoencoderKL" else AutoencoderTiny
@@ -222,6 +223,7 @@ class Codec:
 
     def __init__(self, model: Autoencoder, latent_mean: list[float], latent_std: list[float], device: str) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
+        self.factor = model.factor  # pixels in a latent pixel, along a side
         self.mean = torch.tensor(latent_mean, device=device)[:, None, None]
         self.std = torch.tensor(latent_std, device=device)[:, None, None]
 

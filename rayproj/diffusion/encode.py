@@ -35,7 +35,14 @@ def latent_header(
     Raises:
         UserError: the images have no such caption or property.
     """
-    shape = from_json(Store(autoencoder).read("result.json"))["latent_shape"]
+    made = from_json(Store(autoencoder).read("result.json"))
+    factor = made["image_shape"][-1] // made["latent_shape"][-1]
+    sides = images.fields["image"].shape[1:]
+    if any(side % factor for side in sides):
+        raise UserError(
+            f"The images of '{images.name}' are {sides[0]}x{sides[1]}, and the autoencoder takes sides that are multiples "
+            f"of {factor}; import them so."
+        )
     fields = {name: field for name, field in images.fields.items() if field.encoding not in ("png", "npy")}
     captions = text.config.captions if text else []
     for name in [*properties, *captions]:
@@ -45,10 +52,14 @@ def latent_header(
     fields |= {name: Field("int", values=tuple(values)) for name, values in properties.items()}
     fields |= {f"{TEXT}_{name}": Field("npy", text.shape) for name in captions if text}
     if low:
+        if sides[0] != sides[1]:
+            raise UserError(
+                f"encode_latents.low is for square images; those of '{images.name}' are {sides[0]}x{sides[1]}."
+            )
         fields[LOW] = Field("png", (images.fields["image"].shape[0], low, low))
     return Header(
         name=f"{images.name} latents",
-        fields={"moments": Field("npy", (2 * shape[0], *shape[1:])), **fields},
+        fields={"moments": Field("npy", (2 * made["latent_shape"][0], *(s // factor for s in sides))), **fields},
         num_samples=images.num_samples,
         shard_size=images.shard_size,
         classes=images.classes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from rayproj.diffusion import process, sampling
 from rayproj.diffusion.adapters import LoraConfig, adapt, merge
 from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.conditions import LABEL, LOW, TEXT, Condition, ConditionConfig, Conditions, learned
-from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, remembering
+from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, Network, remembering
 from rayproj.diffusion.process import Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.text import TextConfig, TextEncoder
@@ -41,6 +42,9 @@ class DiffusionConfig:
     """What is learned, from which latents."""
 
     latents: str = "???"  # the dataset that jobs/encode_latents.py wrote
+    buckets: list[str] = field(
+        default_factory=list
+    )  # further ones, of images of other shapes; the largest is `latents`
     init: str = ""  # run dir of a trained model to start from
     trainable: str = ""  # regular expression: parameters in whose names it is found are trained, the others stay
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -114,6 +118,32 @@ class DiffusionTask:
         """Of the latents, which a batch must have."""
         captions = [f"{TEXT}_{name}" for name in self.config.conditioned.get(TEXT, ConditionConfig()).captions]
         return ["moments", *self.conditions.values, *captions, *([LOW] if self.conditions.low else [])]
+
+    def take(self, shapes: Sequence[Header]) -> None:
+        """Make sure that these latents, of other shapes, can be learned from too.
+
+        Raises:
+            UserError: they cannot.
+        """
+        denoiser, channels = self.config.denoiser, self.header.fields["moments"].shape[0]
+        if shapes and (denoiser.network is not Network.unet or denoiser.weights):
+            raise UserError(
+                "diffusion.buckets are for a U-Net of our own: denoiser.network=unet, without denoiser.weights."
+            )
+        halved = 2 ** (len(denoiser.channels) - 1)
+        for header in shapes:
+            found, *sides = header.fields["moments"].shape
+            same = Conditions.of(self.config.conditioned, header) == self.conditions
+            if not same or found != channels or header.classes != self.header.classes:
+                raise UserError(
+                    f"'{header.name}' of diffusion.buckets has other classes, conditions or channels than "
+                    f"'{self.header.name}'; encode both with the same autoencoder, text and properties."
+                )
+            if any(side % halved for side in sides):
+                raise UserError(
+                    f"The latents of '{header.name}' are {sides[0]}x{sides[1]}, and {len(denoiser.channels)} levels of "
+                    f"denoiser.channels take multiples of {halved}; choose other source.buckets."
+                )
 
     def show(self, device: str, train: TrainConfig) -> None:
         """Get what it takes to make previews and to validate on a device, as far as they are asked for.
@@ -193,8 +223,8 @@ class DiffusionTask:
     def _errors(self, model: nn.Module, batch: Batch, t: Tensor, conditions: dict[str, ConditionConfig]) -> Tensor:
         row = batch["row"]
         mean, std = batch["moments"].float().chunk(2, dim=1)
-        x0 = mean + std * keyed.normal(self.seed, "posterior", row, self.latent_shape)
-        noise = keyed.normal(self.seed, "noise", row, self.latent_shape)
+        x0 = mean + std * keyed.normal(self.seed, "posterior", row, tuple(mean.shape[1:]))
+        noise = keyed.normal(self.seed, "noise", row, tuple(mean.shape[1:]))
         condition = learned(conditions, batch, self.seed)
         out = model(self.process.input_of(self.process.noised(x0, noise, t), t), t, condition)
         errors = (out.float() - self.process.target(x0, noise, t)).square().flatten(1).mean(1)
@@ -291,6 +321,11 @@ class TrainedModel:
         self.codec = Codec.load(self.header.provenance["autoencoder"], device)
         self.device = device
 
+    def draws(self, image_shape: tuple[int, ...]) -> None:
+        """Draw images [C, H, W] of this shape from now on."""
+        channels = self.latent_shape[0]
+        self.latent_shape = (channels, *(side // self.codec.factor for side in image_shape[1:]))
+
     def guide_by(self, weak: TrainedModel) -> None:
         """Take a weaker model's output where guidance asks for that without a condition (Karras et al. 2024).
 
@@ -332,7 +367,7 @@ class TrainedModel:
             self.denoiser.net.compile()
 
     def draw(self, condition: Condition, ids: Tensor, seed: int, config: SamplerConfig) -> Tensor:
-        weak = self.weak and self.weak.denoiser
+        weak = self.weak.denoiser if self.weak else None
         return draw(self.denoiser, self.codec, condition, ids, self.latent_shape, seed, config, self.process, weak)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.diffusion.conditions import LABEL, TEXT, Conditions
+from rayproj.diffusion.denoiser import Network
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import DiffusionConfig
 from rayproj.engine.checkpoint import Commit, commits
@@ -35,6 +36,7 @@ class GenerateConfig:
     )
     weak: str = ""  # run dir of a smaller or less trained model, away from which sampler.guidance leads (autoguidance)
     samples: int = 10000
+    size: list[int] = field(default_factory=list)  # height and width in pixels; []: as the model's `diffusion.latents`
     properties: dict[str, list[str]] = field(default_factory=dict)  # property of the model -> the values to draw
     prompts: list[str] = field(default_factory=list)  # texts to draw, if the model knows text
     shard_size: int = 128
@@ -42,6 +44,8 @@ class GenerateConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def problems(self) -> list[str]:
+        if self.size and (len(self.size) != 2 or min(self.size) < 1):
+            return ["generate.size is [height, width], both positive."]
         found = [f"generate.{k} must be positive." for k in ("samples", "shard_size", "batch") if getattr(self, k) <= 0]
         if self.weak and (self.sampler.weights or self.sampler.guidance == 1):
             found.append("generate.weak guides by sampler.guidance, other than 1 and without sampler.weights.")
@@ -96,7 +100,6 @@ def plan(config: GenerateConfig, seed: int) -> Header:
     if unknown:
         raise UserError(f"sampler.weights.{unknown[0]}: the model has no such condition.")
     autoencoder = Store(latents.provenance["autoencoder"])
-    shape = tuple(from_json(autoencoder.read("result.json"))["image_shape"])
     newest = _newest(run)
     private, weak = certificate(run), _weak(config, diffusion.latents)
     provenance: dict[str, Any] = {
@@ -116,10 +119,16 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         provenance["private"] = provenance["private"] or weak["private"]
         if private and weak["private"]:
             provenance["private_weak"] = weak["private"]
+    shape = _image_shape(config, diffusion, latents, from_json(autoencoder.read("result.json")))
     fields = {"image": Field("png", shape), "seed": Field("int")}
     for name in axes:
         fields[name] = Field("str") if name == PROMPT else latents.fields[name]
-    layout = {"samples": config.samples, "shard_size": config.shard_size, "classes": list(latents.classes)}
+    layout = {
+        "samples": config.samples,
+        **({"size": config.size} if config.size else {}),
+        "shard_size": config.shard_size,
+        "classes": list(latents.classes),
+    }
     described = to_json({**provenance, **layout})
     provenance["plan"] = hashlib.sha256(described).hexdigest()
     return Header(
@@ -132,6 +141,22 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         attribution=latents.attribution,
         provenance=provenance,
     )
+
+
+def _image_shape(
+    config: GenerateConfig, diffusion: DiffusionConfig, latents: Header, autoencoder: dict[str, Any]
+) -> tuple[int, ...]:
+    """[C, H, W] of what is drawn."""
+    channels, *sides = autoencoder["image_shape"]
+    factor, own = sides[1] // autoencoder["latent_shape"][2], latents.fields["moments"].shape[1:]
+    if config.size:
+        denoiser = diffusion.denoiser
+        several = denoiser.network is Network.unet and not denoiser.weights
+        unit = factor * 2 ** (len(denoiser.channels) - 1)
+        if not several or any(side % unit for side in config.size):
+            takes = f"sides that are multiples of {unit}" if several else f"{own[0] * factor}x{own[1] * factor} alone"
+            raise UserError(f"generate.size={config.size}: the model of '{config.model}' draws {takes}.")
+    return channels, *(config.size or (side * factor for side in own))
 
 
 def _weak(config: GenerateConfig, latents: str) -> dict[str, Any]:

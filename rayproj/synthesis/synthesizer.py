@@ -36,6 +36,7 @@ class Synthesizer:
                 )
         self.sampler = configuration.from_dict(SamplerConfig, provenance["sampler"])
         self.model.prepare(self.sampler)
+        self.model.draws(self.header.fields["image"].shape)
         self.seed, self.axes = int(provenance["seed"]), dict(provenance["axes"])
         # Of a property the number that the model has for it, which is not its place in the plan.
         self.numbers = {

@@ -1,12 +1,14 @@
 """Data order: every sample once an epoch, and the same global batches at any world size."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from rayproj.data import watermark
-from rayproj.data.loader import Batches, Streamed
-from rayproj.data.order import Shuffled, epoch_order
+from rayproj.data.loader import Batches, Bucketed, Streamed
+from rayproj.data.order import Buckets, Shuffled, epoch_order, order_of
 from rayproj.data.reader import Reader
 from tests.support import images
 
@@ -55,6 +57,40 @@ def test_ranks_share_the_same_global_batch_at_any_world_size(tmp_path) -> None: 
             parts = [Batches(Reader(dataset), sampling, rank, world_size).at(step) for rank in range(world_size)]
             for name, tensor in whole.items():
                 assert torch.equal(torch.cat([part[name] for part in parts]), tensor)
+
+
+def test_each_bucket_has_its_share_of_the_steps() -> None:
+    sizes, batch = [70, 25, 10], 8
+    drawn = [Buckets(sizes, batch, seed=3).at(step) for step in (0, 500, 1399)]
+    buckets = Buckets(sizes, batch, seed=3)
+    found = [buckets.at(step) for step in range(1400)]  # 100 rounds of ceil(105 / 8)
+    assert drawn == [found[0], found[500], found[1399]], "a function of the step alone"
+    for bucket, size in enumerate(sizes):
+        numbers = [number for b, number in found if b == bucket]
+        assert numbers == list(range(len(numbers)))
+        assert len(numbers) == pytest.approx(1400 * size / 105, abs=25)
+        each = [sum(b == bucket for b, _ in found[i : i + 14]) for i in range(0, 1400, 14)]
+        assert set(each) <= {math.floor(14 * size / 105), math.ceil(14 * size / 105)}
+    assert [b for b, _ in found[:14]] != [b for b, _ in found[14:28]]
+
+
+def test_a_batch_of_one_bucket_is_shared_by_all_ranks(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    datasets = [images.write(str(tmp_path / name), num_samples=n) for name, n in (("a", 50), ("b", 20))]
+    orders, buckets = [order_of(dataset, 12, 1) for dataset in datasets], Buckets([50, 20], 12, 1)
+
+    def batches(rank: int, ranks: int) -> Bucketed:
+        return Bucketed([Batches(Reader(d), o, rank, ranks) for d, o in zip(datasets, orders, strict=True)], buckets)
+
+    whole, parts, seen = batches(0, 1), [batches(rank, 2) for rank in range(2)], set()
+    for step in (4, 5, 6, 7, 2):
+        bucket, number = buckets.at(step)
+        batch, halves = whole.at(step), [part.at(step) for part in parts]
+        seen.add(bucket)
+        assert np.array_equal(batch["row"][:, 0], orders[bucket].indices(number)) and (batch["row"][:, 1] == step).all()
+        assert [len(half["row"]) for half in halves] == [6, 6]
+        for name, tensor in batch.items():
+            assert torch.equal(torch.cat([half[name] for half in halves]), tensor)
+    assert seen == {0, 1}
 
 
 def test_a_streaming_consumer_says_how_far_it_is(tmp_path) -> None:  # type: ignore[no-untyped-def]

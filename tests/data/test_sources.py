@@ -87,6 +87,12 @@ def test_a_folder_with_a_csv(folder: Path) -> None:
     assert {p: Dataset.open(str(folder / "out" / p)).manifest_hash() for p in notes} == notes
 
 
+def test_buckets_are_for_files(folder: Path) -> None:
+    assert SourceConfig(kind=SourceKind.image_folder, buckets=[[16, 24]]).problems() == []
+    assert "other sources have squares" in SourceConfig(buckets=[[16, 24]]).problems()[0]
+    assert "both positive" in SourceConfig(kind=SourceKind.webdataset, buckets=[[16]]).problems()[0]
+
+
 def test_patients_are_never_torn_apart(folder: Path) -> None:
     config = SourceConfig(
         kind=SourceKind.image_folder, path=str(folder), group_column="patient", attributes=["patient"]

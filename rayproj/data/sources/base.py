@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rayproj.errors import UserError
 
@@ -36,6 +37,9 @@ class SourceConfig:
     kind: SourceKind = SourceKind.fashion_mnist
     path: str = ""  # idx: folder; image_folder: folder; webdataset: folder or glob of tars
     image_size: int = 32  # side in pixels; smaller grey images are padded, others resized
+    # [height, width] each: an image goes to the one whose aspect ratio is nearest, scaled to fill it and cut at two sides;
+    # each makes a dataset of its own, <part>/<height>x<width>. []: squares of image_size.
+    buckets: list[list[int]] = field(default_factory=list)
     channels: Channels = Channels.native
     csv: str = "labels.csv"  # image_folder: file name below `path`
     file_column: str = "file"  # image_folder
@@ -45,6 +49,12 @@ class SourceConfig:
     split_column: str = ""  # image_folder: a column with the names of the parts, instead of a split by key
     group_column: str = ""  # what must not be torn apart, such as the patient; "": every image by itself
     attributes: list[str] = field(default_factory=list)  # further columns to keep
+
+    def problems(self) -> list[str]:
+        if self.buckets and self.kind not in (SourceKind.image_folder, SourceKind.webdataset):
+            return ["source.buckets are for image_folder and webdataset; the other sources have squares."]
+        sound = all(len(b) == 2 and min(b) > 0 for b in self.buckets)
+        return [] if sound else ["source.buckets: each is [height, width], both positive."]
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,8 @@ def open_source(config: SourceConfig) -> Source:
 
 
 def decode(data: bytes, name: str, config: SourceConfig) -> np.ndarray:
-    """uint8 [C, H, W] of an encoded image: transparent parts white, antialiased bicubic to the configured size.
+    """uint8 [C, H, W] of an encoded image: transparent parts white, antialiased bicubic to the configured size, or to the
+    bucket that it fits best.
 
     Raises:
         UserError: it is not an image.
@@ -92,7 +103,11 @@ def decode(data: bytes, name: str, config: SourceConfig) -> np.ndarray:
         config.channels is Channels.native and picture.mode in ("L", "1", "I;16")
     )
     picture = picture.convert("L" if grey else "RGB")
-    if picture.size != (config.image_size, config.image_size):
+    if config.buckets:
+        width, height = picture.size
+        h, w = min(config.buckets, key=lambda b: abs(math.log(b[1] / b[0] * height / width)))
+        picture = ImageOps.fit(picture, (w, h), Image.Resampling.BICUBIC)
+    elif picture.size != (config.image_size, config.image_size):
         picture = picture.resize((config.image_size, config.image_size), Image.Resampling.BICUBIC)
     array = np.asarray(picture)
     return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)

@@ -35,7 +35,7 @@ def open(config: SourceConfig) -> Source:
         for number, row in enumerate(table):
             name = row[config.file_column]
             image = decode(_bytes(folder, row, config, number + 2), name, config)
-            if image.shape != first.shape:
+            if image.shape[0] != first.shape[0]:
                 raise UserError(
                     f"'{name}' has {image.shape[0]} channels, others have {first.shape[0]}; set source.channels."
                 )

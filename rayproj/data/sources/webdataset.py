@@ -27,7 +27,7 @@ def open(config: SourceConfig) -> Source:
     def rows() -> Iterator[dict[str, Any]]:
         for number, (name, data, label, values) in enumerate(_walk(paths, config)):
             image = decode(data, name, config)
-            if image.shape != first.shape:
+            if image.shape[0] != first.shape[0]:
                 raise UserError(
                     f"'{name}' has {image.shape[0]} channels, others have {first.shape[0]}; set source.channels."
                 )
