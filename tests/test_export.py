@@ -247,7 +247,7 @@ def test_adapters_are_what_was_trained_and_what_is_exported(runs: Path, private:
     from diffusers import UNet2DModel
 
     before, after = (load_ema(Store(str(runs / name)))[0] for name in ("train_diffusion", "finetune_private"))
-    adapted, unet = 0, UNet2DModel.from_pretrained(private / "unet")
+    adapted, unet = 0, UNet2DModel.from_pretrained(private / "denoiser")
     for name, weight in unet.state_dict().items():
         full = "embedding.values.label.weight" if name == "class_embedding.weight" else f"net.{name}"
         layer, _, kind = full.rpartition(".")

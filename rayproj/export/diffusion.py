@@ -12,7 +12,7 @@ from rayproj.data.dataset import Dataset
 from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.conditions import LABEL
 from rayproj.diffusion.denoiser import Network
-from rayproj.diffusion.process import BETAS, Path, Prediction
+from rayproj.diffusion.process import BETAS, STEPS, Path, Prediction, Process
 from rayproj.diffusion.task import DiffusionConfig, TrainedModel
 from rayproj.engine.checkpoint import load_ema
 from rayproj.errors import UserError
@@ -21,45 +21,36 @@ from rayproj.storage.store import Store, from_json, to_json
 
 
 def write_pipeline(run: Store, folder: File) -> Card:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     from rayproj.export import pipeline
 
     model = TrainedModel(run.uri, "cpu")
     if model.conditions.text and not model.conditions.values and model.denoiser.embedding.whole_text is None:
         return _write_stable_diffusion(run, model, folder)
-    if (model.process.path, model.process.predicts) != (Path.flow, Prediction.velocity):
-        raise UserError(
-            "Only rectified flows (diffusion.process.path=flow, predicts=velocity) are exported as a pipeline so far, and "
-            f"this run has {model.process.path.value} and {model.process.predicts.value}; draw with jobs/generate.py."
-        )
     conditions, network = model.conditions, model.denoiser.kind
-    if conditions.text or set(conditions.values) != {LABEL} or network is not Network.unet:
+    if conditions.text or conditions.low or set(conditions.values) != {LABEL} or network is Network.mmdit:
+        also = [*(["text"] if conditions.text else []), *(["low"] if conditions.low else [])]
         raise UserError(
-            "Only U-Nets of a class label and nothing else are exported as a pipeline so far, and this run has a "
-            f"{network.value} of {', '.join([*conditions.values, *(['text'] if conditions.text else [])])}; draw with "
-            "jobs/generate.py."
+            "A U-Net or DiT of a class label and nothing else is exported as a pipeline, and this run has a "
+            f"{network.value} of {', '.join([*conditions.values, *also])}; draw with jobs/generate.py."
         )
-    header, vae, unet = model.header, _vae(model.codec), model.denoiser.net
-    # As diffusers itself has labels.
-    unet.class_embedding = model.denoiser.embedding.values[LABEL]
-    unet.register_to_config(class_embed_type=None, num_class_embeds=conditions.values[LABEL] + 1)
+    scheduler = _scheduler(model.process)
+    header, vae, net = model.header, _vae(model.codec), model.denoiser.net
+    if not model.denoiser.makes_own_vector:  # then as diffusers itself has labels
+        net.class_embedding = model.denoiser.embedding.values[LABEL]
+        net.register_to_config(class_embed_type=None, num_class_embeds=conditions.values[LABEL] + 1)
     autoencoder = Store(header.provenance["autoencoder"])
     images = header.provenance["images"]
     # Raised before anything long is done, and before anything is written that lacks it.
     privacy = guarantees(run, images)
-    unet.register_to_config(sample_size=list(model.latent_shape[1:]))
-    whole = pipeline.LatentFlowPipeline(
-        vae,
-        unet,
-        FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
-        {str(number): name for number, name in enumerate(header.classes)},
-    )
+    if network is Network.unet:
+        net.register_to_config(sample_size=list(model.latent_shape[1:]))
+    names = {str(number): name for number, name in enumerate(header.classes)}
+    whole = pipeline.ClassToImagePipeline(vae, net, scheduler, names)
     whole.save_pretrained(folder)
     shutil.copy(pipeline.__file__, folder / "pipeline.py")
     # With the file's name beside the class's, diffusers finds the code here without being told of it.
     index = from_json((folder / "model_index.json").read_bytes())
-    index["_class_name"] = ["pipeline", pipeline.LatentFlowPipeline.__name__]
+    index["_class_name"] = ["pipeline", pipeline.ClassToImagePipeline.__name__]
     (folder / "model_index.json").write_bytes(to_json(index))
 
     preview = configuration.section(DiffusionConfig, run.read("config.yaml"), "diffusion").preview
@@ -73,14 +64,55 @@ images = pipeline(labels, num_inference_steps={preview.steps}, guidance_scale={p
 """
     learned = _data_of(autoencoder)
     return Card(
-        about=f"Class-conditional latent diffusion (rectified flow) of images of {shape} (channels, height, width), "
-        f"as a diffusers pipeline with its own code in `pipeline.py`. The classes: {', '.join(header.classes)}.",
+        about=f"Class-conditional latent diffusion ({_about(model.process)}) of images of {shape} (channels, height, "
+        f"width), as a diffusers pipeline with its own code in `pipeline.py`. The classes: {', '.join(header.classes)}.",
         library="diffusers",
-        tags=["latent-diffusion", "rectified-flow", "class-conditional", "synthetic-data", "rayproj"],
+        tags=["latent-diffusion", "class-conditional", "synthetic-data", "rayproj"],
         code=code,
         commit=model.commit,
         data=[describe(header, "Denoiser"), learned],
         privacy=[*privacy, no_guarantee("the data of the autoencoder (`vae/`)")],
+    )
+
+
+# Of diffusers' schedulers of discrete steps.
+KINDS = {Prediction.noise: "epsilon", Prediction.data: "sample", Prediction.v: "v_prediction"}
+
+
+def _scheduler(process: Process) -> Any:
+    """The scheduler of diffusers that goes along a process.
+
+    Raises:
+        UserError: there is none.
+    """
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    if (process.path, process.predicts) == (Path.flow, Prediction.velocity):
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=STEPS, shift=1.0)
+    if process.path not in BETAS or process.predicts not in KINDS:
+        raise UserError(
+            "A model is exported as a pipeline if its diffusion.process has path=flow and predicts=velocity, or one of the "
+            f"paths {', '.join(path.value for path in BETAS)}; this run has {process.path.value} and "
+            f"{process.predicts.value}. Draw with jobs/generate.py."
+        )
+    low, high = BETAS[process.path]
+    return DDIMScheduler(
+        num_train_timesteps=STEPS,
+        beta_start=low,
+        beta_end=high,
+        beta_schedule=process.path.value,
+        clip_sample=False,
+        prediction_type=KINDS[process.predicts],
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
+
+
+def _about(process: Process) -> str:
+    return (
+        "rectified flow"
+        if process.path is Path.flow
+        else f"path {process.path.value}, predicts {process.predicts.value}"
     )
 
 
@@ -90,19 +122,17 @@ def _write_stable_diffusion(run: Store, model: TrainedModel, folder: File) -> Ca
     Raises:
         UserError: the process or the latents are not those of Stable Diffusion.
     """
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
 
-    kinds = {Prediction.noise: "epsilon", Prediction.data: "sample", Prediction.v: "v_prediction"}
     own = {"mean": model.codec.mean.flatten().tolist(), "std": model.codec.std.flatten().tolist()}
     scale, vae = model.codec.model.vae.config.get("scaling_factor", 1.0), model.codec.model.vae
     theirs = [1 / scale] * len(own["std"])
     same = all(abs(a - b) < 1e-5 * b for a, b in zip(own["std"], theirs, strict=True)) and not any(own["mean"])
-    if model.process.path is not Path.scaled_linear or model.process.predicts not in kinds or not same:
+    if model.process.path is not Path.scaled_linear or model.process.predicts not in KINDS or not same:
         raise UserError(
             "A text-to-image model is exported as a Stable Diffusion pipeline, with diffusion.process.path=scaled_linear "
             "and autoencoder.weights of such a pipeline; this run has others. Draw with jobs/generate.py."
         )
-    low, high = BETAS[Path.scaled_linear]
     images, autoencoder = model.header.provenance["images"], Store(model.header.provenance["autoencoder"])
     privacy = guarantees(run, images)
     words = model.text.tokenizer
@@ -112,15 +142,7 @@ def _write_stable_diffusion(run: Store, model: TrainedModel, folder: File) -> Ca
         model.text.model,
         words,
         model.denoiser.net,
-        DDIMScheduler(
-            beta_start=low,
-            beta_end=high,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            prediction_type=kinds[model.process.predicts],
-            timestep_spacing="trailing",
-            steps_offset=1,
-        ),
+        _scheduler(model.process),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
