@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from rayproj.engine.world import World
 Row = dict[str, Any]
 STEPS, ROUNDS, BATCH, THREADS = 12, 3, 32, 2
 TOKENS, DEPTH, SAMPLER_STEPS, IMAGES = 32, 64, 20, 8
+SWITCHES = ("compiled blocks", "channels-last", "recomputed activations")  # of a training step
 NETWORKS = {
     "UNet (64, 128), 4x16x16": DenoiserConfig(channels=(64, 128)),
     "DiT, 6 blocks of 256, 64 tokens": DenoiserConfig(Network.dit, layers=6, heads=4, head_dim=64),
@@ -48,6 +50,10 @@ NETWORKS = {
 def measure() -> list[Row]:
     """Rows for `jobs/benchmark.py`."""
     found = [row for name in NETWORKS for row in _compare("train", name, "training step", "s", "lower", 1.0)]
+    for what in SWITCHES:
+        found += [
+            row for name in NETWORKS for row in _compare(what, name, f"training step, {what}", "s", "lower", None)
+        ]
     with tempfile.TemporaryDirectory(prefix="rayproj-bench-") as folder:
         _write_pipeline(Path(folder))
         what = f"{IMAGES} samples of {SAMPLER_STEPS} steps"
@@ -60,24 +66,25 @@ def measure() -> list[Row]:
     return found
 
 
-def _compare(what: str, which: str, metric: str, unit: str, better: str, goal: float) -> list[Row]:
-    times: dict[str, list[float]] = {"ours": [], "diffusers": []}
+def _compare(what: str, which: str, metric: str, unit: str, better: str, goal: float | None) -> list[Row]:
+    times: dict[str, list[float]] = {"ours": [], "peer": []}
     peaks: dict[str, float] = {}
-    for number in range(1 if "compiled" in what else ROUNDS):
+    for number in range(1 if "compiled" in what else ROUNDS):  # their start is long
         for way in list(times) if number % 2 else reversed(list(times)):
             seconds, peak = map(float, _run(what, way, which).split())
             times[way].append(seconds)
             peaks[way] = peak
-    shown = f"{metric}, {which}" if what == "train" else f"{metric}, Stable Diffusion in small"
+    shown = f"{metric}, {which}" if which in NETWORKS else f"{metric}, Stable Diffusion in small"
     peer = "accelerate and diffusers" if what == "train" else "StableDiffusionPipeline"
-    ratios = [a / b for a, b in zip(times["ours"], times["diffusers"], strict=True)]
-    ours, other = (statistics.median(times[way]) for way in ("ours", "diffusers"))
+    peer = "ours without" if what in SWITCHES else peer
+    ratios = [a / b for a, b in zip(times["ours"], times["peer"], strict=True)]
+    ours, other = (statistics.median(times[way]) for way in ("ours", "peer"))
     row = {"peer": peer, "better": better}
     return [
         row | {"metric": shown, "unit": unit, "ours": ours, "peer_value": other, "ratios": ratios}
         | {"ratio": statistics.median(ratios), "goal": goal},
-        row | {"metric": f"{shown}: memory", "unit": "MiB", "ours": peaks["ours"], "peer_value": peaks["diffusers"]}
-        | {"ratio": peaks["ours"] / peaks["diffusers"], "goal": None},
+        row | {"metric": f"{shown}: memory", "unit": "MiB", "ours": peaks["ours"], "peer_value": peaks["peer"]}
+        | {"ratio": peaks["ours"] / peaks["peer"], "goal": None},
     ]  # fmt: skip
 
 
@@ -95,11 +102,12 @@ def _run(*words: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def _task(name: str) -> DiffusionTask:
+def _task(name: str, **switches: Any) -> DiffusionTask:
     fields = {"moments": Field("npy", (8, 16, 16)), "label": Field("int")}
     header = Header("benchmark", fields, 2048, 256, tuple("0123456789"))
     conditions = {"label": ConditionConfig()}
-    return DiffusionTask(DiffusionConfig("", denoiser=NETWORKS[name], conditions=conditions), header, seed=0)
+    denoiser = replace(NETWORKS[name], **switches)
+    return DiffusionTask(DiffusionConfig("", denoiser=denoiser, conditions=conditions), header, seed=0)
 
 
 def _batch(step: int) -> dict[str, Tensor]:
@@ -109,15 +117,15 @@ def _batch(step: int) -> dict[str, Tensor]:
     return {"row": row, "moments": moments, "label": torch.arange(BATCH) % 10}
 
 
-def _ours_trained(name: str) -> Callable[[int], Any]:
-    task = _task(name)
-    engine, step = _engine(task), PlainStep(BATCH, 0, 1)
+def _ours_trained(name: str, compiled: bool = False, **switches: Any) -> Callable[[int], Any]:
+    task = _task(name, **switches)
+    engine, step = _engine(task, compiled), PlainStep(BATCH, 0, 1)
     return lambda number: step(engine, task, _batch(number))
 
 
-def _engine(task: DiffusionTask) -> Engine:
+def _engine(task: DiffusionTask, compiled: bool = False) -> Engine:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    config = EngineConfig(optimizer=OptimizerConfig(lr=1e-4, clip_grad_norm=1.0))
+    config = EngineConfig(optimizer=OptimizerConfig(lr=1e-4, clip_grad_norm=1.0), compile=compiled)
     return Engine(task.build(), config, 1000, World(0, 1, 0, "cpu"))
 
 
@@ -214,13 +222,17 @@ def _theirs_sampled(folder: str, compiled: bool = False) -> Callable[[int], Any]
 
 WAYS: dict[tuple[str, str], Callable[[str], Callable[[int], Any]]] = {
     ("train", "ours"): _ours_trained,
-    ("train", "diffusers"): _theirs_trained,
+    ("train", "peer"): _theirs_trained,
+    ("compiled blocks", "ours"): partial(_ours_trained, compiled=True),
+    ("channels-last", "ours"): partial(_ours_trained, channels_last=True),
+    ("recomputed activations", "ours"): partial(_ours_trained, recompute=True),
+    **{(what, "peer"): _ours_trained for what in SWITCHES},
     ("sample", "ours"): _ours_sampled,
-    ("sample", "diffusers"): _theirs_sampled,
+    ("sample", "peer"): _theirs_sampled,
     ("compiled", "ours"): partial(_ours_sampled, compiled=True),
-    ("compiled", "diffusers"): _theirs_sampled,
+    ("compiled", "peer"): _theirs_sampled,
     ("both compiled", "ours"): partial(_ours_sampled, compiled=True),
-    ("both compiled", "diffusers"): partial(_theirs_sampled, compiled=True),
+    ("both compiled", "peer"): partial(_theirs_sampled, compiled=True),
 }
 
 
@@ -238,7 +250,7 @@ def one(what: str, way: str, which: str) -> str:
         return str(work / 1e12 / _median(lambda number: step(engine, task, _batch(number)), STEPS))
     start = resident("VmRSS")
     run = WAYS[what, way](which)
-    seconds = _median(run, STEPS if what == "train" else 3)
+    seconds = _median(run, STEPS if which in NETWORKS else 3)
     return f"{seconds} {resident('VmHWM') - start}"
 
 

@@ -44,6 +44,9 @@ class DenoiserConfig:
     patch: int = 2  # side of a token in latent pixels
     # Whether activations are computed again in the backward instead of being kept: less memory, about a third more time.
     recompute: bool = False
+    channels_last: bool = (
+        False  # whether a U-Net's images lie pixel by pixel in memory, as convolutions of GPUs like them
+    )
 
     def problems(self) -> list[str]:
         if self.network is not Network.unet:
@@ -66,7 +69,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, config: DenoiserConfig, latent_shape: tuple[int, ...], conditions: Conditions) -> None:
         super().__init__()
-        self.conditions, self.kind = conditions, config.network
+        self.conditions, self.kind, self.channels_last = conditions, config.network, config.channels_last
         if config.weights:
             self.net, self.kind = _of_others(config.weights, latent_shape, conditions)
             width = 0
@@ -104,6 +107,8 @@ class Denoiser(nn.Module):
         vector, tokens, there = self.embedding(condition)
         if self.conditions.low:
             x = torch.cat([x, _at(condition[LOW].to(dtype), x.shape[-1])], dim=1)
+        if self.channels_last:
+            x = x.to(memory_format=torch.channels_last)
         if self.makes_own_vector:
             number, none = condition[LABEL], self.conditions.values[LABEL]
             out = self.net(x, steps, class_labels=torch.where(number < 0, none, number)).sample

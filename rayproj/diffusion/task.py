@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from rayproj.diffusion.process import Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.engine.checkpoint import Commit, load_ema
+from rayproj.engine.compiling import need_compiler
 from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch
 from rayproj.engine.training import TrainConfig
@@ -362,8 +362,7 @@ class TrainedModel:
         if config.bf16:
             self.denoiser.bfloat16()
         if config.compile:
-            if not any(map(shutil.which, ("g++", "clang++", "c++"))):
-                raise UserError("sampler.compile=true needs a C++ compiler; install g++, or leave it off.")
+            need_compiler("sampler.compile")
             self.denoiser.net.compile()
 
     def draw(self, condition: Condition, ids: Tensor, seed: int, config: SamplerConfig) -> Tensor:

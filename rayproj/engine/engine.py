@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayproj.engine import ema
+from rayproj.engine.compiling import compile_blocks, need_compiler
 from rayproj.engine.layout import Piece, Run, cut, join, pieces, runs
 from rayproj.engine.timing import StepTimer, charge_collectives
 from rayproj.engine.world import World
@@ -58,6 +59,7 @@ class EngineConfig:
     # Further averages, of these widths (`engine.ema`), such as [0.05, 0.1]; of what several commits hold of them
     # (train.checkpoint.keep_every), one of any width can be put together afterwards.
     ema_widths: list[float] = field(default_factory=list)
+    compile: bool = False  # the model's blocks, by torch.compile: a minute at every start
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def problems(self) -> list[str]:
@@ -139,6 +141,9 @@ class Engine:
         )
         # Before DeepSpeed hooks into the model; without memory of its own.
         plain = copy.deepcopy(model).to("meta") if config.zero_stage == 3 else None
+        if config.compile:
+            need_compiler("engine.compile")
+            compile_blocks(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         numel = {id(p): p.numel() for p in trainable.values()}  # ZeRO-3 is about to empty them
         opt = config.optimizer

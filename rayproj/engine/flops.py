@@ -33,7 +33,8 @@ def flops_per_sample(engine: Engine, task: Task, batch: Batch) -> float:
     engine.module.eval()  # running statistics stay as they are
     counter = FlopCounterMode(display=False)
     try:
-        with torch.random.fork_rng(), counter:
+        # Of a compiled block the counter sees nothing.
+        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(), counter:
             task.losses(engine.deepspeed, one)
     finally:
         for module, training in modes.items():

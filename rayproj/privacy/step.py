@@ -121,6 +121,10 @@ def refuse_engine(config: EngineConfig) -> None:
     """Raise UserError for an engine that cannot train privately."""
     if config.optimizer.clip_grad_norm:
         raise UserError("Private training clips each example; set train.engine.optimizer.clip_grad_norm=0.")
+    if config.compile:
+        raise UserError(
+            "Private training looks into the layers, which compiled ones do not show; leave engine.compile off."
+        )
 
 
 def reduce_to_share(engine: Engine, flat: Tensor) -> Tensor:
