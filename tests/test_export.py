@@ -1,6 +1,7 @@
 """What is exported is loaded where this project cannot be imported, by the code of its own model card, and computes what
 the run's weights compute here."""
 
+import importlib
 import json
 import os
 import re
@@ -16,33 +17,46 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
 
 from rayproj import classifiers
+from rayproj import config as configuration
+from rayproj.data.dataset import Dataset
 from rayproj.diffusion import sampling
 from rayproj.diffusion.autoencoder import Codec, to_unit_range
 from rayproj.diffusion.process import Process, ProcessConfig
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.engine.checkpoint import load_ema
+from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.export import export
+from rayproj.runtime.run import Run
 from rayproj.storage.store import Store
 from rayproj.synthesis.plan import commit_hash
-from tests.support.commands import run
+from tests.support import runs as made
+from tests.support.commands import ROOT, run
+from tests.support.ranks import run_ranks
+from tests.support.regression import Recorder
 
-TRAIN = ["train.batch=32", "train.preview_every=0", "cluster.ranks=1", "train.engine.ema=0.9"]
+TRAIN = ["train.batch=32", "train.preview_every=0", "train.engine.ema=0.9"]
 STEPS = [*TRAIN, "train.steps=12", "train.engine.optimizer.lr=5e-3"]
 DENOISER = ["diffusion.denoiser={channels: [16, 32], head_dim: 16, norm_groups: 8}"]
 LORA = "diffusion.lora.rank=2"
 
-JOBS = """
-import importlib, json, sys
-from rayproj import config
-from rayproj.runtime.cluster import connect
 
-connect()  # one Ray for all, because its start takes longer than most of these jobs
-for name, words in json.loads(sys.argv[1]):
-    job = importlib.import_module(f"rayproj.jobs.{name}")
-    job.main(config.load(job.Config, f"configs/{name}.yaml", words))
-"""
+def work(world: World, root: str, stages: dict[str, list[str]]) -> None:
+    """The jobs without Ray, one after another on one rank."""
+    for name, words in stages.items():
+        job = importlib.import_module(f"rayproj.jobs.{name}")
+        config = configuration.load(job.Config, f"{ROOT}/configs/{name}.yaml", [*words, f"run.dir={root}/{name}"])
+        if name == "import_data":
+            job.main(config)
+            continue
+        with Run.open(name, config) as run:
+            if name != "encode_latents":
+                run.finish(job.worker(run.config, world, Recorder("a")))
+                continue
+            for part, uri in config.images.items():
+                made.latents(f"{config.out}/{part}", Dataset.open(uri), Store(config.autoencoder))
+            run.finish({})
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +72,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "import_data": [*source, f"data.out={root}/data"],
         "train_classifier": [f"data={root}/data/public", "classifier.channels=[16,32]", *STEPS],
         "train_autoencoder": [f"data={root}/data/public", "autoencoder.channels=[8,8,16]", *STEPS],
-        "encode_latents": [images, f"out={root}/latents", f"autoencoder={root}/train_autoencoder", "pool.actors=1"],
+        "encode_latents": [images, f"out={root}/latents", f"autoencoder={root}/train_autoencoder"],
         "train_diffusion": [f"{latents}/public", *DENOISER, *STEPS],
         "finetune_private": [f"{latents}/private", start, *DENOISER, *private, *TRAIN, "train.steps=2", LORA],
     }
-    given = [(name, [*words, f"run.dir={root}/{name}"]) for name, words in stages.items()]
-    done = run(sys.executable, "-c", JOBS, json.dumps(given), timeout=200)
-    assert done.returncode == 0, done.stderr
+    run_ranks(work, 1, str(root), stages)
     return root
 
 

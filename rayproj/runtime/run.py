@@ -110,9 +110,8 @@ class Run:
         store = Store(config.run.dir)
         if not store.put_once("run.json", to_json({"job": job, "version": __version__, "created_at": time.time()})):
             _require_job(store, job)
-        text = configuration.to_yaml(config).encode()
-        if not store.put_once("config.yaml", text):
-            _require_same(store, text)
+        if not store.put_once("config.yaml", configuration.to_yaml(config).encode()):
+            _require_same(store, config)
         run = cls(job, store, config)
         try:
             with run._attempt():
@@ -223,10 +222,10 @@ def _require_job(store: Store, job: str) -> None:
         )
 
 
-def _require_same(store: Store, text: bytes) -> None:
-    before, now = (
-        _flat(OmegaConf.to_container(OmegaConf.create(t.decode()))) for t in (store.read("config.yaml"), text)
-    )
+def _require_same(store: Store, config: Any) -> None:
+    texts = configuration.to_yaml(type(config)()), store.read("config.yaml").decode(), configuration.to_yaml(config)
+    default, stored, now = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in texts)
+    before = default | stored  # what a version before did not have is as it is by default
     differing = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -129,13 +129,13 @@ def test_stopped_from_elsewhere_and_seen_from_there(data: Path, tmp_path: Path) 
 
 def test_a_second_ctrl_c_and_a_killed_driver_leave_the_last_commit_good(data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    process = start(data, run_dir, 250)
+    process = start(data, run_dir, 80)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGTERM and "Leaving at once; the last commit is good." in stderr
     reached = commits(Store(str(run_dir)))[-1].step
-    process = start(data, run_dir, 250)
+    process = start(data, run_dir, 80)
     while commits(Store(str(run_dir)))[-1].step == reached:
         time.sleep(0.02)
     process.kill()

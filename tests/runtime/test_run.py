@@ -39,6 +39,17 @@ def test_another_config_is_refused_with_the_differences(tmp_path: Path) -> None:
         pass
 
 
+def test_what_an_older_version_did_not_have_is_as_by_default(tmp_path: Path) -> None:
+    with Run.open("job", config(tmp_path)):
+        pass
+    path = tmp_path / "a" / "b" / "config.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("steps")))
+    with Run.open("job", config(tmp_path)):
+        pass
+    with pytest.raises(UserError, match=r"\(steps was 1, now 2\)"), Run.open("job", config(tmp_path, steps=2)):
+        pass
+
+
 def test_where_it_runs_may_change(tmp_path: Path) -> None:
     with Run.open("job", config(tmp_path)):
         pass
