@@ -12,7 +12,7 @@ from rayproj.data.dataset import Dataset, Header, Inputs
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import PoolConfig, produce
 from rayproj.runtime.run import Run, RunConfig
-from rayproj.synthesis.plan import GenerateConfig, plan
+from rayproj.synthesis.plan import GenerateConfig, plan, shards_in_a_row
 from rayproj.tracking.tracker import TrackingConfig
 
 
@@ -42,7 +42,8 @@ def main(config: Config) -> dict[str, Any]:
             return run.result
         dataset = Dataset.create(config.generate.out, plan(config.generate, config.run.seed))
         maker = {"out": dataset.uri, "batch": config.generate.batch}
-        made = produce(run, dataset, "rayproj.synthesis.synthesizer:Synthesizer", config.pool, maker, config.consumers)
+        entry, together = "rayproj.synthesis.synthesizer:Synthesizer", shards_in_a_row(config.generate)
+        made = produce(run, dataset, entry, config.pool, maker, config.consumers, together)
         return run.finish({**made, "private": dataset.header.provenance["private"]})
 
 

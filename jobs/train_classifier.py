@@ -13,8 +13,8 @@ from rayproj.classifiers.model import ClassifierConfig
 from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.dataset import Dataset, Header
 from rayproj.data.loader import Batches, Streamed
-from rayproj.data.order import Shuffled
-from rayproj.data.reader import Reader
+from rayproj.data.order import Mixed, Shuffled, order_of
+from rayproj.data.reader import Joined, Reader
 from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
@@ -29,6 +29,7 @@ from rayproj.tracking.tracker import TrackingConfig
 @dataclass
 class Config:
     data: str = "???"  # a dataset with the fields "image" and "label"
+    mix: dict[str, float] = field(default_factory=dict)  # further ones, such as the real images -> share of every batch
     consumer: str = ""  # read the first epoch as it is written, under this name; "": the dataset is complete
     wait_seconds: float = 600.0  # for the dataset, and for each next shard of it
     shift: int = 2  # augmentation: largest shift in pixels
@@ -38,6 +39,10 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     cluster: GroupConfig = field(default_factory=GroupConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def problems(self) -> list[str]:
+        sound = all(share > 0 for share in self.mix.values()) and sum(self.mix.values()) < 1
+        return [] if sound else ["mix: shares are positive and leave something for data: together less than 1."]
 
 
 def task_of(config: Config, header: Header) -> ClassificationTask:
@@ -49,8 +54,14 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     dataset = Dataset.open(config.data, config.wait_seconds, link.stop_requested)
     header = dataset.header
     task = task_of(config, header)
-    order = Shuffled(header.num_samples, header.shard_size, config.train.batch, config.run.seed, bool(config.consumer))
-    reader = Reader(dataset, fields=["image", "label"], wait_seconds=config.wait_seconds, stop=link.stop_requested)
+    batch, seed = config.train.batch, config.run.seed
+    order: Any = Shuffled(header.num_samples, header.shard_size, batch, seed, bool(config.consumer))
+    reader: Any = Reader(dataset, fields=["image", "label"], wait_seconds=config.wait_seconds, stop=link.stop_requested)
+    if config.mix:
+        others = [Dataset.open(uri) for uri in config.mix]
+        shares = [1 - sum(config.mix.values()), *config.mix.values()]
+        order = Mixed([order, *(order_of(other, batch, seed) for other in others)], shares, batch, seed)
+        reader = Joined([reader, *(Reader(other, fields=["image", "label"]) for other in others)])
     batches: Any = Batches(reader, order, world.rank, world.world_size)
     batches = Streamed(batches, order, dataset, config.consumer) if config.consumer else batches
     step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)

@@ -18,11 +18,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Field, Header, Inputs
+from rayproj.data.encodings import ENCODINGS
 from rayproj.diffusion.conditions import LABEL, LOW, TEXT, ConditionConfig
 from rayproj.diffusion.task import DiffusionTask
 from rayproj.engine import memory
@@ -225,7 +227,8 @@ def bought(mechanism: PrivacyPlan) -> dict[str, Any]:
 
 def example_memory(model: memory.Model, header: Header, examples: int, privacy: PrivacyConfig | None) -> dict[str, int]:
     """What comes and goes with the examples of one forward and backward of a rank."""
-    dtypes = {"png": torch.uint8, "npy": torch.float32, "int": torch.int64, "float": torch.float64}
+    dtypes = {"int": torch.int64, "float": torch.float64}
+    dtypes |= {name: torch.uint8 if encoding.image else torch.float32 for name, encoding in ENCODINGS.items()}
     fields = {n: (f.shape, dtypes[f.encoding]) for n, f in header.fields.items() if f.encoding in dtypes}
     if privacy is None:
         return {"activations": model.forward_and_backward(model.batch(examples, fields))}
@@ -300,8 +303,12 @@ def kept_commits(train: TrainConfig) -> int:
 
 def _decoded(header: Header) -> int:
     """Bytes of a dataset's arrays in memory."""
-    size = {"png": 1, "npy": 4}
-    return header.num_samples * sum(size.get(f.encoding, 8) * prod(f.shape) for f in header.fields.values())
+    return header.num_samples * sum(_width(f) * prod(f.shape) for f in header.fields.values())
+
+
+def _width(field: Field) -> int:
+    """Bytes of a number."""
+    return np.dtype(field.array.dtype).itemsize if field.array else 8
 
 
 def shards(header: Header) -> dict[str, int | None]:
@@ -309,11 +316,7 @@ def shards(header: Header) -> dict[str, int | None]:
     known: dict[str, int | None] = {"samples": header.num_samples or None, "shards": header.num_shards or None}
     if not header.fields or not header.num_samples:
         return {**known, "bytes": None}
-    arrays = [
-        {"png": 64, "npy": 128}[f.encoding] + prod(f.shape) * {"png": 1, "npy": 4}[f.encoding]
-        for f in header.fields.values()
-        if f.encoding in ("png", "npy")
-    ]
+    arrays = [(64 if f.array.image else 128) + prod(f.shape) * _width(f) for f in header.fields.values() if f.array]
     json = 32 * len(header.fields)  # all scalars of a sample are one member
     sample = sum(512 + -(-size // 512) * 512 for size in [*arrays, json])
     return {**known, "bytes": header.num_samples * sample + header.num_shards * 10240}

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from rayproj.data.encodings import ENCODINGS, Encoding
 from rayproj.errors import Interrupted, UserError
 from rayproj.storage.store import Store, from_json, to_json
 
@@ -28,13 +29,18 @@ WEIGHTS = "weights.npy"
 class Field:
     """One entry of a sample.
 
-    "png": uint8 [C, H, W]; "npy": any array of `shape`; "int", "float", "str": a scalar. An "int" may stand for one of
-    `values`, and -1 for none.
+    Arrays of `shape` are in one of `rayproj.data.encodings`: "png", "webp" and "jpg" uint8 [C, H, W], "npy" and
+    "safetensors" anything; "int", "float", "str": a scalar. An "int" may stand for one of `values`, and -1 for none.
     """
 
     encoding: str
     shape: tuple[int, ...] = ()
     values: tuple[str, ...] = ()
+
+    @property
+    def array(self) -> Encoding | None:
+        """The encoding of an array; None for a scalar."""
+        return ENCODINGS.get(self.encoding)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rayproj.data import watermark
 from rayproj.data.dataset import Dataset
-from rayproj.data.order import Buckets, Shuffled
-from rayproj.data.reader import Reader
+from rayproj.data.order import Buckets
+from rayproj.data.reader import Gathering
 
 
 class Sampling(Protocol):
@@ -22,13 +22,19 @@ class Sampling(Protocol):
     def indices(self, step: int) -> np.ndarray: ...
 
 
+class Ordered(Sampling, Protocol):
+    def position(self, step: int) -> int:
+        """Samples read before a step."""
+        ...
+
+
 class Batches:
     """Batch by step: the samples of `sampling.indices(step)`, of which this rank takes its contiguous share.
 
     The next step's batch is read ahead in a thread.
     """
 
-    def __init__(self, reader: Reader, sampling: Sampling, rank: int, world_size: int) -> None:
+    def __init__(self, reader: Gathering, sampling: Sampling, rank: int, world_size: int) -> None:
         self.reader, self.sampling, self.rank, self.world_size = reader, sampling, rank, world_size
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
@@ -64,15 +70,15 @@ class Bucketed:
 
 
 class Streamed:
-    """Batches of a dataset in the making, whose first epoch is in order: tells the producer how far that was read."""
+    """Batches of a dataset in the making, whose first epoch is in order: tells the producer how far that was read. Of
+    several datasets that are mixed, it is the first."""
 
-    def __init__(self, batches: Batches, order: Shuffled, dataset: Dataset, consumer: str) -> None:
-        assert order.first_epoch_in_order
+    def __init__(self, batches: Batches, order: Ordered, dataset: Dataset, consumer: str) -> None:
         self.batches, self.order, self.dataset, self.consumer = batches, order, dataset, consumer
         self._told = -1
 
     def at(self, step: int) -> dict[str, Tensor]:
-        header, position = self.dataset.header, step * self.order.global_batch
+        header, position = self.dataset.header, self.order.position(step)
         self._tell(header.num_shards if position >= header.num_samples else position // header.shard_size)
         return self.batches.at(step)
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from rayproj.data.dataset import Dataset
 
+AHEAD = 256  # steps that `Mixed` counts at a time
+
 
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, shard_size: int, seed: int, epoch: int, window_shards: int = 8) -> np.ndarray:
@@ -48,14 +50,17 @@ class Shuffled:
 
     def indices(self, step: int) -> np.ndarray:
         """int64 [B]: global sample indices of the batch of update `step`."""
-        epochs, offsets = np.divmod(
-            np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64), self.num_samples
-        )
-        result = np.empty(self.global_batch, np.int64)
-        for epoch in np.unique(epochs):
-            inside = epochs == epoch
-            result[inside] = self._epoch(int(epoch))[offsets[inside]]
-        return result
+        return self.stream(step * self.global_batch, (step + 1) * self.global_batch)
+
+    def stream(self, start: int, stop: int) -> np.ndarray:
+        """int64: global sample indices of these positions of the stream."""
+        epochs, offsets = np.divmod(np.arange(start, stop, dtype=np.int64), self.num_samples)
+        parts = [self._epoch(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def position(self, step: int) -> int:
+        """Samples read before update `step`."""
+        return step * self.global_batch
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if epoch == 0 and self.first_epoch_in_order:
@@ -63,7 +68,7 @@ class Shuffled:
         return epoch_order(self.num_samples, self.shard_size, self.seed, epoch)
 
 
-class Weighted:
+class Weighted(Shuffled):
     """As `Shuffled`, with samples drawn as often as their weights say.
 
     An epoch has as many places as there are samples, of which sample i has N wᵢ/Σw, rounded up or down so that its mean over
@@ -78,16 +83,9 @@ class Weighted:
     ) -> None:
         self.ends = np.cumsum(weights, dtype=np.float64)
         assert self.ends[-1] > 0, "no sample has any weight"
-        self.num_samples, self.shard_size, self.global_batch, self.seed = len(weights), shard_size, global_batch, seed
+        super().__init__(len(weights), shard_size, global_batch, seed)
         self.window_shards = window_shards
         self._held: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-
-    def indices(self, step: int) -> np.ndarray:
-        """int64 [B]: global sample indices of the batch of update `step`."""
-        places = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
-        epochs, offsets = np.divmod(places, self.num_samples)
-        parts = [self._epoch(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
-        return np.concatenate(parts)
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if self._held[0] != epoch:
@@ -128,7 +126,44 @@ class Buckets:
         return bucket, int((self._drawn[:step] == bucket).sum())
 
 
-def order_of(dataset: Dataset, global_batch: int, seed: int) -> Shuffled | Weighted:
+class Mixed:
+    """Batches of several datasets, each with a position of its own, in given shares.
+
+    A batch has B sᵢ samples of dataset i, rounded up or down so that the mean is exact, in a keyed order.
+
+    Args:
+        orders: of the datasets.
+        shares: sᵢ, positive, summing to 1.
+    """
+
+    def __init__(self, orders: Sequence[Shuffled], shares: Sequence[float], global_batch: int, seed: int) -> None:
+        self.orders, self.ends, self.global_batch, self.seed = orders, np.cumsum(shares), global_batch, seed
+        self.starts = np.cumsum([0, *(order.num_samples for order in orders)])
+        self._taken = np.zeros((1, len(orders)), np.int64)  # before each step, as far as it was asked for
+
+    def indices(self, step: int) -> np.ndarray:
+        """int64 [B]: of the samples of all datasets in a row."""
+        before, after = self.taken(step), self.taken(step + 1)
+        parts = [order.stream(a, b) for order, a, b in zip(self.orders, before, after, strict=True)]
+        whole = np.concatenate([part + start for part, start in zip(parts, self.starts, strict=False)])
+        return np.random.Generator(np.random.Philox(key=[self.seed, step])).permutation(whole)
+
+    def taken(self, step: int) -> np.ndarray:
+        """int64 [datasets]: samples of each that were read before update `step`."""
+        while step >= len(self._taken):
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, 2**32 + len(self._taken)]))
+            places = (np.arange(self.global_batch) + rng.random((AHEAD, 1))) / self.global_batch
+            chosen = np.searchsorted(self.ends, places, side="right").clip(max=len(self.ends) - 1)
+            counts = np.stack([(chosen == i).sum(1) for i in range(len(self.ends))], 1)
+            self._taken = np.concatenate([self._taken, self._taken[-1] + np.cumsum(counts, 0)])
+        return self._taken[step]
+
+    def position(self, step: int) -> int:
+        """Samples of the first dataset read before update `step`."""
+        return int(self.taken(step)[0])
+
+
+def order_of(dataset: Dataset, global_batch: int, seed: int) -> Shuffled:
     """By weight if there are weights."""
     weights, header = dataset.weights(), dataset.header
     if weights is None:

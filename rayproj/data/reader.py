@@ -7,14 +7,17 @@ import json
 import tarfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import RLock
+from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
+from rayproj.data.cache import NodeCache
 from rayproj.data.dataset import Dataset
-from rayproj.errors import Interrupted
+from rayproj.errors import Interrupted, UserError
 from rayproj.storage.store import IntegrityError, sha256_hex
 
 Columns = dict[str, np.ndarray]
@@ -24,23 +27,25 @@ class ShardTimeout(TimeoutError):
     """A shard was not committed in time."""
 
 
-def decode_png(data: bytes) -> np.ndarray:
-    """uint8 [C, H, W]."""
-    array = np.asarray(Image.open(io.BytesIO(data)))
-    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+class Gathering(Protocol):
+    """Samples by index."""
+
+    def gather(self, indices: np.ndarray) -> Columns: ...
 
 
 class Reader:
     """Random access to a dataset, complete or still being written.
 
     A shard is fetched once, checked against its hash and decoded whole; decoded shards stay in memory up to a bound,
-    the least recently used going first. A shard that is not committed yet is waited for.
+    the least recently used going first. A shard that is not committed yet is waited for. Shards of a far store are kept on
+    this machine's disk where there is a `NodeCache`.
 
     Args:
         fields: which fields to decode; None for all.
         cache_bytes: bound on the decoded shards kept.
         wait_seconds: how long to wait for a shard.
         stop: asked while waiting; True ends the wait with Interrupted.
+        threads: that decode a shard's arrays.
     """
 
     def __init__(
@@ -50,7 +55,10 @@ class Reader:
         cache_bytes: int = 1 << 30,
         wait_seconds: float = 600.0,
         stop: Callable[[], bool] = lambda: False,
+        threads: int = 2,
     ) -> None:
+        self.disk = None if dataset.store.local_path() else NodeCache.of_environment()
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self.dataset = dataset
         self.fields = list(dataset.header.fields) if fields is None else fields
         self.cache_bytes, self.wait_seconds, self.stop = cache_bytes, wait_seconds, stop
@@ -58,8 +66,8 @@ class Reader:
         self._lock = RLock()
 
     def gather(self, indices: np.ndarray) -> Columns:
-        """The samples of these global indices, stacked by field: "png" fields uint8 [B, C, H, W], numbers [B], strings
-        as objects; and "index", int64 [B].
+        """The samples of these global indices, stacked by field: images uint8 [B, C, H, W], numbers [B], strings as
+        objects; and "index", int64 [B].
 
         Raises:
             ShardTimeout: a shard was not committed in `wait_seconds`.
@@ -89,8 +97,8 @@ class Reader:
 
     def _empty(self, name: str, size: int) -> np.ndarray:
         field = self.dataset.header.fields[name]
-        dtype = {"png": np.uint8, "npy": np.float32, "int": np.int64, "float": np.float64, "str": object}
-        return np.empty((size, *field.shape), dtype[field.encoding])
+        scalars = {"int": np.int64, "float": np.float64, "str": object}
+        return np.empty((size, *field.shape), field.array.dtype if field.array else scalars[field.encoding])
 
     def _fetch(self, shard: int) -> bytes:
         deadline, pause = time.monotonic() + self.wait_seconds, 0.02
@@ -104,7 +112,8 @@ class Reader:
                 )
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
-        data = self.dataset.store.read(record.object)
+        fetch = partial(self.dataset.store.read, record.object)
+        data = self.disk.get(record.sha256, fetch) if self.disk else fetch()
         if sha256_hex(data) != record.sha256:
             raise IntegrityError(f"Shard {shard} of {self.dataset.uri} ({record.object}) is damaged: another hash.")
         return data
@@ -113,9 +122,11 @@ class Reader:
         header = self.dataset.header
         count = len(header.shard_range(shard))
         columns = {name: self._empty(name, count) for name in self.fields}
-        scalars = [n for n in self.fields if header.fields[n].encoding not in ("png", "npy")]
-        decoders = {f"{n}.{header.fields[n].encoding}": n for n in self.fields if n not in scalars}
-        position, key, seen = -1, "", 0
+        arrays = {n: array for n in self.fields if (array := header.fields[n].array)}
+        scalars = [n for n in self.fields if n not in arrays]
+        members = {f"{n}.{header.fields[n].encoding}": n for n in arrays}
+        found: list[tuple[str, str, int, bytes]] = []
+        position, key = -1, ""
         with tarfile.open(fileobj=io.BytesIO(self._fetch(shard))) as tar:
             for member in tar:
                 base, _, extension = member.name.partition(".")
@@ -123,27 +134,64 @@ class Reader:
                     position, key = position + 1, base
                 file = tar.extractfile(member)
                 assert file is not None
+                if extension == "json" or extension in members:
+                    found.append((member.name, extension, position, file.read()))
+
+        def decode(run: list[tuple[str, str, int, bytes]]) -> None:
+            for name, extension, position, data in run:
                 try:
                     if extension == "json":
-                        values = json.loads(file.read())
-                        for name in scalars:
-                            columns[name][position] = values[name]
-                        seen += 1
-                    elif extension in decoders:
-                        decode = decode_png if extension.endswith("png") else _decode_npy
-                        columns[decoders[extension]][position] = decode(file.read())
-                        seen += 1
+                        values = json.loads(data)
+                        for scalar in scalars:
+                            columns[scalar][position] = values[scalar]
+                    else:
+                        field = members[extension]
+                        array, shape = arrays[field].decode(data), header.fields[field].shape
+                        # A WebP has three channels also where the image has one.
+                        columns[field][position] = array[: shape[0]] if arrays[field].image else array
                 except (ValueError, KeyError, OSError, IndexError) as error:
                     raise IntegrityError(
-                        f"In shard {shard} of {self.dataset.uri} the member '{member.name}' does not decode: {error}"
+                        f"In shard {shard} of {self.dataset.uri} the member '{name}' does not decode: {error}"
                     ) from error
-        if seen != count * (len(decoders) + 1):
-            raise IntegrityError(f"Shard {shard} of {self.dataset.uri} lacks members: {seen} read for {count} samples.")
+
+        if len(found) != count * (len(members) + 1):
+            raise IntegrityError(
+                f"Shard {shard} of {self.dataset.uri} lacks members: {len(found)} read for {count} samples."
+            )
+        # In runs, since a small image takes less time than a thread to be told of it.
+        list(self._threads.map(decode, [found[i : i + 32] for i in range(0, len(found), 32)]))
         return columns
 
 
-def _decode_npy(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data), allow_pickle=False)
+class Joined:
+    """The samples of several datasets in a row.
+
+    Raises:
+        UserError: their classes or the shapes of a field differ.
+    """
+
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        self.readers = readers
+        first = readers[0].dataset
+        for reader in readers[1:]:
+            header = reader.dataset.header
+            for name in readers[0].fields:
+                if header.fields.get(name) != first.header.fields[name] or header.classes != first.header.classes:
+                    raise UserError(
+                        f"{reader.dataset.uri} and {first.uri} cannot be mixed: their classes or their fields '{name}' "
+                        "differ."
+                    )
+        self.starts = np.cumsum([0, *(reader.dataset.header.num_samples for reader in readers)])
+
+    def gather(self, indices: np.ndarray) -> Columns:
+        """As `Reader.gather`."""
+        indices = np.asarray(indices, dtype=np.int64)
+        which, columns = np.searchsorted(self.starts, indices, side="right") - 1, Columns()
+        for number in np.unique(which):
+            chosen = np.flatnonzero(which == number)
+            for name, part in self.readers[number].gather(indices[chosen] - self.starts[number]).items():
+                columns.setdefault(name, np.empty((len(indices), *part.shape[1:]), part.dtype))[chosen] = part
+        return {**columns, "index": indices}
 
 
 def _bytes(columns: Columns) -> int:

@@ -12,30 +12,15 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import webdataset
-from PIL import Image
 
 from rayproj import faults
 from rayproj.data.dataset import Dataset, ShardRecord
+from rayproj.data.encodings import ENCODINGS
 from rayproj.storage.store import sha256_hex, to_json
 
 Sample = dict[str, Any]
-"""{"key": str, field: value, ...}; uint8 [C, H, W] arrays are stored as PNG, other arrays as .npy, scalars as JSON."""
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    """PNG of uint8 [C, H, W] with one or three channels."""
-    array = image[0] if image.shape[0] == 1 else np.moveaxis(image, 0, -1)
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "png", compress_level=3)
-    return buffer.getvalue()
-
-
-def encode_npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+"""{"key": str, field: value, ...}; arrays are members of their own, scalars go into one of JSON."""
 
 
 def build_tar(samples: Iterable[Sample], encodings: dict[str, str]) -> bytes:
@@ -56,10 +41,8 @@ def build_tar(samples: Iterable[Sample], encodings: dict[str, str]) -> bytes:
         members: dict[str, Any] = {"__key__": key}
         scalars: dict[str, Any] = {}
         for name, encoding in encodings.items():
-            if encoding == "png":
-                members[f"{name}.png"] = encode_png(sample[name])
-            elif encoding == "npy":
-                members[f"{name}.npy"] = encode_npy(sample[name])
+            if encoding in ENCODINGS:
+                members[f"{name}.{encoding}"] = ENCODINGS[encoding].encode(sample[name])
             else:
                 scalars[name] = sample[name]
         members["json"] = json.dumps(scalars, sort_keys=True, ensure_ascii=False).encode()

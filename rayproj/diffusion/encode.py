@@ -43,7 +43,7 @@ def latent_header(
             f"The images of '{images.name}' are {sides[0]}x{sides[1]}, and the autoencoder takes sides that are multiples "
             f"of {factor}; import them so."
         )
-    fields = {name: field for name, field in images.fields.items() if field.encoding not in ("png", "npy")}
+    fields = {name: field for name, field in images.fields.items() if not field.array}
     captions = text.config.captions if text else []
     for name in [*properties, *captions]:
         if name not in fields or fields[name].encoding != "str":
@@ -97,7 +97,7 @@ class Encoder:
         self.text = text_encoder(configuration.from_dict(TextConfig, config["text"]), device)
         dataset = Dataset.open(config["images"])
         self.header = dataset.header
-        self.kept = [name for name, field in dataset.header.fields.items() if field.encoding not in ("png", "npy")]
+        self.kept = [name for name, field in dataset.header.fields.items() if not field.array]
         self.reader = Reader(dataset, fields=["image", *self.kept])
 
     def make(self, shard: int) -> list[dict[str, Any]]:

@@ -60,7 +60,9 @@ class SamplerConfig:
         return found if self.shift > 0 else [*found, f"sampler.shift must be positive, not {self.shift:g}."]
 
 
-def guided(network: Network, config: SamplerConfig, weak: Network | None = None) -> Network:
+def guided(
+    network: Network, config: SamplerConfig, weak: Network | None = None, scales: Tensor | None = None
+) -> Network:
     """Guidance away from what is drawn without the condition, or by a weaker model with it.
 
     out = out_null + w (out_condition - out_null) (Ho and Salimans 2022, eq. 6 with 1 + their w), of any prediction, since
@@ -68,11 +70,15 @@ def guided(network: Network, config: SamplerConfig, weak: Network | None = None)
     alone (Liu et al. 2022, "Compositional Visual Generation with Composable Diffusion Models", eq. 11). With `weak`,
     out_null is its output under the condition (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of
     Itself").
+
+    Args:
+        scales: w of each sample [B], in the place of the config's.
     """
-    if config.guidance == 1 and not config.weights:
+    if config.guidance == 1 and not config.weights and scales is None:
         return network
 
-    weights = list(config.weights.values()) or [config.guidance]
+    whole = config.guidance if scales is None else scales[:, None, None, None]
+    weights: list[float | Tensor] = list(config.weights.values()) or [whole]
     n = len(weights) + 1
     last: list[tuple[Condition, Condition]] = []
 
@@ -87,7 +93,7 @@ def guided(network: Network, config: SamplerConfig, weak: Network | None = None)
     def output(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if weak is not None:
             under, base = network(x, t, condition), weak(x, t, condition)
-            return base + config.guidance * (under - base)
+            return base + whole * (under - base)
         *under_each, base = network(torch.cat([x] * n), torch.cat([t] * n), together(condition)).chunk(n)
         out = base
         for weight, under in zip(weights, under_each, strict=True):

@@ -264,16 +264,18 @@ def draw(
     config: SamplerConfig,
     process: Process,
     weak: Denoiser | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """uint8 images [B, C, H, W] under a condition. The noise of an image is keyed by (seed, its id) alone.
 
     Args:
         weak: guides in the place of the model without its condition.
+        scales: guidance of each [B], in the place of the sampler's.
     """
     row = torch.stack([ids, torch.zeros_like(ids), torch.zeros_like(ids)], dim=1)
     noise = keyed.normal(seed, "sample", row, latent_shape)
     assert isinstance(denoiser, Denoiser)
-    network = sampling.guided(denoiser, config, weak)
+    network = sampling.guided(denoiser, config, weak, scales)
     with remembering(denoiser), remembering(weak) if weak else nullcontext():
         latents = sampling.integrate(network, noise, condition, config, process, unguided=denoiser)
     return codec.decode(latents)
@@ -365,9 +367,14 @@ class TrainedModel:
             need_compiler("sampler.compile")
             self.denoiser.net.compile()
 
-    def draw(self, condition: Condition, ids: Tensor, seed: int, config: SamplerConfig) -> Tensor:
+    def draw(
+        self, condition: Condition, ids: Tensor, seed: int, config: SamplerConfig, scales: Tensor | None = None
+    ) -> Tensor:
+        """As `draw`."""
         weak = self.weak.denoiser if self.weak else None
-        return draw(self.denoiser, self.codec, condition, ids, self.latent_shape, seed, config, self.process, weak)
+        return draw(
+            self.denoiser, self.codec, condition, ids, self.latent_shape, seed, config, self.process, weak, scales
+        )
 
 
 def held_out(config: DiffusionConfig, fields: list[str], device: str) -> Batch:

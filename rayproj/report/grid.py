@@ -11,7 +11,7 @@ from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
 from rayproj.report import figures
-from rayproj.synthesis.plan import cell_of
+from rayproj.synthesis.plan import Cells
 
 
 def write_grid(uri: str, file: str, per_cell: int = 4) -> str:
@@ -29,8 +29,9 @@ def write_grid(uri: str, file: str, per_cell: int = 4) -> str:
         raise UserError(f"'{uri}' is no dataset of jobs/generate.py with conditions; there is nothing to order it by.")
     *columns, rows = axes  # the prompt is the last axis, and a label alone is all there is
     cells: dict[tuple[int, ...], list[int]] = {}
+    plan = Cells(axes, dataset.header.provenance.get("shares", []), dataset.header.num_samples)
     for sample in range(dataset.header.num_samples):
-        cells.setdefault(tuple(cell_of(sample, axes).values()), []).append(sample)
+        cells.setdefault(tuple(plan.of(sample).values()), []).append(sample)
     wanted = list(itertools.product(*(range(len(axes[name])) for name in columns)))
     count = min(per_cell, min((len(cells.get((*c, r), [])) for c in wanted for r in range(len(axes[rows]))), default=0))
     if not count:

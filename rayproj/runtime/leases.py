@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from bisect import insort
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+
+SOONEST = 10.0  # seconds before which no shard is called late
+KNOWN = 5  # shards that must be done before it is known what late is
 
 
 @dataclass
 class Leases:
     """Shards are granted in order, at most `max_ahead` beyond what the slowest consumer has read.
 
-    A shard whose holder was lost, or held it beyond `lease_seconds`, is granted again; several may then make it, and
-    the exclusive commit lets one win.
+    A shard whose holder was lost, or is late with it, is granted again; several may then make it, and the exclusive commit
+    lets one win. One that was lost `max_tries` times is set aside: it is not granted any more.
+
+    Attributes:
+        together: shards in a row whose samples share batches. A holder is given the next one of its row where it can be, and
+            a row of its own before a shard of another's, since what lies at a border would be drawn twice.
     """
 
     num_shards: int
-    lease_seconds: float
+    lease_seconds: float  # after which a shard is late at the latest
     max_ahead: int | None = None  # None: there is no consumer
     max_tries: int = 3
+    together: int = 1
     done: set[int] = field(default_factory=set)
     held: dict[int, tuple[str, float]] = field(default_factory=dict)  # shard -> (holder, since)
-    tries: dict[int, int] = field(default_factory=dict)
+    failures: dict[int, int] = field(default_factory=dict)
+    aside: set[int] = field(default_factory=set)
+    _took: list[float] = field(default_factory=list)  # seconds of each shard, sorted
+    _last: dict[str, int] = field(default_factory=dict)  # holder -> what it was given last
     _first: int = 0  # all before it are done
 
     def grant(self, holder: str, now: float, consumed: int = 0) -> int | None:
@@ -28,37 +41,58 @@ class Leases:
 
         Args:
             consumed: shards that the slowest consumer is through with.
-
-        Raises:
-            PoisonShard: the shard was tried too often.
         """
         limit = self.num_shards if self.max_ahead is None else min(self.num_shards, consumed + self.max_ahead)
-        while self._first in self.done:
+        while self._first in self.done or self._first in self.aside:
             self._first += 1
-        for shard in range(self._first, limit):
-            if shard in self.done:
-                continue
-            if shard in self.held and now - self.held[shard][1] < self.lease_seconds:
-                continue
-            if self.tries.get(shard, 0) >= self.max_tries:
-                raise PoisonShard(f"Shard {shard} failed {self.max_tries} times; see the log of the last failure.")
-            self.held[shard] = (holder, now)
-            self.tries[shard] = self.tries.get(shard, 0) + 1
-            return shard
-        return None
+        shard = next((s for s in self._wanted(holder, limit) if self._free(s, now)), None)
+        if shard is not None:
+            self.held[shard], self._last[holder] = (holder, now), shard
+        return shard
 
-    def finish(self, shard: int) -> None:
-        """A shard was committed, by whomever."""
+    def _wanted(self, holder: str, limit: int) -> Iterator[int]:
+        """Shards in the order in which a holder should have them."""
+        after = self._last.get(holder, -1) + 1
+        if after % self.together and self._first <= after < limit:
+            yield after
+        if self.together > 1:
+            yield from range(self._first + -self._first % self.together, limit, self.together)
+        yield from range(self._first, limit)
+
+    def _free(self, shard: int, now: float) -> bool:
+        if shard in self.done or shard in self.aside:
+            return False
+        return shard not in self.held or now - self.held[shard][1] >= self.deadline
+
+    @property
+    def deadline(self) -> float:
+        """Seconds after which a shard is late: three times what all but a twentieth of them took."""
+        if len(self._took) < KNOWN:
+            return self.lease_seconds
+        usual = self._took[math.ceil(0.95 * len(self._took)) - 1]
+        return min(self.lease_seconds, max(SOONEST, 3 * usual))
+
+    def finish(self, shard: int, now: float) -> bool:
+        """A shard was committed, by whomever; whether it was not known to be."""
+        if shard in self.held:
+            insort(self._took, now - self.held.pop(shard)[1])
+        new = shard not in self.done
         self.done.add(shard)
-        self.held.pop(shard, None)
+        return new
 
-    def lose(self, holder: str) -> None:
-        """A holder is gone: what it held is free."""
-        self.held = {shard: entry for shard, entry in self.held.items() if entry[0] != holder}
+    def lose(self, holder: str, shard: int | None = None) -> None:
+        """A holder is gone: what it held is free, and what it was making has failed once more."""
+        self.held = {s: entry for s, entry in self.held.items() if entry[0] != holder}
+        self._last.pop(holder, None)
+        if shard is not None and shard not in self.done:
+            self.failures[shard] = self.failures.get(shard, 0) + 1
+            if self.failures[shard] >= self.max_tries:
+                self.aside.add(shard)
 
     @property
     def complete(self) -> bool:
-        return len(self.done) == self.num_shards
+        """Whether there is nothing left to be granted."""
+        return len(self.done | self.aside) == self.num_shards
 
 
 class PoisonShard(RuntimeError):

@@ -18,7 +18,7 @@ from rayproj.data.writer import commit_shard
 from rayproj.errors import Interrupted, UserError
 from rayproj.runtime import interrupt
 from rayproj.runtime.group import import_entry, set_environment
-from rayproj.runtime.leases import Leases, slowest
+from rayproj.runtime.leases import Leases, PoisonShard, slowest
 from rayproj.runtime.run import Run
 
 
@@ -39,13 +39,17 @@ class PoolConfig:
 class _Maker:
     """Builds the maker once, then makes and commits one shard a call."""
 
-    def __init__(self, name: str, maker: str, config: dict[str, Any], uri: str, threads: int, folder: str) -> None:
+    def __init__(self, name: str, threads: int, folder: str) -> None:
         set_environment(threads, folder)
+        self.name, self.threads = name, threads
+
+    def start(self, maker: str, config: dict[str, Any], uri: str) -> None:
+        """Build the maker; not in `__init__`, of whose errors Ray keeps the text alone."""
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(self.threads)
         on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        self.name, self.dataset = name, Dataset.open(uri)
+        self.dataset = Dataset.open(uri)
         self.maker = import_entry(maker)(config, "cuda:0" if on_gpu else "cpu")
 
     def make(self, shard: int) -> tuple[str, float, float]:
@@ -57,7 +61,13 @@ class _Maker:
 
 
 class _Pool:
-    """The actors, and what each is at."""
+    """The actors, and what each is at. One that Ray has no room for yet waits for a node, and is given nothing.
+
+    Attributes:
+        actors: by name.
+        busy: what each call is for: an actor, and its shard; None while it starts.
+        failed_starts: in a row.
+    """
 
     def __init__(self, run: Run, dataset: Dataset, maker: str, config: PoolConfig, values: dict[str, Any]) -> None:
         gpus = config.gpus_per_actor
@@ -65,10 +75,11 @@ class _Pool:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
         self._actor = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=gpus, max_restarts=0)(_Maker)
         self._label = f"{run.id} {{}} ({uuid.uuid4().hex[:8]})"
-        self._arguments = (maker, values, dataset.uri, max(1, int(config.cpus_per_actor)), os.getcwd())
-        self._started = 0
+        self._place = (max(1, int(config.cpus_per_actor)), os.getcwd())
+        self._task = (maker, values, dataset.uri)
+        self._started = self.failed_starts = 0
         self.actors: dict[str, Any] = {}
-        self.busy: dict[ray.ObjectRef, tuple[str, int]] = {}
+        self.busy: dict[ray.ObjectRef, tuple[str, int | None]] = {}
         self.max_actors = config.actors
 
     def idle(self) -> list[str]:
@@ -76,7 +87,9 @@ class _Pool:
         while len(self.actors) < self.max_actors:
             name = f"maker {self._started}"
             self._started += 1
-            self.actors[name] = self._actor.options(name=self._label.format(name)).remote(name, *self._arguments)
+            actor: Any = self._actor.options(name=self._label.format(name)).remote(name, *self._place)
+            self.actors[name] = actor
+            self.busy[actor.start.remote(*self._task)] = (name, None)
         return [name for name in self.actors if name not in {holder for holder, _ in self.busy.values()}]
 
     def give(self, name: str, shard: int) -> None:
@@ -97,6 +110,7 @@ def produce(
     config: PoolConfig,
     values: dict[str, Any],
     consumers: list[str] | None = None,
+    together: int = 1,
 ) -> dict[str, Any]:
     """Make every planned shard of `dataset` that is not committed yet.
 
@@ -104,22 +118,25 @@ def produce(
         maker: "package.module:Class"; `Class(values, device)` is built once in each actor, and its `.make(shard)`
             returns the shard's samples.
         consumers: trainings that read meanwhile; no shard is begun too far ahead of the slowest.
+        together: shards in a row that are best made by one maker.
 
     Raises:
         Interrupted: a stop was asked for; what is committed stays.
         UserError: from a maker.
-        PoisonShard: a shard failed again and again.
+        PoisonShard: shards failed again and again; all others are made.
+        RuntimeError: no maker can be started.
     """
     consumers = consumers or []
     leases = Leases(
         dataset.header.num_shards,
         config.lease_seconds,
         config.max_ahead if consumers else None,
+        together=together,
         done=set(dataset.records()),
     )
     pool = _Pool(run, dataset, maker, config, values)
     run.tracker.event({"type": "total", "steps": dataset.header.num_shards})
-    made, began, counted = 0, time.time(), 0
+    made, began, counted, last = 0, time.time(), 0, ""
     try:
         while not leases.complete:
             interrupt.check()
@@ -132,22 +149,40 @@ def produce(
                     faults.maybe("lease.before_give")
                     pool.give(name, shard)
                     faults.maybe("lease.after_give")
+            if leases.aside and not leases.held and pool.idle():
+                break  # a consumer waits for what cannot be made
             done, _ = ray.wait(list(pool.busy), timeout=0.2) if pool.busy else ([], [])
             if not done:
                 time.sleep(0 if pool.busy else 0.1)
             for ref in done:
                 name, shard = pool.busy.pop(ref)
-                span = _result(run, pool, leases, name, ref)
-                if span is None:
+                try:
+                    span = ray.get(ref)
+                except UserError as error:
+                    raise UserError(*error.args) from error
+                except Interrupted:
+                    raise
+                except Exception as error:
+                    last = _lost(run, pool, leases, name, shard, error)
+                    continue
+                if shard is None:
+                    pool.failed_starts = 0
                     continue
                 faults.maybe("lease.before_finish")
-                leases.finish(shard)
+                new = leases.finish(shard, time.monotonic())
                 faults.maybe("lease.after_finish")
-                made += 1
-                counted += len(dataset.header.shard_range(shard))
-                _report(run, leases, shard, span, counted / (time.time() - began), counted)
+                if new:  # a late maker's shard may have been made by another
+                    made += 1
+                    counted += len(dataset.header.shard_range(shard))
+                    _report(run, leases, shard, span, counted / (time.time() - began), counted)
     finally:
         pool.close()
+    if leases.aside:
+        raise PoisonShard(
+            f"{_named(leases.aside)} failed {leases.max_tries} times; {len(leases.done)} of {leases.num_shards} are "
+            f"committed, and the same command tries the rest again. The last maker {last}"
+        )
+    sweep(dataset)
     seconds = time.time() - began
     return {
         "samples": dataset.header.num_samples,
@@ -159,19 +194,38 @@ def produce(
     }
 
 
-def _result(run: Run, pool: _Pool, leases: Leases, name: str, ref: ray.ObjectRef) -> tuple[str, float, float] | None:
-    try:
-        return ray.get(ref)  # type: ignore[no-any-return]
-    except UserError as error:
-        raise UserError(*error.args) from error
-    except Interrupted:
-        raise
-    except Exception as error:
-        what = "died" if isinstance(error, RayActorError) else f"failed: {str(error).strip().splitlines()[-1]}"
-        run.tracker.event({"type": "restart", "cause": what, "text": f"{name} {what}; its shard goes to another."})
-        leases.lose(name)
-        pool.drop(name)
-        return None
+def _lost(run: Run, pool: _Pool, leases: Leases, name: str, shard: int | None, error: Exception) -> str:
+    """A maker died or failed; returns how.
+
+    Raises:
+        RuntimeError: so have all that were started before it.
+    """
+    what = "died" if isinstance(error, RayActorError) else f"failed: {str(error).strip().splitlines()[-1]}"
+    goes = "another is started" if shard is None else f"shard {shard} goes to another"
+    run.tracker.event({"type": "restart", "cause": what, "text": f"{name} {what}; {goes}."})
+    leases.lose(name, shard)
+    pool.drop(name)
+    pool.failed_starts += shard is None
+    if pool.failed_starts >= leases.max_tries:
+        raise RuntimeError(
+            f"{pool.failed_starts} makers in a row could not be started; the last one {what}."
+        ) from error
+    return what
+
+
+def _named(shards: set[int]) -> str:
+    names = ", ".join(map(str, sorted(shards)[:8]))
+    return f"Shard {names}" if len(shards) == 1 else f"{len(shards)} shards ({names}{', ...' * (len(shards) > 8)})"
+
+
+def sweep(dataset: Dataset) -> list[str]:
+    """Delete the data that makers left who died before their commit; returns what was. For a complete dataset, which nobody
+    adds to any more."""
+    kept = {record.object for record in dataset.records().values()}
+    orphans = [path for path in dataset.store.list("shards") if path not in kept]
+    for path in orphans:
+        dataset.store.delete_tree(path)
+    return orphans
 
 
 def _report(run: Run, leases: Leases, shard: int, span: tuple[str, float, float], speed: float, samples: int) -> None:

@@ -1,5 +1,5 @@
-"""What is to be generated, as a pure function of the config and the model: sample i has its label, properties, prompt, seed
-and shard by its id.
+"""What is to be generated, as a pure function of the config and the model: sample i has its label, properties, prompt,
+guidance, seed and shard by its id.
 
 The plan is the header of the dataset to be written, so it is stored once, before the first sample; another plan for
 the same place is refused.
@@ -8,11 +8,17 @@ the same place is refused.
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import fsspec
+import numpy as np
+
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.data.encodings import ENCODINGS
 from rayproj.diffusion.conditions import LABEL, TEXT, Conditions
 from rayproj.diffusion.denoiser import Network
 from rayproj.diffusion.sampling import SamplerConfig
@@ -26,8 +32,20 @@ PROMPT = "prompt"
 
 
 @dataclass
+class ShareConfig:
+    """A part of what is drawn. The parts together are any joint distribution, such as P(label) U(group | label)."""
+
+    of: dict[str, str] = field(default_factory=dict)  # label, property or prompt -> its value; of others all, alike
+    share: float = 1.0  # against that of the other parts
+    guidance: float | None = None  # in place of sampler.guidance; where parts overlap, the last one's
+
+    def problems(self) -> list[str]:
+        return [] if self.share > 0 else [f"generate.shares: a share is positive, not {self.share:g}."]
+
+
+@dataclass
 class GenerateConfig:
-    """A synthetic dataset from one trained model, balanced over classes, properties and prompts."""
+    """A synthetic dataset from one trained model, by default balanced over classes, properties and prompts."""
 
     model: str = "???"  # run dir of jobs/train_diffusion.py or jobs/finetune_private.py
     out: str = "???"  # the dataset to write
@@ -38,27 +56,124 @@ class GenerateConfig:
     samples: int = 10000
     size: list[int] = field(default_factory=list)  # height and width in pixels; []: as the model's `diffusion.latents`
     properties: dict[str, list[str]] = field(default_factory=dict)  # property of the model -> the values to draw
-    prompts: list[str] = field(default_factory=list)  # texts to draw, if the model knows text
+    # Texts to draw, if the model knows text; "a {red|dark blue} {cat|dog}" stands for four.
+    prompts: list[str] = field(default_factory=list)
+    prompts_file: str = ""  # a file with more of them, one a line
+    shares: list[ShareConfig] = field(default_factory=list)  # what is drawn how often; []: everything alike
     shard_size: int = 128
+    encoding: str = "png"  # of the images: png or webp, without loss, or jpg
     batch: int = 128  # images drawn at once by a sampler
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def problems(self) -> list[str]:
         if self.size and (len(self.size) != 2 or min(self.size) < 1):
             return ["generate.size is [height, width], both positive."]
+        if not ENCODINGS.get(self.encoding, ENCODINGS["npy"]).image:
+            return ["generate.encoding is png, webp or jpg."]
         found = [f"generate.{k} must be positive." for k in ("samples", "shard_size", "batch") if getattr(self, k) <= 0]
         if self.weak and (self.sampler.weights or self.sampler.guidance == 1):
             found.append("generate.weak guides by sampler.guidance, other than 1 and without sampler.weights.")
+        if self.sampler.weights and any(part.guidance is not None for part in self.shares):
+            found.append("generate.shares with guidance do not go with sampler.weights.")
         return found
 
 
-def cell_of(sample: int, axes: dict[str, list[str]]) -> dict[str, int]:
-    """Which value of each axis a sample has. They take turns, the first axis fastest, so that every run of samples is as
-    balanced as its length allows."""
-    found = {}
-    for name, values in axes.items():
-        sample, found[name] = divmod(sample, len(values))
-    return found
+def shards_in_a_row(config: GenerateConfig) -> int:
+    """As many shards as end where a batch does."""
+    return math.lcm(config.shard_size, config.batch) // config.shard_size
+
+
+class Cells:
+    """Which value of each axis a sample has. The combinations take turns, the first axis fastest, so that every run of
+    samples is as near to the shares as its length allows; over all samples they are exact, to whole samples.
+
+    Args:
+        axes: name -> values.
+        shares: of `GenerateConfig`, as dicts.
+        samples: of the dataset.
+    """
+
+    def __init__(self, axes: dict[str, list[str]], shares: list[dict[str, Any]], samples: int) -> None:
+        self.axes, self.count = axes, math.prod(map(len, axes.values()))
+        self.guidance: np.ndarray = np.full(self.count, np.nan)  # of each combination; nan: the sampler's
+        self._order: np.ndarray | None = None
+        if not shares:
+            return
+        weights = np.zeros(self.count)
+        for part in shares:
+            inside = self._where(part["of"])
+            weights += inside * (part["share"] / inside.sum())
+            if part["guidance"] is not None:
+                self.guidance[inside] = part["guidance"]
+        self._order = in_turn(weights, samples)
+
+    def _where(self, of: dict[str, str]) -> np.ndarray:
+        """bool [count]: the combinations with these values."""
+        inside, step = np.ones(self.count, bool), 1
+        for name, values in self.axes.items():
+            if name in of:
+                inside &= np.arange(self.count) // step % len(values) == values.index(of[name])
+            step *= len(values)
+        return inside
+
+    def number(self, sample: int) -> int:
+        """Of the sample's combination."""
+        return sample % self.count if self._order is None else int(self._order[sample])
+
+    def of(self, sample: int) -> dict[str, int]:
+        """Axis -> number of the value."""
+        rest, found = self.number(sample), {}
+        for name, values in self.axes.items():
+            rest, found[name] = divmod(rest, len(values))
+        return found
+
+
+def in_turn(weights: np.ndarray, samples: int) -> np.ndarray:
+    """int32 [samples]: numbers of the weights, as often as these say, each spread evenly.
+
+    Whole samples by the largest remainders (Hamilton's apportionment); the k-th of n is at (k + ½) / n of the way.
+    """
+    ideal = samples * weights / weights.sum()
+    counts = np.floor(ideal + 1e-9).astype(np.int64)
+    counts[np.argsort(counts - ideal, kind="stable")[: samples - counts.sum()]] += 1
+    number = np.repeat(np.arange(len(weights), dtype=np.int32), counts)
+    place = np.concatenate([(np.arange(n) + 0.5) / n for n in counts if n])
+    return number[np.argsort(place, kind="stable")]
+
+
+def written_out(prompt: str) -> list[str]:
+    """All texts that a prompt with alternatives in braces stands for.
+
+    Raises:
+        UserError: a brace without its other.
+    """
+    inner = re.search(r"\{([^{}]*)\}", prompt)
+    if not inner:
+        if "{" in prompt or "}" in prompt:
+            raise UserError(f"generate.prompts: '{prompt}' has a brace without its other.")
+        return [" ".join(prompt.split())]
+    around = prompt[: inner.start()], prompt[inner.end() :]
+    found = [text for word in inner[1].split("|") for text in written_out(word.join(around))]
+    return list(dict.fromkeys(found))
+
+
+def prompts_of(config: GenerateConfig) -> list[str]:
+    """Every prompt once, in their order.
+
+    Raises:
+        UserError: the file cannot be read or is empty.
+    """
+    lines = list(config.prompts)
+    if config.prompts_file:
+        try:
+            with fsspec.open(config.prompts_file, "rt", encoding="utf-8") as file:
+                read = [line.strip() for line in file]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"generate.prompts_file='{config.prompts_file}' cannot be read ({error}).") from error
+        if not any(read):
+            raise UserError(f"generate.prompts_file='{config.prompts_file}' has no line with a prompt.")
+        lines += [line for line in read if line]
+    return list(dict.fromkeys(text for line in lines for text in written_out(line)))
 
 
 def axes_of(config: GenerateConfig, conditions: Conditions, latents: Header) -> dict[str, list[str]]:
@@ -75,10 +190,18 @@ def axes_of(config: GenerateConfig, conditions: Conditions, latents: Header) -> 
             there = {n: list(latents.values_of(n)) for n in conditions.values if n != LABEL}
             raise UserError(f"generate.properties.{name}={values} is nothing this model knows; it knows {there}.")
         axes[name] = values
-    if config.prompts and not conditions.text:
+    prompts = prompts_of(config)
+    if prompts and not conditions.text:
         raise UserError("generate.prompts: this model was trained without text; its conditions are "
                         f"{', '.join(conditions.values) or 'none'}.")  # fmt: skip
-    return {**axes, PROMPT: config.prompts} if config.prompts else axes
+    if prompts:
+        axes[PROMPT] = prompts
+    for part in config.shares:
+        for name, wanted in part.of.items():
+            if wanted not in axes.get(name, []):
+                choices = ", ".join(axes.get(name, axes)) or "nothing"
+                raise UserError(f"generate.shares: {name}={wanted} is nothing that is drawn; there is {choices}.")
+    return axes
 
 
 def plan(config: GenerateConfig, seed: int) -> Header:
@@ -111,6 +234,7 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         "seed": seed,
         "ema": config.ema,
         "axes": list(axes.items()),  # a list, because JSON's objects are stored in the order of their names
+        **({"shares": [asdict(part) for part in config.shares]} if config.shares else {}),
         # Read after the commit, so that the ledger has every release that is in it.
         "private": private and {**private, "model_commit": commit_hash(newest)},
     }
@@ -120,7 +244,8 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         if private and weak["private"]:
             provenance["private_weak"] = weak["private"]
     shape = _image_shape(config, diffusion, latents, from_json(autoencoder.read("result.json")))
-    fields = {"image": Field("png", shape), "seed": Field("int")}
+    fields = {"image": Field(config.encoding, shape), "seed": Field("int")}
+    fields |= {name: Field("str") for name in ("guidance", "plan", "model_commit", "certificate")}
     for name in axes:
         fields[name] = Field("str") if name == PROMPT else latents.fields[name]
     layout = {
@@ -180,6 +305,13 @@ def _weak(config: GenerateConfig, latents: str) -> dict[str, Any]:
             "both draw would have no guarantee; give a private one, or one of other images."
         )
     return {"weak": run.uri, "weak_commit": commit_hash(_newest(run)), "private": private}
+
+
+def stated(certificate: dict[str, Any] | None) -> str:
+    """What a sample says of the privacy of its model; "" for a model that saw no private data."""
+    if not certificate:
+        return ""
+    return f"epsilon={certificate['epsilon']:.6g} delta={certificate['delta']:g} ledger={certificate['ledger'][:16]}"
 
 
 def commit_hash(commit: Commit) -> str:

@@ -13,11 +13,15 @@ from rayproj.diffusion.conditions import TEXT, Condition
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.errors import UserError
-from rayproj.synthesis.plan import LABEL, PROMPT, cell_of, commit_hash
+from rayproj.synthesis.plan import LABEL, PROMPT, Cells, commit_hash, stated
 
 
 class Synthesizer:
-    """Makes one shard at a time, a function of the plan and the shard's number. Config keys: "out", "batch"."""
+    """Makes one shard at a time, a function of the plan, the batch and the shard's number. Config keys: "out", "batch".
+
+    Batches are runs of samples of the whole dataset, so that they are full whatever the shards, and an image has the same
+    mates whoever draws it: made again, it is the same to the last bit. What a batch holds of the next shard is kept.
+    """
 
     def __init__(self, config: dict[str, Any], device: str) -> None:
         self.device, self.batch = device, int(config["batch"])
@@ -38,34 +42,54 @@ class Synthesizer:
         self.model.prepare(self.sampler)
         self.model.draws(self.header.fields["image"].shape)
         self.seed, self.axes = int(provenance["seed"]), dict(provenance["axes"])
+        self.cells = Cells(self.axes, provenance.get("shares", []), self.header.num_samples)
+        self.said = {"plan": provenance["plan"][:16], "model_commit": provenance["model_commit"][:16]}
+        self.said["certificate"] = stated(provenance["private"])
         # Of a property the number that the model has for it, which is not its place in the plan.
         self.numbers = {
             name: list(range(len(values))) if name == LABEL else [self.header.values_of(name).index(v) for v in values]
             for name, values in self.axes.items()
             if name != PROMPT
         }
+        self.drawn: dict[int, np.ndarray | None] = {}  # by batch: those that the last shard took from
         self.prompts = self.model.text(self.axes[PROMPT]) if PROMPT in self.axes else None
 
     def make(self, shard: int) -> list[dict[str, Any]]:
         ids = np.array(self.header.shard_range(shard))
-        cells = [cell_of(int(i), self.axes) for i in ids]
-        drawn = np.concatenate(
-            [self._draw(ids[i : i + self.batch], cells[i : i + self.batch]) for i in range(0, len(ids), self.batch)]
-        )
-        return [
-            {"key": f"{i:08d}", "image": drawn[k], "seed": self.seed, **self._fields(cells[k])}
-            for k, i in enumerate(ids)
-        ]
+        batches = range(int(ids[0]) // self.batch, int(ids[-1]) // self.batch + 1)
+        self.drawn = {number: self.drawn.get(number) for number in batches}
+        for number in batches:
+            if self.drawn[number] is None:
+                of = np.arange(number * self.batch, min((number + 1) * self.batch, self.header.num_samples))
+                self.drawn[number] = self._draw(of)
+        found = []
+        for i in map(int, ids):
+            number, place = divmod(i, self.batch)
+            image = self.drawn[number][place]  # type: ignore[index]
+            found.append({"key": f"{i:08d}", "image": image, "seed": self.seed, **self._fields(i)})
+        return found
 
-    def _draw(self, ids: np.ndarray, cells: list[dict[str, int]]) -> np.ndarray:
+    def _draw(self, ids: np.ndarray) -> np.ndarray:
+        cells = [self.cells.of(int(i)) for i in ids]
         condition: Condition = self.model.conditions.nothing(len(ids), self.device)
         for name, numbers in self.numbers.items():
             condition[name] = torch.tensor([numbers[cell[name]] for cell in cells], device=self.device)
         if self.prompts is not None:
             condition[TEXT] = self.prompts[[cell[PROMPT] for cell in cells]]
-        images = self.model.draw(condition, torch.from_numpy(ids).to(self.device), self.seed, self.sampler)
-        return images.cpu().numpy()
+        index = torch.from_numpy(ids).to(self.device)
+        scales = None
+        if not np.isnan(self.cells.guidance).all():
+            scales = torch.tensor([self._guidance(int(i)) for i in ids], dtype=torch.float32, device=self.device)
+        return self.model.draw(condition, index, self.seed, self.sampler, scales).cpu().numpy()
 
-    def _fields(self, cell: dict[str, int]) -> dict[str, Any]:
+    def _guidance(self, sample: int) -> float:
+        own = self.cells.guidance[self.cells.number(sample)]
+        return self.sampler.guidance if np.isnan(own) else float(own)
+
+    def _fields(self, sample: int) -> dict[str, Any]:
+        """What the sample's JSON says of it: enough to make it again, and to know what it may be used for."""
+        cell, weights = self.cells.of(sample), self.sampler.weights
         found: dict[str, Any] = {name: numbers[cell[name]] for name, numbers in self.numbers.items()}
+        found |= self.said
+        found["guidance"] = " ".join(f"{n}={w:g}" for n, w in weights.items()) or f"{self._guidance(sample):g}"
         return {**found, PROMPT: self.axes[PROMPT][cell[PROMPT]]} if PROMPT in self.axes else found

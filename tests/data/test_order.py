@@ -1,15 +1,18 @@
 """Data order: every sample once an epoch, and the same global batches at any world size."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from rayproj.data import watermark
+from rayproj.data.dataset import Dataset
 from rayproj.data.loader import Batches, Bucketed, Streamed
-from rayproj.data.order import Buckets, Shuffled, epoch_order, order_of
-from rayproj.data.reader import Reader
+from rayproj.data.order import Buckets, Mixed, Shuffled, epoch_order, order_of
+from rayproj.data.reader import Joined, Reader
+from rayproj.errors import UserError
 from tests.support import images
 
 
@@ -91,6 +94,41 @@ def test_a_batch_of_one_bucket_is_shared_by_all_ranks(tmp_path) -> None:  # type
         for name, tensor in batch.items():
             assert torch.equal(torch.cat([half[name] for half in halves]), tensor)
     assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.07, 0.03)])
+def test_mixed_batches_have_their_shares_and_each_dataset_its_own_epochs(shares: tuple[float, ...]) -> None:
+    sizes, batch, steps = (50, 31, 7)[: len(shares)], 24, 1000
+    orders = [Shuffled(n, 8, batch, seed=2) for n in sizes]
+    mixed, starts = Mixed(orders, shares, batch, seed=4), np.cumsum([0, *sizes])
+    late = Mixed(orders, shares, batch, seed=4).indices(700)
+    batches = [mixed.indices(step) for step in range(steps)]
+    assert np.array_equal(batches[700], late), "a function of the step alone"
+    which = np.searchsorted(starts, np.stack(batches), side="right") - 1
+    for number, (share, order) in enumerate(zip(shares, orders, strict=True)):
+        counts = (which == number).sum(1)
+        assert set(counts) <= {math.floor(batch * share), math.ceil(batch * share)}
+        assert counts.mean() == pytest.approx(batch * share, abs=4 * 0.5 / steps**0.5)
+        read = [np.sort(b[w == number] - starts[number]) for b, w in zip(batches, which, strict=True)]
+        ends = np.cumsum([0, *counts])
+        assert all(
+            np.array_equal(r, np.sort(order.stream(a, b))) for r, a, b in zip(read, ends, ends[1:], strict=False)
+        )
+    assert mixed.position(700) == (which[:700] == 0).sum()
+
+
+def test_joined_datasets_are_read_as_one(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    datasets = [images.write(str(tmp_path / name), num_samples=n) for name, n in (("a", 20), ("b", 9))]
+    joined = Joined([Reader(dataset, ["image", "label"]) for dataset in datasets])
+    found = joined.gather(np.array([28, 3, 20, 19]))
+    expected = [(1, 8), (0, 3), (1, 0), (0, 19)]
+    for k, (which, index) in enumerate(expected):
+        own = Reader(datasets[which]).gather(np.array([index]))
+        assert np.array_equal(found["image"][k], own["image"][0]) and found["label"][k] == own["label"][0]
+    assert found["index"].tolist() == [28, 3, 20, 19]
+    other = replace(images.header(8, 8), classes=("x", "y", "z"))
+    with pytest.raises(UserError, match="cannot be mixed: their classes"):
+        Joined([Reader(datasets[0], ["label"]), Reader(Dataset.create(str(tmp_path / "c"), other), ["label"])])
 
 
 def test_a_streaming_consumer_says_how_far_it_is(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -66,10 +66,34 @@ def test_makers_wait_for_the_consumer(open_run, tmp_path: Path) -> None:  # type
     assert seen == [1, 2, 3, 4]
 
 
-def test_a_shard_that_cannot_be_made_is_given_up(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(PoisonShard, match="Shard 1 failed 3 times"):
+def test_a_shard_that_cannot_be_made_is_set_aside(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    says = "Shard 1 failed 3 times; 3 of 4 are committed.*The last maker failed: ValueError: this shard cannot be made"
+    with pytest.raises(PoisonShard, match=says):
         make(open_run, tmp_path, poison=1)
-    assert made(tmp_path).count(1) == 3
+    assert made(tmp_path) == [0, 1, 1, 1, 2, 3]
+    assert sorted(Dataset.open(str(tmp_path / "data")).records()) == [0, 2, 3]
+
+
+def test_a_shard_that_a_consumer_waits_for_in_vain_ends_it(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(PoisonShard, match="Shard 1 failed 3 times; 1 of 4 are committed"):
+        make(open_run, tmp_path, consumers=["reader"], max_ahead=2, poison=1)
+
+
+def test_makers_that_cannot_start_end_it(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(
+        RuntimeError, match="3 makers in a row could not be started; the last one failed: KeyError: 'x'"
+    ):
+        make(open_run, tmp_path, start="KeyError")
+    with pytest.raises(UserError, match="The model is gone; train it again"):
+        make(open_run, tmp_path, start="UserError")
+    assert not (tmp_path / "made.log").exists()
+
+
+def test_what_the_dead_left_is_swept(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    dataset = Dataset.create(str(tmp_path / "data"), images.header())
+    dataset.store.put_once("shards/000001-dead.tar", b"half of a shard")
+    make(open_run, tmp_path)
+    assert {r.object for r in dataset.records().values()} == set(dataset.store.list("shards"))
 
 
 def test_what_the_user_can_put_right_is_not_retried(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -132,6 +132,10 @@ class Maker:
 
     def __init__(self, config: dict[str, Any], device: str) -> None:
         self.config, self.header = config, images.header()
+        if config.get("start") == "KeyError":
+            raise KeyError("x")
+        if config.get("start") == "UserError":
+            raise UserError("The model is gone; train it again.")
 
     def make(self, shard: int) -> list[dict[str, Any]]:
         with open(Path(self.config["log"]), "a") as file:

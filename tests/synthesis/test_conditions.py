@@ -1,5 +1,7 @@
 """From captioned images to synthetic ones of prompts and properties: encoding, training, the plan and the shards."""
 
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,16 @@ from rayproj.diffusion.task import TrainedModel
 from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.engine.world import World
 from rayproj.errors import UserError
-from rayproj.synthesis.plan import GenerateConfig, cell_of, plan
+from rayproj.synthesis.plan import (
+    Cells,
+    GenerateConfig,
+    ShareConfig,
+    in_turn,
+    plan,
+    prompts_of,
+    shards_in_a_row,
+    written_out,
+)
 from rayproj.synthesis.synthesizer import Synthesizer
 from tests.support import runs
 from tests.support.ranks import run_ranks
@@ -87,7 +98,8 @@ def test_captions_and_properties_are_cached_with_the_latents(folder: Path) -> No
 def test_every_prompt_is_drawn_in_every_property_in_turn(folder: Path) -> None:
     config = config_of(folder)
     header = plan(config, 0)
-    assert set(header.fields) == {"image", "seed", "style", "prompt"}
+    said = {"guidance", "plan", "model_commit", "certificate"}
+    assert set(header.fields) == {"image", "seed", "style", "prompt", *said}
     dataset = Dataset.create(config.out, header)
     maker = Synthesizer({"out": dataset.uri, "batch": 3}, "cpu")
     samples = [sample for shard in range(3) for sample in maker.make(shard)]
@@ -97,8 +109,10 @@ def test_every_prompt_is_drawn_in_every_property_in_turn(folder: Path) -> None:
     alone = Synthesizer({"out": dataset.uri, "batch": 1}, "cpu").make(1)
     for one, same in zip(alone, samples[4:8], strict=True):
         assert np.abs(one["image"].astype(int) - same["image"]).max() <= 1
-    ids, cells = np.array([5]), [{"style": 0, "prompt": 0}, {"style": 1, "prompt": 0}, {"style": 0, "prompt": 1}]
-    drawn = [maker._draw(ids, [cell]) for cell in cells]
+    drawn = []
+    for number in (0, 1, 2):  # of one id and seed
+        maker.cells.number = lambda sample, number=number: number  # type: ignore[method-assign]
+        drawn.append(maker._draw(np.array([5])))
     assert not np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
     for shard in range(3):
         commit_shard(dataset, shard, samples[4 * shard : 4 * shard + 4], "test", 0.1)
@@ -110,6 +124,21 @@ def test_every_prompt_is_drawn_in_every_property_in_turn(folder: Path) -> None:
 
     picture = np.asarray(Image.open(out).convert("RGB"))
     assert picture.std() > 10 and picture.shape[1] > 100
+
+
+def test_batches_are_full_across_the_borders_of_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(folder, out=str(folder / "borders"), batch=6)
+    assert shards_in_a_row(config) == 3 and shards_in_a_row(config_of(folder, batch=2)) == 1
+    Dataset.create(config.out, plan(config, 0))
+    maker, asked = Synthesizer({"out": config.out, "batch": 6}, "cpu"), []
+    draw = maker._draw
+    monkeypatch.setattr(maker, "_draw", lambda ids: (asked.append(list(ids)), draw(ids))[1])
+    whole = [maker.make(shard) for shard in range(3)]
+    assert asked == [list(range(6)), list(range(6, 10))] and [len(shard) for shard in whole] == [4, 4, 2]
+    for shard in (2, 1):  # by one that begins in the middle: the same to the last bit
+        again = Synthesizer({"out": config.out, "batch": 6}, "cpu").make(shard)
+        assert [s["key"] for s in again] == [s["key"] for s in whole[shard]]
+        assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(again, whole[shard], strict=True))
 
 
 def test_a_weaker_model_guides(folder: Path) -> None:
@@ -155,16 +184,80 @@ def test_a_weaker_model_without_privacy_does_not_guide_a_private_one(
     assert plan(config, 0).provenance["private"] == {"epsilon": 2.0}, "what guides is seen in what is drawn"
 
 
+AXES = {"label": ["a", "b", "c"], "style": ["x", "y"], "prompt": ["p", "q"]}
+
+
 def test_a_cell_is_the_sample_in_mixed_radix() -> None:
-    axes = {"label": ["a", "b", "c"], "style": ["x", "y"], "prompt": ["p", "q"]}
-    cells = [tuple(cell_of(i, axes).values()) for i in range(12)]
+    plan_ = Cells(AXES, [], 12)
+    cells = [tuple(plan_.of(i).values()) for i in range(12)]
     assert len(set(cells)) == 12 and cells[0] == (0, 0, 0) and cells[4] == (1, 1, 0) and cells[11] == (2, 1, 1)
+    alike = Cells(AXES, [asdict(ShareConfig())], 240)
+    assert [alike.number(i) for i in range(240)] == [plan_.number(i) for i in range(240)]
+
+
+def test_shares_are_met_exactly_and_all_the_way() -> None:
+    """P(label) U(style | label), against counts written out."""
+    shares = [asdict(ShareConfig({"label": label}, share)) for label, share in (("a", 7), ("b", 2), ("c", 1))]
+    plan_ = Cells(AXES, shares, 4000)
+    cells = [tuple(plan_.of(i).values()) for i in range(4000)]
+    expected = {(k, s, p): share * 100 for k, share in enumerate((7, 2, 1)) for s in (0, 1) for p in (0, 1)}
+    assert Counter(cells) == expected
+    for n in (40, 333, 2777):
+        part = Counter(cells[:n])
+        assert all(abs(part[cell] - n * count / 4000) <= 1 for cell, count in expected.items())
+
+
+def test_largest_remainders() -> None:
+    assert np.bincount(in_turn(np.array([47.0, 16.0, 15.8, 12.0, 6.1, 3.1]), 10)).tolist() == [5, 2, 1, 1, 1]
+    assert in_turn(np.array([0.0, 1.0, 1.0]), 4).tolist() == [1, 2, 1, 2]
+
+
+def test_guidance_of_a_part_alone(folder: Path) -> None:
+    parts = [ShareConfig({"style": "bold"}, 3, guidance=4.0), ShareConfig({"style": "flat"}, 1)]
+    sampler = SamplerConfig(3, guidance=1.0)
+    config = config_of(folder, out=str(folder / "parts"), sampler=sampler, shares=parts, samples=8, shard_size=8)
+    Dataset.create(config.out, plan(config, 0))
+    maker = Synthesizer({"out": config.out, "batch": 8}, "cpu")
+    samples = maker.make(0)
+    assert Counter((s["style"], s["guidance"]) for s in samples) == {(1, "4"): 6, (0, "1"): 2}
+    ids = torch.arange(8)
+    for guidance in (1.0, 4.0):
+        condition = maker.model.conditions.nothing(8, "cpu")
+        condition["style"] = torch.tensor([s["style"] for s in samples])
+        condition["text"] = maker.model.text([s["prompt"] for s in samples])
+        whole = maker.model.draw(condition, ids, 0, SamplerConfig(3, guidance=guidance)).numpy()
+        same = [np.abs(whole[k].astype(int) - s["image"]).max() <= 1 for k, s in enumerate(samples)]
+        assert same == [s["guidance"] == f"{guidance:g}" for s in samples]
+    provenance = maker.header.provenance
+    assert all(provenance["plan"].startswith(s["plan"]) and len(s["plan"]) == 16 for s in samples)
+    assert all(provenance["model_commit"].startswith(s["model_commit"]) and s["certificate"] == "" for s in samples)
+
+
+def test_prompts_of_a_grammar_and_of_a_file(tmp_path: Path) -> None:
+    assert written_out("a {red|dark {blue|green}} {cat|} here") == [
+        *("a red cat here", "a red here", "a dark blue cat here"),
+        *("a dark blue here", "a dark green cat here", "a dark green here"),
+    ]
+    (tmp_path / "prompts.txt").write_text("one\n\n  a {b|c}\none\n")
+    config = GenerateConfig(prompts=["zero"], prompts_file=str(tmp_path / "prompts.txt"))
+    assert prompts_of(config) == ["zero", "one", "a b", "a c"]
+    for wrong, says in (
+        (GenerateConfig(prompts=["a {b"]), "has a brace without its other"),
+        (GenerateConfig(prompts_file=str(tmp_path / "none")), "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=says):
+            prompts_of(wrong)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"properties": {"style": ["other"]}}, r"properties.style=\['other'\] is nothing this model knows; it knows"),
+        ({"shares": [ShareConfig({"style": "other"})]}, r"shares: style=other is nothing that is drawn; there is bold"),
+        (
+            {"shares": [ShareConfig({"hue": "red"})]},
+            r"shares: hue=red is nothing that is drawn; there is style, prompt",
+        ),
         ({"properties": {"hue": ["red"]}}, r"properties.hue=\['red'\] is nothing this model knows"),
         ({"sampler": SamplerConfig(weights={"label": 2.0})}, r"sampler.weights.label: the model has no such condition"),
     ],
