@@ -1,5 +1,5 @@
-"""The `rayproj` command: demo, chain, submit, plan, status, logs, stop, resume, privacy, export, grid, verify, gc,
-doctor."""
+"""The `rayproj` command: demo, chain, submit, plan, status, logs, stop, resume, privacy, export, dataset, grid, verify,
+gc, doctor."""
 
 from __future__ import annotations
 
@@ -64,6 +64,16 @@ def main(argv: list[str] | None = None) -> int:
     export = commands.add_parser("export", help="the model of a run, with a model card, in formats that others read")
     export.add_argument("run", metavar="RUN", help="run dir of a training job")
     export.add_argument("--to", required=True, metavar="DIR", help="a folder that is not there yet")
+    dataset = commands.add_parser("dataset", help="what a dataset holds, and tars of others as one")
+    questions = dataset.add_subparsers(dest="question", required=True, metavar="QUESTION")
+    show = questions.add_parser("show", help="counts, classes, attributes, where it comes from, what it guarantees")
+    show.add_argument("uri", metavar="URI", help="a dataset")
+    show.add_argument("--sheet", metavar="FILE", help="write a PNG file with some images of each class")
+    show.add_argument("--per-class", type=int, default=8, metavar="N", help="images of a class (default: %(default)d)")
+    index = questions.add_parser("index", help="make the webdataset tars of a folder a dataset, where they lie")
+    index.add_argument("uri", metavar="URI", help="a folder of tars")
+    index.add_argument("--label", default="label", metavar="KEY", help="of the JSON, if there is no cls member")
+    index.add_argument("--skip", action="store_true", help="leave out what is broken, with a record, and go on")
     grid = commands.add_parser("grid", help="a picture of a synthetic dataset, by prompt or class and by properties")
     grid.add_argument("dataset", metavar="DATASET_URI", help="what jobs/generate.py wrote")
     grid.add_argument("file", metavar="FILE", help="a PNG file")
@@ -127,6 +137,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return run_resume(arguments.run, arguments.overrides)
     if arguments.command == "privacy":
         return run_privacy(arguments)
+    if arguments.command == "dataset":
+        return run_dataset(arguments)
     if arguments.command == "export":
         from rayproj.export import export
 
@@ -179,6 +191,22 @@ def run_plan(arguments: argparse.Namespace) -> int:
         arguments.samples, tuple(map(int, shape)), arguments.classes, (int(text[0]), int(text[1]))
     )
     return planning.print_plans(arguments.job, arguments.config, arguments.overrides, assumed, arguments.json)
+
+
+def run_dataset(arguments: argparse.Namespace) -> int:
+    if arguments.question == "index":
+        from rayproj.data.indexing import index
+
+        found = index(arguments.uri, arguments.label, arguments.skip)
+        left_out = "".join(f"; left out: {count} ({reason})" for reason, count in found["left_out"].items())
+        print(f"{found['samples']} samples in {found['shards']} tars, of {', '.join(found['fields'])}{left_out}")
+        return 0
+    from rayproj.report.dataset import describe, write_sheet
+
+    print(describe(arguments.uri))
+    if arguments.sheet:
+        print(write_sheet(arguments.uri, arguments.sheet, arguments.per_class))
+    return 0
 
 
 def run_privacy(arguments: argparse.Namespace) -> int:

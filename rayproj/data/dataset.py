@@ -55,14 +55,29 @@ class Header:
     licence: str = ""
     attribution: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)  # how it was made
+    # Of tars that others wrote: samples of each; and where fields are that are not in the member <key>.<field>.<encoding> or
+    # under their name in the JSON: another member, or json.<name>.
+    sizes: tuple[int, ...] = ()
+    members: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_shards(self) -> int:
-        return math.ceil(self.num_samples / self.shard_size)
+        return len(self.sizes) or math.ceil(self.num_samples / self.shard_size)
 
     def shard_range(self, shard: int) -> range:
         """Global indices of the samples of a shard."""
+        if self.sizes:
+            start = sum(self.sizes[:shard])
+            return range(start, start + self.sizes[shard])
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_samples))
+
+    def places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shard of each sample, and its place there."""
+        if not self.sizes:
+            return np.divmod(indices, self.shard_size)
+        ends = np.cumsum(self.sizes)
+        shards = np.searchsorted(ends, indices, side="right")
+        return shards, indices - (ends - self.sizes)[shards]
 
     def values_of(self, name: str) -> tuple[str, ...]:
         """What the numbers of a field stand for."""
@@ -73,7 +88,8 @@ class Header:
         return replace(self, fields={name: field for name, field in self.fields.items() if name in names})
 
     def to_json(self) -> bytes:
-        return to_json(asdict(self))
+        values = asdict(self)
+        return to_json({n: v for n, v in values.items() if v or n not in ("sizes", "members")})
 
     @classmethod
     def from_json(cls, data: bytes) -> Header:
@@ -81,7 +97,7 @@ class Header:
         values["fields"] = {
             k: Field(f["encoding"], tuple(f["shape"]), tuple(f.get("values", ()))) for k, f in values["fields"].items()
         }
-        values["classes"] = tuple(values["classes"])
+        values["classes"], values["sizes"] = tuple(values["classes"]), tuple(values.get("sizes", ()))
         return cls(**values)
 
 

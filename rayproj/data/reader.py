@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import RLock
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from rayproj.data.cache import NodeCache
-from rayproj.data.dataset import Dataset
+from rayproj.data.dataset import Dataset, Header
 from rayproj.errors import Interrupted, UserError
 from rayproj.storage.store import IntegrityError, sha256_hex
 
@@ -25,6 +25,26 @@ Columns = dict[str, np.ndarray]
 
 class ShardTimeout(TimeoutError):
     """A shard was not committed in time."""
+
+
+def key_of(member: str) -> tuple[str, str]:
+    """The sample that a member of a tar belongs to, and what of it: cut at the first dot behind the last slash, as
+    webdataset does."""
+    folder, slash, name = member.rpartition("/")
+    base, _, extension = name.partition(".")
+    return folder + slash + base, extension
+
+
+def number(header: Header, field: str, value: Any) -> Any:
+    """A scalar as it is read: of an integer field that is written as a name, the name's number.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if header.fields[field].encoding != "int" or not isinstance(value, str):
+        return value
+    names = header.values_of(field)
+    return names.index(value) if value in names else int(value)
 
 
 class Gathering(Protocol):
@@ -74,7 +94,7 @@ class Reader:
             IntegrityError: a shard's bytes are not what its record says, or a member is missing or does not decode.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        shards, offsets = np.divmod(indices, self.dataset.header.shard_size)
+        shards, offsets = self.dataset.header.places(indices)
         result = {name: self._empty(name, len(indices)) for name in self.fields}
         for shard in np.unique(shards):
             chosen = np.flatnonzero(shards == shard)
@@ -123,18 +143,24 @@ class Reader:
         count = len(header.shard_range(shard))
         columns = {name: self._empty(name, count) for name in self.fields}
         arrays = {n: array for n in self.fields if (array := header.fields[n].array)}
-        scalars = [n for n in self.fields if n not in arrays]
-        members = {f"{n}.{header.fields[n].encoding}": n for n in arrays}
+        where = {n: f"{n}.{header.fields[n].encoding}" if n in arrays else f"json.{n}" for n in self.fields}
+        where |= {n: place for n, place in header.members.items() if n in where}
+        scalars = {n: place[5:] for n, place in where.items() if place.startswith("json.")}
+        members = {place: n for n, place in where.items() if n not in scalars}
+        wanted = {*members, *(["json"] if scalars else [])}
+        skipped = header.provenance.get("skipped", {}).get(str(shard), {})
         found: list[tuple[str, str, int, bytes]] = []
         position, key = -1, ""
         with tarfile.open(fileobj=io.BytesIO(self._fetch(shard))) as tar:
             for member in tar:
-                base, _, extension = member.name.partition(".")
+                base, extension = key_of(member.name)
+                if base in skipped or not member.isfile():
+                    continue
                 if base != key:
                     position, key = position + 1, base
-                file = tar.extractfile(member)
-                assert file is not None
-                if extension == "json" or extension in members:
+                if extension in wanted:
+                    file = tar.extractfile(member)
+                    assert file is not None
                     found.append((member.name, extension, position, file.read()))
 
         def decode(run: list[tuple[str, str, int, bytes]]) -> None:
@@ -142,10 +168,11 @@ class Reader:
                 try:
                     if extension == "json":
                         values = json.loads(data)
-                        for scalar in scalars:
-                            columns[scalar][position] = values[scalar]
+                        for scalar, written in scalars.items():
+                            columns[scalar][position] = number(header, scalar, values[written])
+                    elif (field := members[extension]) not in arrays:
+                        columns[field][position] = number(header, field, data.decode().strip())
                     else:
-                        field = members[extension]
                         array, shape = arrays[field].decode(data), header.fields[field].shape
                         # A WebP has three channels also where the image has one.
                         columns[field][position] = array[: shape[0]] if arrays[field].image else array
@@ -154,7 +181,7 @@ class Reader:
                         f"In shard {shard} of {self.dataset.uri} the member '{name}' does not decode: {error}"
                     ) from error
 
-        if len(found) != count * (len(members) + 1):
+        if len(found) != count * len(wanted):
             raise IntegrityError(
                 f"Shard {shard} of {self.dataset.uri} lacks members: {len(found)} read for {count} samples."
             )
