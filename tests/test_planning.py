@@ -111,7 +111,7 @@ PRIVATE = PrivacyConfig(noise_multiplier=1.0, delta=1e-4, expected_batch=8, chun
         (2, 2, (128, 256), 128, None),
         (2, 3, (128, 256), 64, None),
         (1, 2, (64, 128), 8, PRIVATE),
-        (2, 0, (64, 128), 8, PRIVATE),
+        pytest.param(2, 0, (64, 128), 8, PRIVATE, marks=pytest.mark.slow),
         (2, 3, (64, 128), 8, PRIVATE),
     ],
     ids=[

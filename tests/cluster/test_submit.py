@@ -116,6 +116,7 @@ def test_rayproj_submit_and_ray_job_submit(head: str, tmp_path: Path) -> None:
     assert failed.returncode == 2 and "did you mean 'train.steps'?" in failed.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_head_that_dies_and_comes_back_gets_the_job_again(tmp_path: Path) -> None:
     """With its head die the driver and the ranks; what is left is the store. The end is that of a quiet run, bit by bit."""

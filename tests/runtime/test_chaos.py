@@ -185,7 +185,10 @@ def test_a_lost_node_shrinks_the_group_and_a_new_one_lets_it_grow_back(chaos: Ch
     assert_equal(store, expected, rounding=1e-5)
 
 
-@pytest.mark.parametrize("seconds", [0, 8], ids=["before Ray knows", "after Ray knows"])
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(0, id="before Ray knows"), pytest.param(8, id="after Ray knows", marks=pytest.mark.slow)],
+)
 def test_a_node_lost_between_placement_and_start_is_not_waited_for(  # type: ignore[no-untyped-def]
     chaos: Chaos, tmp_path: Path, undisturbed, seconds: float
 ) -> None:
