@@ -19,27 +19,38 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayproj.curation.duplicates import clusters, weights
-from rayproj.curation.scorers import Columns, RuleConfig, Score, scorer
+from rayproj.curation.duplicates import clusters, difference_hash, weights
+from rayproj.curation.scorers import Columns, Nearest, RuleConfig, Score, Scorer, scorer
 from rayproj.data.dataset import WEIGHTS, Dataset, Field, Header
+from rayproj.data.encodings import ENCODINGS
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
 
 REJECTED = "rejected.jsonl"
+DUPLICATE = "duplicate"  # the reason of those that duplicates.remove leaves out
+PAIRS = 12  # that are shown
 
 
 @dataclass
 class DuplicatesConfig:
-    """Images that are alike in the features of a network."""
+    """Images that are alike."""
 
-    similarity: float = 0.0  # cosine from which two are near duplicates, such as 0.9; 0: they are not looked for
+    similarity: float = (
+        0.0  # cosine of a network's features from which two are near duplicates, such as 0.9; 0: not looked at
+    )
+    hash_bits: int = (
+        -1
+    )  # of 64 of a perceptual hash, in which two may differ and are near duplicates; -1: not looked at
+    remove: bool = False  # all but the first of a cluster; else they are weighted
     power: float = 0.0  # a cluster of k images is drawn as often as k^power others: 0 as one image, 1 as k
     feature_size: int = 64  # side to which images are resized for the network
 
     def problems(self) -> list[str]:
         found = [] if 0 <= self.similarity <= 1 else ["duplicates.similarity must lie in [0, 1]."]
+        if not -1 <= self.hash_bits < 32:
+            found.append("duplicates.hash_bits must lie in [0, 31], or be -1.")
         return found if 0 <= self.power <= 1 else [*found, "duplicates.power must lie in [0, 1]."]
 
 
@@ -75,7 +86,7 @@ def curate(config: CurateConfig, report: Callable[[dict[str, Any]], None], devic
     reader = Reader(source)
     total = source.header.num_samples
     report({"type": "total", "steps": 2 * total})
-    scores, features = _judge(config, reader, total, report, device)
+    scores, judges, features = _judge(config, reader, total, report, device)
     broken = {name: _outside(rule, scores[name]) for name, rule in config.rules.items()}
     rejected = np.zeros(total, bool)
     for outside in broken.values():
@@ -84,9 +95,17 @@ def curate(config: CurateConfig, report: Callable[[dict[str, Any]], None], devic
     if not len(kept):
         raise UserError(f"No image of {source.uri} passes all rules ({_counts(broken)}); loosen one.")
     weight, groups = np.ones(len(kept)), np.zeros(0, int)
-    if features is not None:
-        groups = clusters(features[kept], config.duplicates.similarity)
+    if features:
+        groups = clusters(*((found[kept], similarity) for found, similarity in features))
         weight = weights(groups, config.duplicates.power)
+        if config.duplicates.remove:
+            first = np.unique(groups, return_index=True)[1]
+            again = np.setdiff1d(np.arange(len(kept)), first)
+            scores[DUPLICATE], broken[DUPLICATE] = np.zeros(total), np.zeros(total, bool)
+            broken[DUPLICATE][kept[again]] = True
+            scores[DUPLICATE][kept[again]] = kept[first[groups[again]]]  # of which it is one
+            rejected |= broken[DUPLICATE]
+            kept, weight = kept[np.sort(first)], np.ones(len(first))
     dataset = Dataset.create(config.out, _header(config, source, len(kept)))
     lines = [
         json.dumps({"index": int(i), "reasons": {n: float(scores[n][i]) for n in broken if broken[n][i]}})
@@ -96,6 +115,8 @@ def curate(config: CurateConfig, report: Callable[[dict[str, Any]], None], devic
     buffer = io.BytesIO()
     np.save(buffer, weight.astype(np.float32))
     dataset.store.write(WEIGHTS, buffer.getvalue())
+    pairs = {name: _show_pairs(name, scores[name], judge, reader, dataset) for name, judge in judges.items()
+             if isinstance(judge, Nearest)}  # fmt: skip
     _write(config, reader, dataset, kept, weight, lambda done: report({"type": "metrics", "step": total + done}))
     sizes = Counter(np.bincount(groups).tolist()) if len(groups) else Counter[int]()
     return {
@@ -105,11 +126,13 @@ def curate(config: CurateConfig, report: Callable[[dict[str, Any]], None], devic
         "reasons": {name: int(outside.sum()) for name, outside in broken.items()},
         "clusters": {str(size): count for size, count in sorted(sizes.items())},
         "effective": float(weight.sum()),
+        "pairs": pairs,
     }
 
 
 def _check(config: CurateConfig, header: Header) -> None:
     wanted = {rule.text for rule in config.rules.values() if rule.scorer.value in ("words", "pii", "blocked")}
+    wanted |= {"label" for rule in config.rules.values() if rule.scorer is Scorer.confidence}
     for template in config.captions.values():
         try:
             wanted |= {name for _, name, _, _ in Formatter().parse(template) if name is not None}
@@ -122,22 +145,38 @@ def _check(config: CurateConfig, header: Header) -> None:
 
 def _judge(
     config: CurateConfig, reader: Reader, total: int, report: Callable[[dict[str, Any]], None], device: str
-) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """The scores of all samples by rule, and their features if duplicates are looked for."""
-    judges: dict[str, Score] = {name: scorer(rule) for name, rule in config.rules.items()}
-    wanted = config.duplicates.similarity > 0
-    extractor = EfficientNetLite0Features(config.duplicates.feature_size, device) if wanted else None
+) -> tuple[dict[str, np.ndarray], dict[str, Score], list[tuple[np.ndarray, float]]]:
+    """The scores of all samples by rule, the rules' scorers, and by what duplicates are to be known."""
+    judges: dict[str, Score] = {name: scorer(rule, device) for name, rule in config.rules.items()}
+    looked = config.duplicates
+    ways: list[tuple[Callable[[np.ndarray], np.ndarray], float]] = []
+    if looked.similarity > 0:
+        extractor = EfficientNetLite0Features(looked.feature_size, device)
+        ways.append((lambda images: extractor(torch.from_numpy(images)).cpu().numpy(), looked.similarity))
+    if looked.hash_bits >= 0:
+        ways.append((difference_hash, 1 - looked.hash_bits / 32 - 1e-6))
     scores: dict[str, list[np.ndarray]] = {name: [] for name in judges}
-    features = []
+    features: list[list[np.ndarray]] = [[] for _ in ways]
     for start in range(0, total, config.batch):
         columns = reader.gather(np.arange(start, min(start + config.batch, total)))
         for name, judge in judges.items():
             scores[name].append(judge(columns))
-        if extractor:
-            features.append(extractor(torch.from_numpy(columns["image"])).cpu().numpy())
+        for found, (way, _) in zip(features, ways, strict=True):
+            found.append(way(columns["image"]))
         report({"type": "metrics", "step": min(start + config.batch, total)})
     joined = {name: np.concatenate(found) for name, found in scores.items()}
-    return joined, np.concatenate(features) if features else None
+    return joined, judges, [(np.concatenate(f), s) for f, (_, s) in zip(features, ways, strict=True)]
+
+
+def _show_pairs(name: str, score: np.ndarray, judge: Nearest, reader: Reader, dataset: Dataset) -> list[dict[str, Any]]:
+    """Write a picture of the nearest pairs, the dataset's own images above; returns their indices and how near they are."""
+    place = np.concatenate(judge.places)
+    order = np.argsort(score if judge.rule.scorer is Scorer.pixels else -score, kind="stable")[:PAIRS]
+    own, theirs = reader.gather(order)["image"], judge.reader.gather(place[order])["image"]
+    if own.shape == theirs.shape:
+        picture = np.concatenate([np.concatenate(list(row), axis=2) for row in (own, theirs)], axis=1)
+        dataset.store.write(f"pairs-{name}.png", ENCODINGS["png"].encode(picture))
+    return [{"index": int(i), "nearest": int(place[i]), judge.rule.scorer.value: float(score[i])} for i in order]
 
 
 def _outside(rule: RuleConfig, score: np.ndarray) -> np.ndarray:

@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from rayproj import classifiers
+from rayproj.data.dataset import Dataset
+from rayproj.data.reader import Reader
 from rayproj.errors import UserError
+from rayproj.evaluation.features import EfficientNetLite0Features
+from rayproj.evaluation.quality import nearest
 
 Columns = dict[str, np.ndarray]
 Score = Callable[[Columns], np.ndarray]
@@ -26,6 +32,14 @@ class Scorer(Enum):
     pii = "pii"  # e-mail and IP addresses, telephone and card numbers in the text
     blocked = "blocked"  # words of the text that are on a list
     model = "model"  # what a network says of the image: unsafe, made by AI, shows text, looks good
+    confidence = "confidence"  # probability that a classifier gives to the image's own label
+    # How near the nearest image of another dataset is, such as what a generator learned from: cosine of features, or root of
+    # the mean squared difference of pixels, of 255. Pairs are shown in pairs-<rule>.png: of private images a private output.
+    similarity = "similarity"
+    pixels = "pixels"
+
+
+NEAREST = (Scorer.similarity, Scorer.pixels)
 
 
 @dataclass
@@ -41,6 +55,8 @@ class RuleConfig:
     model: str = ""
     size: int = 224
     output: int = -1
+    classifier: str = ""  # of confidence: a run dir of jobs/train_classifier.py
+    against: str = ""  # of similarity and pixels: a dataset
 
     def problems(self) -> list[str]:
         if self.at_least is None and self.at_most is None:
@@ -52,15 +68,23 @@ class RuleConfig:
                 "A rule with scorer=model needs the path of an ONNX file in model: no classifier of unsafe, AI-made or "
                 "low-quality images comes with this package. Give one, or take the rule out."
             ]
+        if self.scorer is Scorer.confidence and not self.classifier:
+            return ["A rule with scorer=confidence needs the run dir of a classifier in classifier."]
+        if self.scorer in NEAREST and not self.against:
+            return [f"A rule with scorer={self.scorer.value} needs a dataset in against."]
         return []
 
 
-def scorer(rule: RuleConfig) -> Score:
+def scorer(rule: RuleConfig, device: str = "cpu") -> Score:
     """The scorer of a rule.
 
     Raises:
-        UserError: a model that is not there or cannot be run.
+        UserError: a model or dataset that is not there or cannot be used.
     """
+    if rule.scorer is Scorer.confidence:
+        return _confidence(rule, device)
+    if rule.scorer in NEAREST:
+        return Nearest(rule, device)
     if rule.scorer is Scorer.sharpness:
         return lambda columns: _sharpness(columns["image"])
     if rule.scorer is Scorer.contrast:
@@ -115,6 +139,52 @@ def _luhn(number: str) -> bool:
 
 def _any_of(words: list[str]) -> str:
     return rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)"
+
+
+def _confidence(rule: RuleConfig, device: str) -> Score:
+    model = classifiers.load(rule.classifier, device)
+
+    @torch.no_grad()
+    def score(columns: Columns) -> np.ndarray:
+        logits = model(torch.from_numpy(columns["image"]).to(device)).double()
+        label = torch.from_numpy(columns["label"]).to(device).clamp(min=0)  # one without a label is of no class
+        found = logits.softmax(1).gather(1, label[:, None])[:, 0].cpu().numpy()
+        return np.where(columns["label"] < 0, np.nan, found)
+
+    return score
+
+
+class Nearest:
+    """How near the nearest image of another dataset is, and which that is.
+
+    Attributes:
+        places: of all that were scored, in their order: indices into that dataset.
+    """
+
+    def __init__(self, rule: RuleConfig, device: str) -> None:
+        self.rule, self.reader = rule, Reader(Dataset.open(rule.against), ["image"])
+        self.extract: Any = None if rule.scorer is Scorer.pixels else EfficientNetLite0Features(device=device)
+        total = self.reader.dataset.header.num_samples
+        parts = [np.arange(i, min(i + 512, total)) for i in range(0, total, 512)]
+        self.known = np.concatenate([self._of(self.reader.gather(part)["image"]) for part in parts])
+        self.places: list[np.ndarray] = []
+
+    def _of(self, images: np.ndarray) -> np.ndarray:
+        """fp32 [n, d]: pixels, or features of length one."""
+        if self.extract is None:
+            return images.reshape(len(images), -1).astype(np.float32)
+        features = self.extract(torch.from_numpy(images)).cpu().numpy()
+        return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+    def __call__(self, columns: Columns) -> np.ndarray:
+        own = self._of(columns["image"])
+        if own.shape[1:] != self.known.shape[1:]:
+            raise UserError(
+                f"The images of '{self.rule.against}' have another shape, so their pixels cannot be compared."
+            )
+        squared, place = nearest(own, self.known)
+        self.places.append(place)
+        return np.sqrt(squared / own.shape[1]) if self.extract is None else 1 - squared / 2
 
 
 def _model(rule: RuleConfig) -> Score:

@@ -105,6 +105,8 @@ def gather(stages: Stages) -> dict[str, Any]:
         }
         if found.get("skewsize"):
             report["skewsize"] = found["skewsize"]
+        if found.get("watermark"):
+            report["watermark"] = found["watermark"]
         if private:
             report["privacy_and_use"] = privacy_and_use(stages)
     ordered = sorted(done.items(), key=lambda item: item[1]["finished_at"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from bisect import insort
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 SOONEST = 10.0  # seconds before which no shard is called late
 KNOWN = 5  # shards that must be done before it is known what late is
+REMEMBERED = 256  # of them, the last
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Leases:
     held: dict[int, tuple[str, float]] = field(default_factory=dict)  # shard -> (holder, since)
     failures: dict[int, int] = field(default_factory=dict)
     aside: set[int] = field(default_factory=set)
-    _took: list[float] = field(default_factory=list)  # seconds of each shard, sorted
+    _took: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))  # seconds of each shard
     _last: dict[str, int] = field(default_factory=dict)  # holder -> what it was given last
     _first: int = 0  # all before it are done
 
@@ -69,15 +70,16 @@ class Leases:
         """Seconds after which a shard is late: three times what all but a twentieth of them took."""
         if len(self._took) < KNOWN:
             return self.lease_seconds
-        usual = self._took[math.ceil(0.95 * len(self._took)) - 1]
+        usual = sorted(self._took)[math.ceil(0.95 * len(self._took)) - 1]
         return min(self.lease_seconds, max(SOONEST, 3 * usual))
 
     def finish(self, shard: int, now: float) -> bool:
         """A shard was committed, by whomever; whether it was not known to be."""
         if shard in self.held:
-            insort(self._took, now - self.held.pop(shard)[1])
+            self._took.append(now - self.held.pop(shard)[1])
         new = shard not in self.done
         self.done.add(shard)
+        self.aside.discard(shard)
         return new
 
     def lose(self, holder: str, shard: int | None = None) -> None:
@@ -92,7 +94,7 @@ class Leases:
     @property
     def complete(self) -> bool:
         """Whether there is nothing left to be granted."""
-        return len(self.done | self.aside) == self.num_shards
+        return len(self.done) + len(self.aside) == self.num_shards
 
 
 class PoisonShard(RuntimeError):

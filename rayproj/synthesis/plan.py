@@ -25,6 +25,7 @@ from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import DiffusionConfig
 from rayproj.engine.checkpoint import Commit, commits
 from rayproj.errors import UserError
+from rayproj.evaluation.marks import MarkConfig, key_name, read_key
 from rayproj.privacy.certificate import certificate
 from rayproj.storage.store import Store, from_json, to_json
 
@@ -64,6 +65,7 @@ class GenerateConfig:
     encoding: str = "png"  # of the images: png or webp, without loss, or jpg
     batch: int = 128  # images drawn at once by a sampler
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    mark: MarkConfig = field(default_factory=MarkConfig)  # an invisible watermark
 
     def problems(self) -> list[str]:
         if self.size and (len(self.size) != 2 or min(self.size) < 1):
@@ -238,6 +240,8 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         # Read after the commit, so that the ledger has every release that is in it.
         "private": private and {**private, "model_commit": commit_hash(newest)},
     }
+    if config.mark.key:
+        provenance["mark"] = {"key": key_name(read_key(config.mark.key)), "strength": config.mark.strength}
     if weak:
         provenance |= {name: weak[name] for name in ("weak", "weak_commit")}
         provenance["private"] = provenance["private"] or weak["private"]

@@ -13,11 +13,13 @@ from rayproj.diffusion.conditions import TEXT, Condition
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.errors import UserError
+from rayproj.evaluation.marks import key_name, mark, read_key
 from rayproj.synthesis.plan import LABEL, PROMPT, Cells, commit_hash, stated
 
 
 class Synthesizer:
-    """Makes one shard at a time, a function of the plan, the batch and the shard's number. Config keys: "out", "batch".
+    """Makes one shard at a time, a function of the plan, the batch and the shard's number. Config keys: "out", "batch",
+    and "key", the file with the watermark's secret, where there is one.
 
     Batches are runs of samples of the whole dataset, so that they are full whatever the shards, and an image has the same
     mates whoever draws it: made again, it is the same to the last bit. What a batch holds of the next shard is kept.
@@ -51,6 +53,11 @@ class Synthesizer:
             for name, values in self.axes.items()
             if name != PROMPT
         }
+        self.secret = read_key(config["key"]) if "mark" in provenance else b""
+        if self.secret and key_name(self.secret) != provenance["mark"]["key"]:
+            raise UserError(
+                f"The key '{config['key']}' is not the one that {config['out']} was planned with; give that one."
+            )
         self.drawn: dict[int, np.ndarray | None] = {}  # by batch: those that the last shard took from
         self.prompts = self.model.text(self.axes[PROMPT]) if PROMPT in self.axes else None
 
@@ -80,7 +87,8 @@ class Synthesizer:
         scales = None
         if not np.isnan(self.cells.guidance).all():
             scales = torch.tensor([self._guidance(int(i)) for i in ids], dtype=torch.float32, device=self.device)
-        return self.model.draw(condition, index, self.seed, self.sampler, scales).cpu().numpy()
+        images = self.model.draw(condition, index, self.seed, self.sampler, scales).cpu().numpy()
+        return mark(images, self.secret, self.header.provenance["mark"]["strength"]) if self.secret else images
 
     def _guidance(self, sample: int) -> float:
         own = self.cells.guidance[self.cells.number(sample)]

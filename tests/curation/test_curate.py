@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rayproj.curation.curate import CurateConfig, DuplicatesConfig, curate
-from rayproj.curation.duplicates import clusters, weights
+from rayproj.curation.duplicates import clusters, difference_hash, weights
 from rayproj.curation.scorers import RuleConfig, Scorer, personal, resized, scorer
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.order import Weighted
@@ -98,7 +99,7 @@ def test_clusters_by_a_naive_search_and_weights_of_a_power(monkeypatch: pytest.M
         np.float32
     )
     monkeypatch.setattr("rayproj.curation.duplicates.BLOCK", 11)
-    found = clusters(features, 0.98)
+    found = clusters((features, 0.98))
     unit = features / np.linalg.norm(features, axis=1)[:, None]
     parent = list(range(30))
 
@@ -114,6 +115,62 @@ def test_clusters_by_a_naive_search_and_weights_of_a_power(monkeypatch: pytest.M
     for power in (0.0, 0.5, 1.0):
         of_clusters = np.bincount(found, weights(found, power))
         np.testing.assert_allclose(of_clusters, np.bincount(found) ** power)
+
+
+def test_duplicates_are_removed_with_the_one_that_stays_as_the_reason(images: str, tmp_path: Path) -> None:
+    """By the hash alone, and by both."""
+    for name, looked in (("hash", DuplicatesConfig(hash_bits=9)), ("both", DuplicatesConfig(0.85, hash_bits=2))):
+        looked.remove = True
+        result = curate(config(images, tmp_path, out=str(tmp_path / name), duplicates=looked), lambda event: None)
+        assert result["reasons"]["duplicate"] == 4 and result["kept"] == 25 == result["effective"]
+        store = Dataset.open(str(tmp_path / name)).store
+        lines = [json.loads(line) for line in store.read("rejected.jsonl").splitlines()]
+        assert {n["index"]: n["reasons"]["duplicate"] for n in lines if "duplicate" in n["reasons"]} == {
+            30: 9, 31: 9, 32: 9, 33: 9,
+        }  # fmt: skip
+
+
+def test_a_hash_is_that_of_fields_compared_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (1, 3, 16, 18), dtype=np.uint8)
+    y = np.tensordot([0.299, 0.587, 0.114], image[0].astype(float), axes=(0, 0)).round()
+    means = [[y[2 * r : 2 * r + 2, 2 * c : 2 * c + 2].mean().round() for c in range(9)] for r in range(8)]
+    expected = [1 if row[c + 1] > row[c] else -1 for row in means for c in range(8)]
+    assert (difference_hash(image)[0] != expected).mean() < 0.04, "but for how a half is rounded"
+
+
+def test_copies_of_training_images_are_found_and_shown(
+    pictures: list[dict[str, Any]], images: str, tmp_path: Path
+) -> None:
+    header = Header("learned from", {"image": Field("png", (3, 32, 32))}, 12, 12, ())
+    learned = Dataset.create(str(tmp_path / "learned"), header)
+    commit_shard(
+        learned, 0, [{"key": str(i), "image": pictures[k]["image"]} for i, k in enumerate(range(10, 22))], "t", 0
+    )
+    rules = {
+        "copied": RuleConfig(Scorer.similarity, at_most=0.999, against=learned.uri),
+        "same": RuleConfig(Scorer.pixels, at_least=1.0, against=learned.uri),
+    }
+    result = curate(config(images, tmp_path, rules=rules), lambda event: None)
+    assert result["reasons"] == {"copied": 12, "same": 12} and result["kept"] == 22
+    for name, kind, exact in (("copied", "similarity", 1.0), ("same", "pixels", 0.0)):
+        assert sorted((p["index"], p["nearest"]) for p in result["pairs"][name]) == [(k, k - 10) for k in range(10, 22)]
+        assert all(p[kind] == pytest.approx(exact, abs=1e-4) for p in result["pairs"][name])
+        picture = np.asarray(
+            Image.open(io.BytesIO(Dataset.open(str(tmp_path / "out")).store.read(f"pairs-{name}.png")))
+        )
+        assert picture.shape == (64, 12 * 32, 3) and np.array_equal(picture[:32], picture[32:])
+
+
+def test_confidence_is_the_softmax_at_the_label(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x.float().mean((1, 2, 3)), torch.full((len(x),), 200.0)], 1) / 50
+
+    monkeypatch.setattr("rayproj.classifiers.load", lambda run, device: model)
+    rule = RuleConfig(Scorer.confidence, at_least=0.5, classifier="run")
+    result = curate(config(images, tmp_path, rules={"unsure": rule}), lambda event: None)
+    means = Reader(Dataset.open(images)).gather(np.arange(34))["image"].mean((1, 2, 3))
+    assert result["reasons"] == {"unsure": int((means < 200).sum())} and 0 < result["kept"] < 34
 
 
 @pytest.mark.parametrize(
