@@ -4,8 +4,8 @@ Spread spectrum (Cox et al. 1997, "Secure Spread Spectrum Watermarking for Multi
 the whole image: the luminance gets the sum of all coefficients of a band of middle frequencies, each with a sign that a
 secret key says. The detector needs the key, the size of the images as they were marked, and no original.
 
-Let a_k be what an image has at the band's coefficients, divided by the root mean square of those of like frequency, and s_k
-the signs. Of an image that was not marked with this key the s_k are fair coins, so by Hoeffding's inequality
+Let a_k be what an image has at the band's coefficients, divided by the mean square of those of like frequency, as the best
+detector of a sign in Gaussian noise of that variance weighs them, and s_k the signs. Of an image that was not marked with this key the s_k are fair coins, so by Hoeffding's inequality
 z = Σ s_k a_k / √(Σ a_k²) exceeds t with a probability of at most exp(-t²/2), whatever the image. Of many images the a_k are
 summed first, so that the bound holds for a dataset too.
 """
@@ -126,8 +126,8 @@ def evidence(images: np.ndarray) -> np.ndarray:
     places, rings = _band(height, width)
     a = dctn(_luminance(images), axes=(1, 2), norm="ortho").reshape(len(images), -1)[:, places]
     energy = np.stack([np.square(a[:, rings == r]).sum(1) for r in range(RINGS)], 1)
-    size = np.sqrt(energy / np.maximum(np.bincount(rings, minlength=RINGS), 1))
-    return a / np.maximum(size[:, rings], 1e-9)
+    square = energy / np.maximum(np.bincount(rings, minlength=RINGS), 1)
+    return a / np.maximum(square[:, rings], 1e-9)
 
 
 def detect(images: np.ndarray, secret: bytes, shape: tuple[int, int] | None = None) -> Found:
