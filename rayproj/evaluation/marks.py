@@ -5,9 +5,9 @@ the whole image: the luminance gets the sum of all coefficients of a band of mid
 secret key says. The detector needs the key, the size of the images as they were marked, and no original.
 
 Let a_k be what an image has at the band's coefficients, divided by the mean square of those of like frequency, as the best
-detector of a sign in Gaussian noise of that variance weighs them, and s_k the signs. Of an image that was not marked with this key the s_k are fair coins, so by Hoeffding's inequality
-z = Σ s_k a_k / √(Σ a_k²) exceeds t with a probability of at most exp(-t²/2), whatever the image. Of many images the a_k are
-summed first, so that the bound holds for a dataset too.
+detector of a sign in Gaussian noise of that variance weighs them, and s_k the signs. Of an image that was not marked with
+this key the s_k are fair coins, so by Hoeffding's inequality z = Σ s_k a_k / √(Σ a_k²) exceeds t with a probability of at
+most exp(-t²/2), whatever the image. Of many images the a_k are summed first, so that the bound holds for a dataset too.
 """
 
 from __future__ import annotations
