@@ -18,6 +18,7 @@ from rayproj.diffusion.task import TrainedModel
 from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.engine.world import World
 from rayproj.errors import UserError
+from rayproj.evaluation.marks import key_name, mark, read_key
 from rayproj.synthesis.plan import (
     Cells,
     GenerateConfig,
@@ -182,6 +183,25 @@ def test_a_weaker_model_without_privacy_does_not_guide_a_private_one(
     assert (found["private"]["epsilon"], found["private_weak"]["epsilon"]) == (8.0, 2.0)
     del spent[str(folder / "denoiser")]
     assert plan(config, 0).provenance["private"] == {"epsilon": 2.0}, "what guides is seen in what is drawn"
+
+
+def test_a_watermark_is_added_to_what_is_drawn(folder: Path) -> None:
+    keys = {name: folder / name for name in ("key", "wrong")}
+    for name, path in keys.items():
+        path.write_bytes(name.encode() * 16)
+    plain, marked = (config_of(folder, out=str(folder / f"mark-{k}"), samples=4) for k in (0, 1))
+    marked.mark.key, marked.mark.strength = str(keys["key"]), 3.0
+    images = []
+    for config in (plain, marked):
+        Dataset.create(config.out, plan(config, 0))
+        maker = {"out": config.out, "batch": 4, "key": config.mark.key}
+        images.append(np.stack([sample["image"] for sample in Synthesizer(maker, "cpu").make(0)]))
+    secret = read_key(str(keys["key"]))
+    assert np.array_equal(images[1], mark(images[0], secret, 3.0))
+    said = Dataset.open(marked.out).header.provenance["mark"]
+    assert said == {"key": key_name(secret), "strength": 3.0}
+    with pytest.raises(UserError, match="is not the one that"):
+        Synthesizer({"out": marked.out, "batch": 4, "key": str(keys["wrong"])}, "cpu")
 
 
 AXES = {"label": ["a", "b", "c"], "style": ["x", "y"], "prompt": ["p", "q"]}
