@@ -53,7 +53,10 @@ def root(tmp_path: Path) -> Path:
     run("evaluate", "evaluate", {"evaluate": {"synthetic": {n: str(tmp_path / "synthetic" / n) for n in MODELS}}}, {
         "classes": list("abc"), "accuracy": accuracy, "confusion": {n: [[1, 0], [0, 1]] for n in MODELS},
         "quality": {"feature_extractor": "x", "samples": 9, "frechet_distance": distance, "measures": measures},
-        "skewsize": None,
+        "skewsize": None, "watermark": {"images": 9, "chance": 1e-3, "sets": {
+            "real": {"as they are": {"found": 0.002, "z": 1.0, "chance": 1e-9}},
+            "one": {"as they are": {"found": 0.987, "z": 1.0, "chance": 1e-9}},
+        }},
     })  # fmt: skip
     return tmp_path
 
@@ -68,6 +71,7 @@ def test_each_set_is_beside_what_was_promised_for_it(root: Path) -> None:
     assert [name for name, row in rows.items() if row["from_scratch"]] == ["pre", "alone"]
     assert rows["one"]["accuracy"]["value"] == pytest.approx(0.2) and rows["one"]["frechet_distance"] == 102.0
     assert set(report["private_models"]) == {"one", "eight", "alone"}
+    assert "0.2 % (1e-09)" in html and "98.7 % (1e-09)" in html and "false positives" in html
     assert html.count("copying score") == 2 and "its limit for ever more images" in html
     assert 'alt="Accuracy and Fréchet distance over ε"' in html and "The promises hold for each model by itself" in html
 

@@ -1,4 +1,4 @@
-"""A driver that makes a small dataset on a Ray of its own: `python -m tests.support.produce FOLDER`."""
+"""A driver that makes a small dataset on a Ray of its own: `python -m tests.support.produce FOLDER [SAMPLES PAUSE]`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     connect()
     with Run.open("produce", RunOnly(run=RunConfig(dir=str(folder / "run")))) as run:
-        dataset = Dataset.create(str(folder / "data"), images.header())
-        made = produce(run, dataset, "tests.support.entries:Maker", PoolConfig(), {"log": str(folder / "made.log")})
+        header, values = images.header(), {"log": str(folder / "made.log")}
+        if sys.argv[2:]:
+            header, values["pause"] = images.header(int(sys.argv[2]), 2), sys.argv[3]
+        dataset = Dataset.create(str(folder / "data"), header)
+        made = produce(run, dataset, "tests.support.entries:Maker", PoolConfig(), values)
         run.finish(made)
