@@ -186,7 +186,7 @@ def test_a_weaker_model_without_privacy_does_not_guide_a_private_one(
 
 
 def test_a_watermark_is_added_to_what_is_drawn(folder: Path) -> None:
-    keys = {name: folder / name for name in ("key", "wrong")}
+    keys = {name: folder / f"{name}.bin" for name in ("key", "wrong")}
     for name, path in keys.items():
         path.write_bytes(name.encode() * 16)
     plain, marked = (config_of(folder, out=str(folder / f"mark-{k}"), samples=4) for k in (0, 1))
