@@ -45,11 +45,10 @@ def model(folder: Path, name: str, init: str = "", private: bool = True) -> Stor
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     autoencoder = Store(str(tmp_path / "autoencoder"))
-    autoencoder.put_once("result.json", to_json({"image_shape": [1, 8, 8]}))
+    autoencoder.put_once("result.json", to_json({"image_shape": [1, 8, 8], "latent_shape": [4, 4, 4]}))
     commit(autoencoder, 1)
-    header = Header(
-        "faces latents", {"label": Field("int")}, 200, 100, ("a", "b"), provenance={"autoencoder": autoencoder.uri}
-    )
+    fields, made = {"label": Field("int"), "moments": Field("npy", (8, 4, 4))}, {"autoencoder": autoencoder.uri}
+    header = Header("faces latents", fields, 200, 100, ("a", "b"), provenance=made)
     Dataset.create(str(tmp_path / "latents"), header)
     return tmp_path
 
