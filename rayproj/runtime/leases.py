@@ -46,7 +46,8 @@ class Leases:
         limit = self.num_shards if self.max_ahead is None else min(self.num_shards, consumed + self.max_ahead)
         while self._first in self.done or self._first in self.aside:
             self._first += 1
-        shard = next((s for s in self._wanted(holder, limit) if self._free(s, now)), None)
+        late = now - self.deadline
+        shard = next((s for s in self._wanted(holder, limit) if self._free(s, late)), None)
         if shard is not None:
             self.held[shard], self._last[holder] = (holder, now), shard
         return shard
@@ -60,10 +61,11 @@ class Leases:
             yield from range(self._first + -self._first % self.together, limit, self.together)
         yield from range(self._first, limit)
 
-    def _free(self, shard: int, now: float) -> bool:
+    def _free(self, shard: int, late: float) -> bool:
+        """Whether nobody has made it, or holds it since a moment after `late`."""
         if shard in self.done or shard in self.aside:
             return False
-        return shard not in self.held or now - self.held[shard][1] >= self.deadline
+        return shard not in self.held or self.held[shard][1] <= late
 
     @property
     def deadline(self) -> float:
