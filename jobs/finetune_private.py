@@ -38,9 +38,8 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def problems(self) -> list[str]:
-        return ["diffusion.buckets are not for private training, which draws from one dataset."] * bool(
-            self.diffusion.buckets
-        )
+        wrong = "diffusion.buckets are not for private training, which draws from one dataset."
+        return [wrong] if self.diffusion.buckets else []
 
 
 def task_of(config: Config, header: Header) -> DiffusionTask:

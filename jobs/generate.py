@@ -41,7 +41,7 @@ def main(config: Config) -> dict[str, Any]:
         if run.result:
             return run.result
         dataset = Dataset.create(config.generate.out, plan(config.generate, config.run.seed))
-        maker = {"out": dataset.uri, "batch": config.generate.batch, "key": config.generate.mark.key}
+        maker = {"out": dataset.uri, "batch": config.generate.batch, "key": config.generate.watermark.key}
         entry, together = "rayproj.synthesis.synthesizer:Synthesizer", shards_in_a_row(config.generate)
         made = produce(run, dataset, entry, config.pool, maker, config.consumers, together)
         return run.finish({**made, "private": dataset.header.provenance["private"]})

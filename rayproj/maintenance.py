@@ -119,9 +119,7 @@ def garbage(uri: str, now: float, older_than_hours: float = ORPHAN_HOURS) -> lis
             found[f"{prefix}checkpoints/step-{step:08d}"] = "older than what train.checkpoint keeps"
     for folder in _folders(root, r"dataset\.json"):
         dataset, prefix = Dataset.open(_at(root, folder).uri), f"{folder}/" if folder else ""
-        held = {record.object for record in dataset.records().values()}
-        shards = (path for path in dataset.store.list("shards") if path not in held)
-        found |= {prefix + path: "a shard that was never committed" for path in shards}
+        found |= {prefix + path: "a shard that was never committed" for path in dataset.orphans()}
     listed = [_garbage(root, path, why, sizes, now) for path, why in sorted(found.items())]
     return [one for one in listed if one.hours >= older_than_hours]
 

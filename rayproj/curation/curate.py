@@ -37,12 +37,8 @@ PAIRS = 12  # that are shown
 class DuplicatesConfig:
     """Images that are alike."""
 
-    similarity: float = (
-        0.0  # cosine of a network's features from which two are near duplicates, such as 0.9; 0: not looked at
-    )
-    hash_bits: int = (
-        -1
-    )  # of 64 of a perceptual hash, in which two may differ and are near duplicates; -1: not looked at
+    similarity: float = 0.0  # cosine of a network's features from which two are near duplicates, such as 0.9; 0: none
+    hash_bits: int = -1  # of the 64 of a perceptual hash, in as many of which near duplicates may differ; -1: none
     remove: bool = False  # all but the first of a cluster; else they are weighted
     power: float = 0.0  # a cluster of k images is drawn as often as k^power others: 0 as one image, 1 as k
     feature_size: int = 64  # side to which images are resized for the network

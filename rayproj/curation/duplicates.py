@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from rayproj.curation.scorers import luminance
+from rayproj.data.encodings import luminance
 
 BLOCK = 2048  # rows of the matrix of similarities at a time
 

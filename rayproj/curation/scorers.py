@@ -15,6 +15,7 @@ from PIL import Image
 
 from rayproj import classifiers
 from rayproj.data.dataset import Dataset
+from rayproj.data.encodings import luminance, of_picture, to_picture
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
@@ -97,12 +98,6 @@ def scorer(rule: RuleConfig, device: str = "cpu") -> Score:
         Scorer.blocked: lambda text: len(re.findall(_any_of(rule.words), text, re.IGNORECASE)),
     }[rule.scorer]
     return lambda columns: np.array([float(count(str(text))) for text in columns[rule.text]])
-
-
-def luminance(images: np.ndarray) -> np.ndarray:
-    """float64 [n, H, W] in [0, 255] of uint8 [n, C, H, W]; ITU-R BT.601."""
-    x = images.astype(np.float64)
-    return x[:, 0] if x.shape[1] == 1 else np.tensordot([0.299, 0.587, 0.114], x, axes=(0, 1))
 
 
 def _sharpness(images: np.ndarray) -> np.ndarray:
@@ -211,6 +206,6 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
     """fp32 [n, 3, size, size] in [0, 1] of uint8 [n, C, H, W]; antialiased bicubic."""
     found = []
     for image in images:
-        picture = Image.fromarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)).convert("RGB")
-        found.append(np.moveaxis(np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)), -1, 0))
+        picture = to_picture(image).convert("RGB")
+        found.append(of_picture(picture.resize((size, size), Image.Resampling.BICUBIC)))
     return np.stack(found).astype(np.float32) / 255

@@ -204,6 +204,11 @@ class Dataset:
                 self.record(int(path.removeprefix("commits/").removesuffix(".json")))
         return dict(sorted(self._records.items()))
 
+    def orphans(self) -> list[str]:
+        """Data of shards that were never committed: somebody died, or writes just now."""
+        held = {record.object for record in self.records().values()}
+        return [path for path in self.store.list("shards") if path not in held]
+
     @property
     def complete(self) -> bool:
         return len(self.records()) == self.header.num_shards

@@ -26,11 +26,27 @@ class Encoding:
     image: bool
 
 
+def to_picture(image: np.ndarray) -> Image.Image:
+    """Of uint8 [C, H, W] with one or three channels."""
+    return Image.fromarray(np.ascontiguousarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)))
+
+
+def of_picture(picture: Image.Image) -> np.ndarray:
+    """uint8 [C, H, W]."""
+    array = np.asarray(picture)
+    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+
+
+def luminance(images: np.ndarray) -> np.ndarray:
+    """float64 [n, H, W] in [0, 255] of uint8 [n, C, H, W]; ITU-R BT.601."""
+    x = images.astype(np.float64)
+    return x[:, 0] if x.shape[1] == 1 else np.tensordot([0.299, 0.587, 0.114], x, axes=(0, 1))
+
+
 def _image(form: str, **settings: Any) -> Encoding:
     def encode(image: np.ndarray) -> bytes:
-        array = image[0] if image.shape[0] == 1 else np.moveaxis(image, 0, -1)
         buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(array)).save(buffer, form, **settings)
+        to_picture(image).save(buffer, form, **settings)
         return buffer.getvalue()
 
     return Encoding(encode, decode_image, np.uint8, True)
@@ -38,8 +54,7 @@ def _image(form: str, **settings: Any) -> Encoding:
 
 def decode_image(data: bytes) -> np.ndarray:
     """uint8 [C, H, W] of an image in any format."""
-    array = np.asarray(Image.open(io.BytesIO(data)))
-    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return of_picture(Image.open(io.BytesIO(data)))
 
 
 def _encode_npy(array: np.ndarray) -> bytes:

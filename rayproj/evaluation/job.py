@@ -19,9 +19,9 @@ from rayproj.errors import UserError
 from rayproj.evaluation.accuracy import accuracy, confusion_matrix
 from rayproj.evaluation.clip import ClipScore
 from rayproj.evaluation.features import EfficientNetLite0Features
-from rayproj.evaluation.marks import key_name, read_key, survival
 from rayproj.evaluation.quality import memorisation, quality
 from rayproj.evaluation.skewsize import skewsize
+from rayproj.evaluation.watermark import key_name, read_key, survival
 
 MARKED = 200  # images in which the watermark is looked for
 CHANCE = 1e-3  # bound on an image without one that seems to have it
@@ -44,7 +44,7 @@ class EvaluateConfig:
     clip: str = ""  # folder of a CLIP model: how well images go with their texts, of every set that has `captions`
     captions: str = "prompt"  # the field with the texts
     # File with the secret of the synthetic images' watermark: what it survives, and how often real images seem to have it.
-    mark_key: str = ""
+    watermark_key: str = ""
     group: str = ""  # an attribute of the test images: SkewSize of each classifier over it
 
     def problems(self) -> list[str]:
@@ -91,7 +91,7 @@ def evaluate(config: EvaluateConfig, world: World, link: Link) -> dict[str, Any]
         clip = ClipScore(config.clip, world.device)
         for name, uri in sets.items():
             measures[name] |= _clip_score(config, uri, clip, world)
-    marked = _marks(config, sets) if config.mark_key else None
+    marked = _marks(config, sets) if config.watermark_key else None
     shown = {f"{key}/{name}": v for name, found in measures.items() for key, v in found.items() if v is not None}
     progress.add(**shown)
     found = {name: accuracy(matrix) for name, matrix in confusion.items()}
@@ -194,10 +194,10 @@ def _clip_score(config: EvaluateConfig, uri: str, clip: ClipScore, world: World)
 
 def _marks(config: EvaluateConfig, sets: dict[str, str]) -> dict[str, Any]:
     """What is left of the watermark of each set after each attack, and the share of real images that seem to have it."""
-    secret, found = read_key(config.mark_key), {}
+    secret, found = read_key(config.watermark_key), {}
     for name, uri in sets.items():
         dataset = Dataset.open(uri)
-        said = dataset.header.provenance.get("mark")
+        said = dataset.header.provenance.get("watermark")
         if name != "real" and (said is None or said["key"] != key_name(secret)):
             continue
         count = min(MARKED, config.samples, dataset.header.num_samples)

@@ -182,7 +182,8 @@ def produce(
             f"{_named(leases.aside)} failed {leases.max_tries} times; {len(leases.done)} of {leases.num_shards} are "
             f"committed, and the same command tries the rest again. The last maker {last}"
         )
-    sweep(dataset)
+    for path in dataset.orphans():  # nobody adds to it any more
+        dataset.store.delete_tree(path)
     seconds = time.time() - began
     return {
         "samples": dataset.header.num_samples,
@@ -216,16 +217,6 @@ def _lost(run: Run, pool: _Pool, leases: Leases, name: str, shard: int | None, e
 def _named(shards: set[int]) -> str:
     names = ", ".join(map(str, sorted(shards)[:8]))
     return f"Shard {names}" if len(shards) == 1 else f"{len(shards)} shards ({names}{', ...' * (len(shards) > 8)})"
-
-
-def sweep(dataset: Dataset) -> list[str]:
-    """Delete the data that makers left who died before their commit; returns what was. For a complete dataset, which nobody
-    adds to any more."""
-    kept = {record.object for record in dataset.records().values()}
-    orphans = [path for path in dataset.store.list("shards") if path not in kept]
-    for path in orphans:
-        dataset.store.delete_tree(path)
-    return orphans
 
 
 def _report(run: Run, leases: Leases, shard: int, span: tuple[str, float, float], speed: float, samples: int) -> None:

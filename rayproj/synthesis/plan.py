@@ -25,7 +25,7 @@ from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import DiffusionConfig
 from rayproj.engine.checkpoint import Commit, commits
 from rayproj.errors import UserError
-from rayproj.evaluation.marks import MarkConfig, key_name, read_key
+from rayproj.evaluation.watermark import WatermarkConfig, key_name, read_key
 from rayproj.privacy.certificate import certificate
 from rayproj.storage.store import Store, from_json, to_json
 
@@ -50,9 +50,7 @@ class GenerateConfig:
 
     model: str = "???"  # run dir of jobs/train_diffusion.py or jobs/finetune_private.py
     out: str = "???"  # the dataset to write
-    ema: float = (
-        0.0  # width of the average of the weights, put together from the commits (`engine.ema`); 0: the plain one
-    )
+    ema: float = 0.0  # width of the average of the weights, put together from the commits (`engine.ema`); 0: plain
     weak: str = ""  # run dir of a smaller or less trained model, away from which sampler.guidance leads (autoguidance)
     samples: int = 10000
     size: list[int] = field(default_factory=list)  # height and width in pixels; []: as the model's `diffusion.latents`
@@ -65,7 +63,7 @@ class GenerateConfig:
     encoding: str = "png"  # of the images: png or webp, without loss, or jpg
     batch: int = 128  # images drawn at once by a sampler
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    mark: MarkConfig = field(default_factory=MarkConfig)  # an invisible watermark
+    watermark: WatermarkConfig = field(default_factory=WatermarkConfig)  # an invisible watermark
 
     def problems(self) -> list[str]:
         if self.size and (len(self.size) != 2 or min(self.size) < 1):
@@ -240,8 +238,11 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         # Read after the commit, so that the ledger has every release that is in it.
         "private": private and {**private, "model_commit": commit_hash(newest)},
     }
-    if config.mark.key:
-        provenance["mark"] = {"key": key_name(read_key(config.mark.key)), "strength": config.mark.strength}
+    if config.watermark.key:
+        provenance["watermark"] = {
+            "key": key_name(read_key(config.watermark.key)),
+            "strength": config.watermark.strength,
+        }
     if weak:
         provenance |= {name: weak[name] for name in ("weak", "weak_commit")}
         provenance["private"] = provenance["private"] or weak["private"]

@@ -13,7 +13,7 @@ from rayproj.diffusion.conditions import TEXT, Condition
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.errors import UserError
-from rayproj.evaluation.marks import key_name, mark, read_key
+from rayproj.evaluation.watermark import key_name, mark, read_key
 from rayproj.synthesis.plan import LABEL, PROMPT, Cells, commit_hash, stated
 
 
@@ -53,8 +53,8 @@ class Synthesizer:
             for name, values in self.axes.items()
             if name != PROMPT
         }
-        self.secret = read_key(config["key"]) if "mark" in provenance else b""
-        if self.secret and key_name(self.secret) != provenance["mark"]["key"]:
+        self.secret = read_key(config["key"]) if "watermark" in provenance else b""
+        if self.secret and key_name(self.secret) != provenance["watermark"]["key"]:
             raise UserError(
                 f"The key '{config['key']}' is not the one that {config['out']} was planned with; give that one."
             )
@@ -88,7 +88,7 @@ class Synthesizer:
         if not np.isnan(self.cells.guidance).all():
             scales = torch.tensor([self._guidance(int(i)) for i in ids], dtype=torch.float32, device=self.device)
         images = self.model.draw(condition, index, self.seed, self.sampler, scales).cpu().numpy()
-        return mark(images, self.secret, self.header.provenance["mark"]["strength"]) if self.secret else images
+        return mark(images, self.secret, self.header.provenance["watermark"]["strength"]) if self.secret else images
 
     def _guidance(self, sample: int) -> float:
         own = self.cells.guidance[self.cells.number(sample)]

@@ -23,7 +23,7 @@ from rayproj.engine.training import Recipe, TrainConfig, train
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.job import EvaluateConfig, evaluate
-from rayproj.evaluation.marks import key_name, mark
+from rayproj.evaluation.watermark import key_name, mark
 from rayproj.storage.store import Store
 from tests.support import regression
 from tests.support.ranks import run_ranks
@@ -60,7 +60,7 @@ def write_marked(root: str) -> None:
     """The test images with a watermark."""
     Path(root, "key").write_bytes(b"k" * 32)
     test = Dataset.open(f"{root}/test")
-    said = {"mark": {"key": key_name(b"k" * 32), "strength": 6.0}}
+    said = {"watermark": {"key": key_name(b"k" * 32), "strength": 6.0}}
     dataset, reader = Dataset.create(f"{root}/marked", replace(test.header, provenance=said)), Reader(test)
     for shard in range(test.header.num_shards):
         columns = reader.shard(shard)
@@ -102,7 +102,7 @@ def config(root: str) -> EvaluateConfig:
         reference=f"{root}/train",
         classifiers={"real": f"{root}/classifier"},
         synthetic={"same": f"{root}/train", "marked": f"{root}/marked"},
-        mark_key=f"{root}/key",
+        watermark_key=f"{root}/key",
         learned_from={"same": f"{root}/train"},
         samples=120,
         feature_size=32,
@@ -127,10 +127,10 @@ def test_ranks_share_the_work_and_the_planted_bias_is_found(tmp_path: Path) -> N
     same = alone["quality"]["measures"]["same"]
     assert same["precision"] == same["coverage"] == 1 and same["kernel_distance"] < 0
     assert same["nearest"] == 0 and same["copying"] < -10, "they are the training images themselves"
-    marks = alone["watermark"]["sets"]
-    assert set(marks) == {"real", "marked"}, "of those that are said to have the mark of this key"
-    assert marks["marked"]["as they are"]["chance"] < 1e-6 < marks["real"]["as they are"]["chance"]
-    assert marks["real"]["as they are"]["found"] < 0.05
+    found_marks = alone["watermark"]["sets"]
+    assert set(found_marks) == {"real", "marked"}, "of those that are said to have the mark of this key"
+    assert found_marks["marked"]["as they are"]["chance"] < 1e-6 < found_marks["real"]["as they are"]["chance"]
+    assert found_marks["real"]["as they are"]["found"] < 0.05
     bias = alone["skewsize"]["real"]
     assert max(bias["effects"], key=bias["effects"].get) == "three" and bias["effects"]["three"] > 0.5
     assert bias["value"] > 0

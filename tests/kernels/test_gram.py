@@ -1,10 +1,6 @@
 """Norms from Gram matrices against those of gradients that autograd makes, and the Triton kernels against the references."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rayproj.kernels import gram
+from tests.support import interpreter
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -104,14 +101,8 @@ def on_the_interpreter() -> None:
 
 def test_the_triton_kernels_give_the_same() -> None:
     pytest.importorskip("triton")
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run(
-        [sys.executable, "-c", "from tests.kernels import test_gram; test_gram.on_the_interpreter()"],
-        cwd=root,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
-        check=True,
-        timeout=240,
-    )
+    done = interpreter.run("-c", "from tests.kernels import test_gram; test_gram.on_the_interpreter()")
+    assert done.returncode == 0, done.stderr
 
 
 FLOATS = {"x", "g", "out", "pixels", "outputs", "parts", "gradients", "total", "factors"}

@@ -127,5 +127,5 @@ def test_a_step_under_guidance(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(READY, reason="this is that process, or there is a GPU")
 def test_all_of_these_on_the_interpreter() -> None:
     pytest.importorskip("triton")
-    done = interpreter.run(__file__)
+    done = interpreter.tests(__file__)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

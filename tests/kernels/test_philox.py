@@ -1,11 +1,7 @@
 """Philox4x32-10 against the known answers that its authors publish with Random123 (kat_vectors); noise with AdamW against
 torch's optimizer."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rayproj.kernels import philox
+from tests.support import interpreter
 
 KNOWN = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -67,8 +64,9 @@ def test_a_flat_vector_is_the_same_in_any_pieces() -> None:
 SHARDS = ((0, 5000, 5000), (3, 1027, 900), (2**34 - 6, 2000, 2000), (2**35 + 1, 2, 2), (8, 9, 0))  # start, size, noisy
 
 
-def is_noise_and_then_adamw(update: Callable[..., None], add_noise: Callable[..., Tensor]) -> None:
-    """Over several updates; and padding, which has no noise, gets nothing but the weight decay."""
+def is_noise_and_then_adamw(update: Callable[..., None], add_noise: Callable[..., Tensor]) -> int:
+    """Over several updates; and padding, which has no noise, gets nothing but the weight decay. Returns how many were
+    compared."""
     generator, words, scales = torch.Generator().manual_seed(0), (1, 2**32 - 1, 3, 2**31), (2.5, 9.0)
     lr, betas, eps, decay = 0.01, (0.9, 0.99), 1e-8, 0.1
     for start, size, noisy in SHARDS:
@@ -89,6 +87,7 @@ def is_noise_and_then_adamw(update: Callable[..., None], add_noise: Callable[...
         torch.testing.assert_close(second, optimizer.state[expected]["exp_avg_sq"], **close)
         torch.testing.assert_close(weights[noisy:], padding * (1 - lr * decay) ** 4, **close)
         assert not first[noisy:].any() and not second[noisy:].any()
+    return len(SHARDS)
 
 
 def test_noise_with_adamw_is_noise_and_then_torchs_adamw() -> None:
@@ -99,7 +98,7 @@ def test_noise_with_adamw_is_noise_and_then_torchs_adamw() -> None:
         noise[noisy:] = 0
         return (total + std * noise) / normaliser
 
-    is_noise_and_then_adamw(philox.noisy_adamw, add_noise)
+    assert is_noise_and_then_adamw(philox.noisy_adamw, add_noise) == len(SHARDS)
 
 
 def on_the_interpreter() -> None:
@@ -120,14 +119,8 @@ def on_the_interpreter() -> None:
 
 def test_the_triton_kernels_give_the_same() -> None:
     pytest.importorskip("triton")
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run(
-        [sys.executable, "-c", "from tests.kernels import test_philox; test_philox.on_the_interpreter()"],
-        cwd=root,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
-        check=True,
-        timeout=120,
-    )
+    done = interpreter.run("-c", "from tests.kernels import test_philox; test_philox.on_the_interpreter()")
+    assert done.returncode == 0, done.stderr
 
 
 FLOATS = {"total", "out", "master", "exp_avg", "exp_avg_sq"}

@@ -14,13 +14,20 @@ READY = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
 ready = pytest.mark.skipif(not READY, reason="runs in the process that the last test starts")
 
 
-def run(file: str) -> subprocess.CompletedProcess[str]:
-    """Run a file of tests there."""
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """Python with these words there."""
+    root = str(Path(__file__).resolve().parents[2])
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
-        cwd=Path(__file__).resolve().parents[2],
-        env={**{k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}, "TRITON_INTERPRET": "1"},
+        [sys.executable, *words],
+        cwd=root,
+        env={**kept, "TRITON_INTERPRET": "1", "PYTHONPATH": root},
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+def tests(file: str) -> subprocess.CompletedProcess[str]:
+    """Run a file of tests there."""
+    return run("-m", "pytest", "-q", "-p", "no:cacheprovider", file)

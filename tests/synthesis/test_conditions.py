@@ -18,7 +18,7 @@ from rayproj.diffusion.task import TrainedModel
 from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.engine.world import World
 from rayproj.errors import UserError
-from rayproj.evaluation.marks import key_name, mark, read_key
+from rayproj.evaluation.watermark import key_name, mark, read_key
 from rayproj.synthesis.plan import (
     Cells,
     GenerateConfig,
@@ -190,15 +190,15 @@ def test_a_watermark_is_added_to_what_is_drawn(folder: Path) -> None:
     for name, path in keys.items():
         path.write_bytes(name.encode() * 16)
     plain, marked = (config_of(folder, out=str(folder / f"mark-{k}"), samples=4) for k in (0, 1))
-    marked.mark.key, marked.mark.strength = str(keys["key"]), 3.0
+    marked.watermark.key, marked.watermark.strength = str(keys["key"]), 3.0
     images = []
     for config in (plain, marked):
         Dataset.create(config.out, plan(config, 0))
-        maker = {"out": config.out, "batch": 4, "key": config.mark.key}
+        maker = {"out": config.out, "batch": 4, "key": config.watermark.key}
         images.append(np.stack([sample["image"] for sample in Synthesizer(maker, "cpu").make(0)]))
     secret = read_key(str(keys["key"]))
     assert np.array_equal(images[1], mark(images[0], secret, 3.0))
-    said = Dataset.open(marked.out).header.provenance["mark"]
+    said = Dataset.open(marked.out).header.provenance["watermark"]
     assert said == {"key": key_name(secret), "strength": 3.0}
     with pytest.raises(UserError, match="is not the one that"):
         Synthesizer({"out": marked.out, "batch": 4, "key": str(keys["wrong"])}, "cpu")

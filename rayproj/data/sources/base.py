@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from rayproj.data.encodings import of_picture
 from rayproj.errors import UserError
 
 
@@ -109,5 +110,4 @@ def decode(data: bytes, name: str, config: SourceConfig) -> np.ndarray:
         picture = ImageOps.fit(picture, (w, h), Image.Resampling.BICUBIC)
     elif picture.size != (config.image_size, config.image_size):
         picture = picture.resize((config.image_size, config.image_size), Image.Resampling.BICUBIC)
-    array = np.asarray(picture)
-    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return of_picture(picture)

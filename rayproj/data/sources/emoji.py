@@ -9,9 +9,9 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
+from rayproj.data.encodings import of_picture
 from rayproj.data.sources.base import Channels, Source, SourceConfig
 from rayproj.data.sources.fashion_mnist import EMBEDDED
 from rayproj.errors import UserError
@@ -44,10 +44,9 @@ def open(config: SourceConfig) -> Source:
             picture = Image.open(io.BytesIO(row["image"])).convert("L" if grey else "RGB")
             if picture.size != (size, size):
                 picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-            array = np.asarray(picture)
             yield {
                 "key": row["key"].replace("/", "_"),
-                "image": array[None] if grey else np.moveaxis(array, -1, 0),
+                "image": of_picture(picture),
                 "label": classes.index(row[by]),
                 "split": "train",
                 # Tone and gender variants of a role are near duplicates: they go together.

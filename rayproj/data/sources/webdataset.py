@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rayproj.data.reader import key_of
 from rayproj.data.sources.base import Source, SourceConfig, decode
 from rayproj.errors import UserError
 
@@ -51,7 +52,7 @@ def _walk(paths: list[str], config: SourceConfig) -> Iterator[tuple[str, bytes, 
                 members: dict[str, bytes] = {}
                 key = None
                 for member in tar:
-                    base, _, extension = member.name.rpartition("/")[2].partition(".")
+                    base, extension = key_of(member.name)
                     if key is not None and base != key:
                         yield _sample(f"{path}/{key}", members, config)
                         members = {}

@@ -8,8 +8,8 @@ from scipy.fft import dctn
 
 from rayproj.data.sources import SourceConfig, SourceKind, open_source
 from rayproj.errors import UserError
-from rayproj.evaluation import marks
-from rayproj.evaluation.marks import detect, detect_crop, evidence, key_name, mark, pattern, read_key, survival
+from rayproj.evaluation import watermark
+from rayproj.evaluation.watermark import detect, detect_crop, evidence, key_name, mark, pattern, read_key, survival
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 
@@ -38,8 +38,8 @@ def test_the_evidence_by_a_loop(emoji: np.ndarray) -> None:
     y = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
     coefficients, found = dctn(y, norm="ortho"), []
     frequency = lambda i, j: np.hypot(i / 32, j / 32)  # noqa: E731
-    inside = [(i, j) for i in range(32) for j in range(32) if marks.LOW <= frequency(i, j) < marks.HIGH]
-    ring = lambda i, j: int((frequency(i, j) - marks.LOW) / (marks.HIGH - marks.LOW) * marks.RINGS)  # noqa: E731
+    inside = [(i, j) for i in range(32) for j in range(32) if watermark.LOW <= frequency(i, j) < watermark.HIGH]
+    ring = lambda i, j: int((frequency(i, j) - watermark.LOW) / (watermark.HIGH - watermark.LOW) * watermark.RINGS)  # noqa: E731
     for i, j in inside:
         alike = [coefficients[p] for p in inside if ring(*p) == ring(i, j)]
         found.append(coefficients[i, j] / np.mean(np.square(alike)))
@@ -51,7 +51,7 @@ def test_a_mark_is_as_weak_as_was_asked_for_and_lies_in_its_band(emoji: np.ndarr
     assert np.sqrt(np.square(change).mean()) == pytest.approx(1)
     spectrum = np.abs(dctn(change, norm="ortho"))
     frequency = np.hypot(*np.meshgrid(np.arange(32) / 32, np.arange(32) / 32, indexing="ij"))
-    outside = (frequency < marks.LOW) | (frequency >= marks.HIGH)
+    outside = (frequency < watermark.LOW) | (frequency >= watermark.HIGH)
     assert spectrum[outside].max() < 1e-9 and spectrum[~outside].min() == pytest.approx(spectrum.max())
     grey = np.full((1, 3, 32, 32), 128, np.uint8)
     error = mark(grey, KEY, 2.0).astype(float) - 128
@@ -65,10 +65,10 @@ def test_false_positives_are_within_the_bound(emoji: np.ndarray, photographs: np
         each, together = [], []
         for _ in range(200):
             key = rng.bytes(32)
-            signs = marks._signs(key, *images.shape[2:])
+            signs = watermark._signs(key, *images.shape[2:])
             a = evidence(images[:8])
-            each += [marks._judged(row, signs).chance for row in a]
-            together.append(marks._judged(a.sum(0), signs).chance)
+            each += [watermark._judged(row, signs).chance for row in a]
+            together.append(watermark._judged(a.sum(0), signs).chance)
         for chances in (each, together):
             for level in (0.5, 0.1, 0.02):
                 rate = np.mean(np.array(chances) <= level)

@@ -26,6 +26,7 @@ from PIL import Image
 from scipy.fft import dctn, idctn
 from scipy.signal import fftconvolve
 
+from rayproj.data.encodings import decode_image, luminance, of_picture, to_picture
 from rayproj.errors import UserError
 
 LOW, HIGH = (
@@ -38,18 +39,18 @@ CANDIDATES = 8  # places of a cut-out that are looked at closely
 
 
 @dataclass
-class MarkConfig:
+class WatermarkConfig:
     """Whether images are marked, and how strongly."""
 
     key: str = ""  # a file with the secret, of 16 bytes or more; "": no mark
     strength: float = 2.0  # root mean square of the change, of 255; 2 is a PSNR of 42 dB
 
     def problems(self) -> list[str]:
-        return [] if self.strength > 0 else [f"mark.strength must be positive, not {self.strength:g}."]
+        return [] if self.strength > 0 else [f"watermark.strength must be positive, not {self.strength:g}."]
 
 
 @dataclass(frozen=True)
-class Found:
+class Detection:
     """What a detector says.
 
     Attributes:
@@ -81,7 +82,7 @@ def read_key(file: str) -> bytes:
 
 def key_name(secret: bytes) -> str:
     """Names a key without telling it."""
-    return hashlib.sha256(b"rayproj mark " + secret).hexdigest()[:16]
+    return hashlib.sha256(b"rayproj watermark " + secret).hexdigest()[:16]
 
 
 @lru_cache(maxsize=8)
@@ -115,22 +116,17 @@ def mark(images: np.ndarray, secret: bytes, strength: float) -> np.ndarray:
     return (images + change).round().clip(0, 255).astype(np.uint8)
 
 
-def _luminance(images: np.ndarray) -> np.ndarray:
-    x = images.astype(np.float64)
-    return x[:, 0] if x.shape[1] == 1 else np.tensordot([0.299, 0.587, 0.114], x, axes=(0, 1))
-
-
 def evidence(images: np.ndarray) -> np.ndarray:
     """float64 [n, k]: a_k of uint8 images [n, C, H, W]."""
     height, width = images.shape[2:]
     places, rings = _band(height, width)
-    a = dctn(_luminance(images), axes=(1, 2), norm="ortho").reshape(len(images), -1)[:, places]
+    a = dctn(luminance(images), axes=(1, 2), norm="ortho").reshape(len(images), -1)[:, places]
     energy = np.stack([np.square(a[:, rings == r]).sum(1) for r in range(RINGS)], 1)
     square = energy / np.maximum(np.bincount(rings, minlength=RINGS), 1)
     return a / np.maximum(square[:, rings], 1e-9)
 
 
-def detect(images: np.ndarray, secret: bytes, shape: tuple[int, int] | None = None) -> Found:
+def detect(images: np.ndarray, secret: bytes, shape: tuple[int, int] | None = None) -> Detection:
     """Whether these images together are marked.
 
     Args:
@@ -141,13 +137,13 @@ def detect(images: np.ndarray, secret: bytes, shape: tuple[int, int] | None = No
     return _judged(evidence(images).sum(0), _signs(secret, *images.shape[2:]))
 
 
-def _judged(a: np.ndarray, signs: np.ndarray, tries: int = 1) -> Found:
+def _judged(a: np.ndarray, signs: np.ndarray, tries: int = 1) -> Detection:
     norm = np.sqrt(np.square(a).sum())
     z = float(signs @ a / norm) if norm > 0 else 0.0
-    return Found(z, min(1.0, tries * math.exp(-0.5 * max(z, 0.0) ** 2)))
+    return Detection(z, min(1.0, tries * math.exp(-0.5 * max(z, 0.0) ** 2)))
 
 
-def detect_crop(image: np.ndarray, secret: bytes, shape: tuple[int, int]) -> Found:
+def detect_crop(image: np.ndarray, secret: bytes, shape: tuple[int, int]) -> Detection:
     """Whether an image is a cut-out, not resized, of a marked one of this shape: at any place where it may have been.
 
     The chance is that of the best place, times the number of places.
@@ -159,13 +155,13 @@ def detect_crop(image: np.ndarray, secret: bytes, shape: tuple[int, int]) -> Fou
     # Whitened within the cut-out; put at a place of an empty image, it has coefficients b_k of the band, and as above
     # Σ s_k b_k / √(Σ b_k²) is the z of that place. The numerators of all places are a correlation with the pattern.
     places, rings = _band(height, width)
-    own = dctn(_luminance(image[None])[0], norm="ortho").ravel()[places]
+    own = dctn(luminance(image[None])[0], norm="ortho").ravel()[places]
     energy = np.bincount(rings, np.square(own), RINGS) / np.maximum(np.bincount(rings, minlength=RINGS), 1)
     flat = np.zeros(height * width)
     flat[places] = own / np.maximum(energy[rings], 1e-9)
     white = idctn(flat.reshape(height, width), norm="ortho")
     numerators = fftconvolve(pattern(secret, *shape), white[::-1, ::-1], mode="valid")
-    found = Found(-math.inf, 1.0)
+    found = Detection(-math.inf, 1.0)
     for place in np.argsort(-numerators, axis=None)[:CANDIDATES]:
         top, left = divmod(int(place), columns)
         canvas = np.zeros(shape)
@@ -179,12 +175,7 @@ def detect_crop(image: np.ndarray, secret: bytes, shape: tuple[int, int]) -> Fou
 
 def resized(images: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """uint8 [n, C, *shape], bicubic."""
-    found = []
-    for image in images:
-        picture = Image.fromarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1))
-        array = np.asarray(picture.resize(shape[::-1], Image.Resampling.BICUBIC))
-        found.append(array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0))
-    return np.stack(found)
+    return np.stack([of_picture(to_picture(x).resize(shape[::-1], Image.Resampling.BICUBIC)) for x in images])
 
 
 def as_jpeg(images: np.ndarray, quality: int) -> np.ndarray:
@@ -192,11 +183,8 @@ def as_jpeg(images: np.ndarray, quality: int) -> np.ndarray:
     found = []
     for image in images:
         buffer = BytesIO()
-        Image.fromarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)).save(
-            buffer, "jpeg", quality=quality
-        )
-        array = np.asarray(Image.open(buffer))
-        found.append(array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0))
+        to_picture(image).save(buffer, "jpeg", quality=quality)
+        found.append(decode_image(buffer.getvalue()))
     return np.stack(found)
 
 
