@@ -46,7 +46,12 @@ def index(uri: str, label: str = "label", skip: bool = False) -> dict[str, Any]:
         UserError: there is no tar, something is broken, or the samples are not alike enough to be stacked.
     """
     store = Store(uri)
-    paths = [path for path in store.list("") if path.endswith(".tar") and not path.startswith("shards/")]
+    files = store.list()
+    if below := next((path for path in files if path.endswith("/dataset.json")), None):
+        raise UserError(
+            f"'{uri}' holds datasets already, such as {below.rpartition('/')[0]}; give a folder of others' tars."
+        )
+    paths = [path for path in files if path.endswith(".tar") and not path.startswith("shards/")]
     if not paths:
         raise UserError(f"There is no tar in '{uri}'; give a folder of webdataset tars.")
     tars = [_look(path, store.read(path)) for path in sorted(paths)]

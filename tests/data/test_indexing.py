@@ -17,6 +17,7 @@ from rayproj.data.dataset import Dataset
 from rayproj.data.indexing import index
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
+from tests.support import images
 
 NAMES = ("cat", "dog", "owl")
 
@@ -145,4 +146,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
 
 def test_a_folder_without_tars(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no tar in"):
+        index(str(tmp_path))
+    images.write(str(tmp_path / "one"))
+    with pytest.raises(UserError, match="holds datasets already, such as one"):
         index(str(tmp_path))
