@@ -14,7 +14,7 @@ from pathlib import Path
 from rayproj.report.build import environment
 from rayproj.storage.store import to_json
 
-BENCHMARKS = ("diffusion", "privacy", "runtime", "synthesis")
+BENCHMARKS = ("diffusion", "kernels", "privacy", "runtime", "synthesis")
 
 
 def main(argv: list[str] | None = None) -> int:

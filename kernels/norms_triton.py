@@ -16,7 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 16  # tokens that one program of a backward takes, so that sums over tokens are made in two stages
+NORM_WARPS = 4
 PIECE = 1024  # elements at once
+GROUP_WARPS = 4
+TILE = 4096  # elements at once of pixels whose channels lie side by side
+TILE_WARPS = 4
+PROGRAMS = 1024  # about as many, for such pixels
 
 
 @triton.jit
@@ -98,7 +103,21 @@ class _GatedNorm(torch.autograd.Function):
         means, rstds = torch.empty(2, batch * tokens, dtype=torch.float32, device=x.device)
         wide = triton.next_power_of_2(size)
         _norm_forward[(batch * tokens,)](
-            x, h, gate, shift, scale, r, y, means, rstds, tokens, size, eps, GATED=gated, WIDE=wide
+            x,
+            h,
+            gate,
+            shift,
+            scale,
+            r,
+            y,
+            means,
+            rstds,
+            tokens,
+            size,
+            eps,
+            GATED=gated,
+            WIDE=wide,
+            num_warps=NORM_WARPS,
         )
         ctx.save_for_backward(r, h, gate, shift, scale, means, rstds)
         ctx.gated, ctx.wide = gated, wide
@@ -114,7 +133,7 @@ class _GatedNorm(torch.autograd.Function):
         dshift, dscale, dgate = torch.empty(3, batch, chunks, size, dtype=torch.float32, device=r.device)
         _norm_backward[(batch, chunks)](
             r, h, gate, scale, means, rstds, dr, dy, dx, dh, dgate, dshift, dscale, tokens, size, chunks,
-            GATED=ctx.gated, ROWS=ROWS, WIDE=ctx.wide,
+            GATED=ctx.gated, ROWS=ROWS, WIDE=ctx.wide, num_warps=NORM_WARPS,
         )  # fmt: skip
         of_shift, of_scale = dshift.sum(1).to(shift.dtype), dscale.sum(1).to(scale.dtype)
         if not ctx.gated:
@@ -209,16 +228,195 @@ def _group_backward(  # type: ignore[no-untyped-def]
         tl.store(dx + begin + i + at, d.to(dx.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _pixel_sums(  # type: ignore[no-untyped-def]
+    x, sums, squares, channels, length, each, chunks, ROWS: tl.constexpr, WIDE: tl.constexpr
+):
+    """Of a run of pixels, the channels of which lie side by side: sums by channel, less the channel's first value, so that
+    the squares do not cancel."""
+    example, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)[None, :]
+    begin = example * length * channels
+    around = tl.load(x + begin + at, mask=at < channels, other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS, WIDE], tl.float32)
+    square = tl.zeros([ROWS, WIDE], tl.float32)
+    last = tl.minimum((chunk + 1) * each, length)
+    for i in range(chunk * each, last, ROWS):
+        inside = (i + row < last) & (at < channels)
+        value = tl.load(x + begin + (i + row) * channels + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.where(inside, value - around, 0.0)
+        total += value
+        square += value * value
+    place = (example * chunks + chunk) * channels + tl.arange(0, WIDE)
+    tl.store(sums + place, tl.sum(total, 0), mask=tl.arange(0, WIDE) < channels)
+    tl.store(squares + place, tl.sum(square, 0), mask=tl.arange(0, WIDE) < channels)
+
+
+@triton.jit
+def _pixel_statistics(  # type: ignore[no-untyped-def]
+    x, sums, squares, means, rstds, channels, groups, length, chunks, eps, CHUNKS: tl.constexpr, EACH: tl.constexpr
+):
+    """Of one group of one example, from the sums of its channels."""
+    program = tl.program_id(0).to(tl.int64)
+    example, group, each = program // groups, program % groups, channels // groups
+    chunk, at = tl.arange(0, CHUNKS)[:, None], tl.arange(0, EACH)[None, :]
+    place = (example * chunks + chunk) * channels + group * each + at
+    inside = (chunk < chunks) & (at < each)
+    total = tl.sum(tl.load(sums + place, mask=inside, other=0.0), 0)
+    square = tl.sum(tl.load(squares + place, mask=inside, other=0.0), 0)
+    one = tl.arange(0, EACH)
+    around = tl.load(x + example * length * channels + group * each + one, mask=one < each, other=0.0).to(tl.float32)
+    by_channel = around + total / length
+    mean = tl.sum(tl.where(one < each, by_channel, 0.0), 0) / each
+    off = tl.where(one < each, by_channel - mean, 0.0)
+    # Σ (x - mean)² of a channel is that about its own mean, and as often the square of what lies between the two.
+    spread = tl.sum(square - total * total / length + length * off * off, 0)
+    tl.store(means + program, mean)
+    tl.store(rstds + program, 1.0 / tl.sqrt(spread / (each * length) + eps))
+
+
+@triton.jit
+def _pixel_forward(  # type: ignore[no-untyped-def]
+    x, weight, bias, y, means, rstds, channels, groups, length, each, ROWS: tl.constexpr, WIDE: tl.constexpr
+):
+    example, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)[None, :]
+    begin, there = example * length * channels, at < channels
+    group = example * groups + at // (channels // groups)
+    rstd = tl.load(rstds + group, mask=there, other=0.0)
+    scale = rstd * tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+    mean = tl.load(means + group, mask=there, other=0.0)
+    plus = tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+    last = tl.minimum((chunk + 1) * each, length)
+    for i in range(chunk * each, last, ROWS):
+        inside = (i + row < last) & there
+        place = begin + (i + row) * channels + at
+        z = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean) * scale + plus
+        tl.store(y + place, (z * tl.sigmoid(z)).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pixel_gradient(x, dy, place, inside, mean, rstd, w, b):  # type: ignore[no-untyped-def]
+    """x̂, and the gradient of x̂ w + b."""
+    normal = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+    z = normal * w + b
+    s = tl.sigmoid(z)
+    return normal, tl.load(dy + place, mask=inside, other=0.0).to(tl.float32) * (s + z * s * (1.0 - s))
+
+
+@triton.jit
+def _pixel_backward_sums(  # type: ignore[no-untyped-def]
+    x, weight, bias, means, rstds, dy, dweight, dbias, channels, groups, length, each, chunks,
+    ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    example, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)[None, :]
+    begin, there = example * length * channels, at < channels
+    group = example * groups + at // (channels // groups)
+    mean, rstd = tl.load(means + group, mask=there, other=0.0), tl.load(rstds + group, mask=there, other=0.0)
+    w = tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+    plain = tl.zeros([ROWS, WIDE], tl.float32)
+    times = tl.zeros([ROWS, WIDE], tl.float32)
+    last = tl.minimum((chunk + 1) * each, length)
+    for i in range(chunk * each, last, ROWS):
+        inside = (i + row < last) & there
+        normal, g = _pixel_gradient(x, dy, begin + (i + row) * channels + at, inside, mean, rstd, w, b)
+        plain += g
+        times += tl.where(inside, g * normal, 0.0)
+    place = (example * chunks + chunk) * channels + tl.arange(0, WIDE)
+    tl.store(dbias + place, tl.sum(plain, 0), mask=tl.arange(0, WIDE) < channels)
+    tl.store(dweight + place, tl.sum(times, 0), mask=tl.arange(0, WIDE) < channels)
+
+
+@triton.jit
+def _pixel_backward_groups(  # type: ignore[no-untyped-def]
+    weight, dweight, dbias, firsts, seconds, channels, groups, chunks, CHUNKS: tl.constexpr, EACH: tl.constexpr
+):
+    """Σ g w and Σ g w x̂ over one group of one example."""
+    program = tl.program_id(0).to(tl.int64)
+    example, group, each = program // groups, program % groups, channels // groups
+    chunk, at = tl.arange(0, CHUNKS)[:, None], tl.arange(0, EACH)[None, :]
+    place = (example * chunks + chunk) * channels + group * each + at
+    inside = (chunk < chunks) & (at < each)
+    w = tl.load(weight + group * each + at, mask=at < each, other=0.0).to(tl.float32)
+    tl.store(firsts + program, tl.sum(tl.sum(w * tl.load(dbias + place, mask=inside, other=0.0), 0), 0))
+    tl.store(seconds + program, tl.sum(tl.sum(w * tl.load(dweight + place, mask=inside, other=0.0), 0), 0))
+
+
+@triton.jit
+def _pixel_backward(  # type: ignore[no-untyped-def]
+    x, weight, bias, means, rstds, firsts, seconds, dy, dx, channels, groups, length, each,
+    ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    example, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)[None, :]
+    begin, there = example * length * channels, at < channels
+    group, size = example * groups + at // (channels // groups), channels // groups * length
+    mean, rstd = tl.load(means + group, mask=there, other=0.0), tl.load(rstds + group, mask=there, other=0.0)
+    first = tl.load(firsts + group, mask=there, other=0.0) / size
+    second = tl.load(seconds + group, mask=there, other=0.0) / size
+    w = tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+    last = tl.minimum((chunk + 1) * each, length)
+    for i in range(chunk * each, last, ROWS):
+        inside = (i + row < last) & there
+        place = begin + (i + row) * channels + at
+        normal, g = _pixel_gradient(x, dy, place, inside, mean, rstd, w, b)
+        d = rstd * (g * w - first - normal * second)
+        tl.store(dx + place, d.to(dx.dtype.element_ty), mask=inside)
+
+
+class _Pixels:
+    """How pixels whose channels lie side by side are cut into programs: enough of them to fill a GPU."""
+
+    def __init__(self, x: Tensor, groups: int) -> None:
+        self.examples, self.channels = x.shape[:2]
+        self.length, self.groups = x[0, 0].numel(), groups
+        self.wide = triton.next_power_of_2(self.channels)
+        self.rows = max(1, TILE // self.wide)
+        wanted = max(1, PROGRAMS // self.examples)
+        self.each = triton.cdiv(triton.cdiv(self.length, wanted), self.rows) * self.rows
+        self.chunks = triton.cdiv(self.length, self.each)
+        self.grid = (self.examples, self.chunks)
+        self.tile = {"ROWS": self.rows, "WIDE": self.wide}
+        of_group = triton.next_power_of_2(self.channels // groups)
+        self.block = {"CHUNKS": triton.next_power_of_2(self.chunks), "EACH": of_group}
+
+    def partial(self, like: Tensor) -> Tensor:
+        return torch.empty(2, self.examples, self.chunks, self.channels, dtype=torch.float32, device=like.device)
+
+    def by_group(self, like: Tensor) -> Tensor:
+        return torch.empty(2, self.examples * self.groups, dtype=torch.float32, device=like.device)
+
+
+def _by_pixel(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 class _GroupNormSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()
+        ctx.by_pixel = _by_pixel(x)
+        x = x if ctx.by_pixel else x.contiguous()
         examples, channels = x.shape[:2]
-        length, y = x[0, 0].numel(), torch.empty_like(x)
-        means, rstds = torch.empty(2, examples * groups, dtype=torch.float32, device=x.device)
-        _group_forward[(examples * groups,)](
-            x, weight, bias, y, means, rstds, channels, groups, length, eps, PIECE=PIECE
-        )
+        y = torch.empty_like(x)
+        if ctx.by_pixel:
+            p = _Pixels(x, groups)
+            (sums, squares), (means, rstds) = p.partial(x), p.by_group(x)
+            _pixel_sums[p.grid](x, sums, squares, channels, p.length, p.each, p.chunks, **p.tile, num_warps=TILE_WARPS)
+            _pixel_statistics[(examples * groups,)](
+                x, sums, squares, means, rstds, channels, groups, p.length, p.chunks, eps, **p.block
+            )
+            _pixel_forward[p.grid](
+                x, weight, bias, y, means, rstds, channels, groups, p.length, p.each, **p.tile, num_warps=TILE_WARPS
+            )
+        else:
+            length = x[0, 0].numel()
+            means, rstds = torch.empty(2, examples * groups, dtype=torch.float32, device=x.device)
+            _group_forward[(examples * groups,)](
+                x, weight, bias, y, means, rstds, channels, groups, length, eps, PIECE=PIECE, num_warps=GROUP_WARPS
+            )
         ctx.save_for_backward(x, weight, bias, means, rstds)
         ctx.groups = groups
         return y
@@ -228,16 +426,46 @@ class _GroupNormSilu(torch.autograd.Function):
         x, weight, bias, means, rstds = ctx.saved_tensors
         examples, channels = x.shape[:2]
         dx = torch.empty_like(x)
-        dweight, dbias = torch.empty(2, examples, channels, dtype=torch.float32, device=x.device)
-        _group_backward[(examples * ctx.groups,)](
-            x, weight, bias, means, rstds, dy.contiguous(), dx, dweight, dbias, channels, ctx.groups, x[0, 0].numel(),
-            PIECE=PIECE,
-        )  # fmt: skip
-        return dx, None, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), None
+        if ctx.by_pixel:
+            dy, p = dy.contiguous(memory_format=torch.channels_last), _Pixels(x, ctx.groups)
+            (dweight, dbias), (firsts, seconds) = p.partial(x), p.by_group(x)
+            _pixel_backward_sums[p.grid](
+                x, weight, bias, means, rstds, dy, dweight, dbias, channels, ctx.groups, p.length, p.each, p.chunks,
+                **p.tile, num_warps=TILE_WARPS,
+            )  # fmt: skip
+            _pixel_backward_groups[(examples * ctx.groups,)](
+                weight, dweight, dbias, firsts, seconds, channels, ctx.groups, p.chunks, **p.block
+            )
+            _pixel_backward[p.grid](
+                x,
+                weight,
+                bias,
+                means,
+                rstds,
+                firsts,
+                seconds,
+                dy,
+                dx,
+                channels,
+                ctx.groups,
+                p.length,
+                p.each,
+                **p.tile,
+                num_warps=TILE_WARPS,
+            )
+            dweight, dbias = dweight.sum((0, 1)), dbias.sum((0, 1))
+        else:
+            dweight, dbias = torch.empty(2, examples, channels, dtype=torch.float32, device=x.device)
+            _group_backward[(examples * ctx.groups,)](
+                x, weight, bias, means, rstds, dy.contiguous(), dx, dweight, dbias, channels, ctx.groups,
+                x[0, 0].numel(), PIECE=PIECE, num_warps=GROUP_WARPS,
+            )  # fmt: skip
+            dweight, dbias = dweight.sum(0), dbias.sum(0)
+        return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None
 
 
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """As `norms.group_norm_silu`."""
+    """As `norms.group_norm_silu`; y lies in memory as x does, also pixel by pixel (channels-last)."""
     found: Tensor = _GroupNormSilu.apply(x, groups, weight, bias, eps)
     return found
 

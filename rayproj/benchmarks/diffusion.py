@@ -7,6 +7,7 @@ DPM-Solver++.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,64 +28,123 @@ from rayproj.benchmarks.privacy import resident
 from rayproj.data.dataset import Field, Header
 from rayproj.diffusion import sampling
 from rayproj.diffusion.conditions import ConditionConfig, Conditions
-from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, Network, remembering
+from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, Network
 from rayproj.diffusion.process import Path as ProcessPath
 from rayproj.diffusion.process import Prediction, Process, ProcessConfig
 from rayproj.diffusion.sampling import SamplerConfig, Solver
-from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
+from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, made_ready, remembered
+from rayproj.engine.compiling import compile_blocks
 from rayproj.engine.engine import Engine, EngineConfig, OptimizerConfig
 from rayproj.engine.flops import flops_per_sample
 from rayproj.engine.steps import PlainStep
 from rayproj.engine.world import World
 
 Row = dict[str, Any]
-STEPS, ROUNDS, BATCH, THREADS = 12, 3, 32, 2
-TOKENS, DEPTH, SAMPLER_STEPS, IMAGES = 32, 64, 20, 8
-SWITCHES = ("compiled blocks", "channels-last", "recomputed activations")  # of a training step
-NETWORKS = {
-    "UNet (64, 128), 4x16x16": DenoiserConfig(channels=(64, 128)),
-    "DiT, 6 blocks of 256, 64 tokens": DenoiserConfig(Network.dit, layers=6, heads=4, head_dim=64),
+STEPS, ROUNDS, THREADS = 12, 3, 2
+SAMPLER_STEPS = 20
+GPU = torch.cuda.is_available()
+DEVICE = "cuda:0" if GPU else "cpu"
+DTYPE = torch.bfloat16 if GPU else torch.float32
+DIT, XL = (DenoiserConfig(Network.dit, layers=n, heads=h, head_dim=d) for n, h, d in ((6, 4, 64), (28, 16, 72)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained: a network on latents of a side, so many at once."""
+
+    denoiser: DenoiserConfig
+    side: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn: so many images by a Stable Diffusion pipeline with these levels, on latents of a side."""
+
+    channels: tuple[int, ...]
+    decoder: tuple[int, ...]
+    side: int
+    images: int
+    heads: tuple[int, ...]
+    tokens: int
+    depth: int
+
+
+CPU_NETWORKS = {
+    "UNet (64, 128), 4x16x16": Trained(DenoiserConfig(channels=(64, 128)), 16, 32),
+    "DiT, 6 blocks of 256, 64 tokens": Trained(DIT, 16, 32),
+}
+GPU_NETWORKS = {
+    "UNet (128, 256, 512), 4x32x32": Trained(
+        DenoiserConfig(channels=(128, 256, 512), layers_per_block=2, head_dim=64, norm_groups=32), 32, 128
+    ),
+    "DiT-XL/2, 4x32x32": Trained(XL, 32, 64),
+}
+NETWORKS = GPU_NETWORKS if GPU else CPU_NETWORKS
+SMALL = Drawn((64, 128), (16, 32, 32), 16, 8, (2, 4), 32, 64)
+PIPELINES = {"Stable Diffusion in small": SMALL}
+if GPU:
+    full = Drawn((320, 640, 1280, 1280), (128, 256, 512, 512), 64, 4, (8, 8, 8, 8), 77, 768)
+    PIPELINES |= {"Stable Diffusion 1.5's size": full}
+SWITCHES: dict[str, dict[str, Any]] = {  # of a training step
+    "compiled blocks": {"compiled": True},
+    "channels-last": {"channels_last": True},
+    "recomputed activations": {"recompute": True},
 }
 
 
 def measure() -> list[Row]:
     """Rows for `jobs/benchmark.py`."""
-    found = [row for name in NETWORKS for row in _compare("train", name, "training step", "s", "lower", 1.0)]
-    for what in SWITCHES:
-        found += [
-            row for name in NETWORKS for row in _compare(what, name, f"training step, {what}", "s", "lower", None)
-        ]
+    found = []
+    for name in NETWORKS:
+        ways = ["ours", "peer", *SWITCHES] + (["peer compiled"] if GPU else [])
+        measured = _measured("train", name, ways)
+        what = f"training step, {name}"
+        found += _rows(what, measured, "ours", "peer", "accelerate and diffusers", 1.0)
+        for switch in SWITCHES:
+            found += _rows(f"{what}, {switch}", measured, switch, "ours", "ours without", None)
+        if GPU:
+            found += _rows(f"{what}, both compiled", measured, "compiled blocks", "peer compiled", "the same", 1.0)
     with tempfile.TemporaryDirectory(prefix="rayproj-bench-") as folder:
-        _write_pipeline(Path(folder))
-        what = f"{IMAGES} samples of {SAMPLER_STEPS} steps"
-        found += _compare("sample", folder, what, "s", "lower", 1.0)
-        found += _compare("compiled", folder, f"{what}, ours compiled", "s", "lower", 1 / 1.2)
-        found += _compare("both compiled", folder, f"{what}, both compiled", "s", "lower", 1.0)
-    peak, reached = (float(_run("mfu", what, "")) for what in ("peak", "ours"))
-    rate = {"metric": "arithmetic of a training step, UNet", "unit": "TFLOPS", "better": "higher", "goal": None}
-    found.append(rate | {"ours": reached, "peer": "torch.mm", "peer_value": peak, "ratio": reached / peak})
+        for name, size in PIPELINES.items():
+            place = Path(folder, name)
+            _write_pipeline(place, size)
+            measured = _measured("sample", name, ["ours", "peer", "ours compiled", "peer compiled"], str(place))
+            what, peer = f"{size.images} samples of {SAMPLER_STEPS} steps, {name}", "StableDiffusionPipeline"
+            found += _rows(what, measured, "ours", "peer", peer, 0.5 if GPU else 1.0)
+            found += _rows(f"{what}, ours compiled", measured, "ours compiled", "peer", peer, 0.5 if GPU else 1 / 1.2)
+            found += _rows(f"{what}, both compiled", measured, "ours compiled", "peer compiled", peer, 1.0)
+    for name in NETWORKS:
+        peak, reached = (float(_run("mfu", what, name)) for what in ("peak", "ours"))
+        rate = {"metric": f"arithmetic of a training step, {name}", "unit": "TFLOPS", "better": "higher", "goal": None}
+        found.append(rate | {"ours": reached, "peer": "torch.mm", "peer_value": peak, "ratio": reached / peak})
     return found
 
 
-def _compare(what: str, which: str, metric: str, unit: str, better: str, goal: float | None) -> list[Row]:
-    times: dict[str, list[float]] = {"ours": [], "peer": []}
-    peaks: dict[str, float] = {}
-    for number in range(1 if "compiled" in what else ROUNDS):  # their start is long
-        for way in list(times) if number % 2 else reversed(list(times)):
-            seconds, peak = map(float, _run(what, way, which).split())
-            times[way].append(seconds)
-            peaks[way] = peak
-    shown = f"{metric}, {which}" if which in NETWORKS else f"{metric}, Stable Diffusion in small"
-    peer = "accelerate and diffusers" if what == "train" else "StableDiffusionPipeline"
-    peer = "ours without" if what in SWITCHES else peer
-    ratios = [a / b for a, b in zip(times["ours"], times["peer"], strict=True)]
-    ours, other = (statistics.median(times[way]) for way in ("ours", "peer"))
-    row = {"peer": peer, "better": better}
+def _measured(what: str, which: str, ways: list[str], *more: str) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and MiB of each way, in turns."""
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for number in range(1 if GPU else ROUNDS):
+        for way in ways if number % 2 else reversed(ways):
+            seconds, peak = map(float, _run(what, way, which, *more).split())
+            found[way].append((seconds, peak))
+    return found
+
+
+def _rows(
+    metric: str, measured: dict[str, list[tuple[float, float]]], ours: str, peer: str, named: str, goal: float | None
+) -> list[Row]:
+    """The time, as the median of the rounds' ratios, and the memory."""
+    ratios = [a / b for (a, _), (b, _) in zip(measured[ours], measured[peer], strict=True)]
+    (seconds, peak), (other, others_peak) = (
+        [statistics.median(v) for v in zip(*measured[way], strict=True)] for way in (ours, peer)
+    )
+    row = {"peer": named, "better": "lower"}
     return [
-        row | {"metric": shown, "unit": unit, "ours": ours, "peer_value": other, "ratios": ratios}
+        row | {"metric": metric, "unit": "s", "ours": seconds, "peer_value": other, "ratios": ratios}
         | {"ratio": statistics.median(ratios), "goal": goal},
-        row | {"metric": f"{shown}: memory", "unit": "MiB", "ours": peaks["ours"], "peer_value": peaks["peer"]}
-        | {"ratio": peaks["ours"] / peaks["peer"], "goal": None},
+        row | {"metric": f"{metric}: memory", "unit": "MiB", "ours": peak, "peer_value": others_peak}
+        | {"ratio": peak / others_peak, "goal": None},
     ]  # fmt: skip
 
 
@@ -95,7 +155,7 @@ def _run(*words: str) -> str:
         RuntimeError: it failed, with the end of what it wrote.
     """
     command = [sys.executable, "-m", "rayproj.benchmarks.diffusion", *words]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(THREADS)}
+    env = {**os.environ} if GPU else {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(THREADS)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -103,49 +163,55 @@ def _run(*words: str) -> str:
 
 
 def _task(name: str, **switches: Any) -> DiffusionTask:
-    fields = {"moments": Field("npy", (8, 16, 16)), "label": Field("int")}
+    side = NETWORKS[name].side
+    fields = {"moments": Field("npy", (8, side, side)), "label": Field("int")}
     header = Header("benchmark", fields, 2048, 256, tuple("0123456789"))
     conditions = {"label": ConditionConfig()}
-    denoiser = replace(NETWORKS[name], **switches)
-    return DiffusionTask(DiffusionConfig("", denoiser=denoiser, conditions=conditions), header, seed=0)
+    denoiser = replace(NETWORKS[name].denoiser, **switches)
+    return DiffusionTask(DiffusionConfig("", denoiser=denoiser, conditions=conditions), header, seed=0, fused=True)
 
 
-def _batch(step: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    row = torch.stack([torch.arange(BATCH), torch.full((BATCH,), step), torch.zeros(BATCH, dtype=torch.long)], 1)
-    moments = torch.randn(BATCH, 8, 16, 16, generator=generator)
-    return {"row": row, "moments": moments, "label": torch.arange(BATCH) % 10}
+def _batch(name: str, step: int) -> dict[str, Tensor]:
+    generator, batch, side = torch.Generator().manual_seed(step), NETWORKS[name].batch, NETWORKS[name].side
+    row = torch.stack([torch.arange(batch), torch.full((batch,), step), torch.zeros(batch, dtype=torch.long)], 1)
+    moments = torch.randn(batch, 8, side, side, generator=generator)
+    found = {"row": row, "moments": moments, "label": torch.arange(batch) % 10}
+    return {key: value.to(DEVICE) for key, value in found.items()}
 
 
 def _ours_trained(name: str, compiled: bool = False, **switches: Any) -> Callable[[int], Any]:
     task = _task(name, **switches)
-    engine, step = _engine(task, compiled), PlainStep(BATCH, 0, 1)
-    return lambda number: step(engine, task, _batch(number))
+    engine, step = _engine(task, compiled), PlainStep(NETWORKS[name].batch, 0, 1)
+    return lambda number: step(engine, task, _batch(name, number))
 
 
 def _engine(task: DiffusionTask, compiled: bool = False) -> Engine:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if GPU else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     config = EngineConfig(optimizer=OptimizerConfig(lr=1e-4, clip_grad_norm=1.0), compile=compiled)
-    return Engine(task.build(), config, 1000, World(0, 1, 0, "cpu"))
+    return Engine(task.build(), config, 1000, World(0, 1, 0, DEVICE))
 
 
-def _theirs_trained(name: str) -> Callable[[int], Any]:
+def _theirs_trained(name: str, compiled: bool = False) -> Callable[[int], Any]:
     """As the training scripts of diffusers go."""
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
-    accelerator = Accelerator(cpu=True)
-    model = _task(name).build()
+    accelerator = Accelerator(cpu=not GPU, mixed_precision="bf16" if GPU else "no")
+    task = _task(name)
+    task.fused = False
+    model = task.build().to(DEVICE)
     average = EMAModel(model.parameters(), decay=0.999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99))
     model, optimizer = accelerator.prepare(model, optimizer)
+    if compiled:
+        compile_blocks(model)
 
     def step(number: int) -> float:
-        batch = _batch(number)
+        batch = _batch(name, number)
         mean, std = batch["moments"].chunk(2, dim=1)
         x0, noise = mean + std * torch.randn_like(mean), torch.randn_like(mean)
-        t = torch.sigmoid(torch.randn(BATCH))
-        label = torch.where(torch.rand(BATCH) < 0.1, -1, batch["label"])
+        t = torch.sigmoid(torch.randn(len(x0), device=DEVICE))
+        label = torch.where(torch.rand(len(x0), device=DEVICE) < 0.1, -1, batch["label"])
         x = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * noise
         loss = (model(x, t, {"label": label}) - (noise - x0)).square().mean()
         accelerator.backward(loss)
@@ -158,111 +224,119 @@ def _theirs_trained(name: str) -> Callable[[int], Any]:
     return step
 
 
-def _write_pipeline(folder: Path) -> None:
+def _write_pipeline(folder: Path, size: Drawn) -> None:
     """A Stable Diffusion pipeline with random weights, but for its text encoder: both sides are given embeddings."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     torch.manual_seed(0)
+    levels, groups = len(size.channels), math.gcd(32, size.channels[0] // 4)
+    kinds = ["CrossAttn"] * (levels - 1) + ["CrossAttn" if levels == 2 else ""]  # as Stable Diffusion has them
     UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=DEPTH, attention_head_dim=(2, 4), norm_num_groups=16,
-    ).save_pretrained(folder / "unet")  # fmt: skip
+        sample_size=size.side, in_channels=4, out_channels=4, block_out_channels=size.channels,
+        layers_per_block=1 if levels == 2 else 2,
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        cross_attention_dim=size.depth, attention_head_dim=size.heads, norm_num_groups=groups,
+    ).to(DTYPE).save_pretrained(folder / "unet")  # fmt: skip
+    levels, groups = len(size.decoder), math.gcd(32, size.decoder[0] // 2)
     AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32, 32), norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1,
-    ).save_pretrained(folder / "vae")  # fmt: skip
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=size.decoder, norm_num_groups=groups,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1 if levels == 3 else 2,
+    ).to(DTYPE).save_pretrained(folder / "vae")  # fmt: skip
 
 
-def _given() -> tuple[Tensor, Tensor, Tensor]:
+def _given(size: Drawn) -> tuple[Tensor, Tensor, Tensor]:
     """Texts' embeddings, those of no text, and the noise."""
     generator = torch.Generator().manual_seed(0)
-    text, nothing = torch.randn(2, IMAGES, TOKENS, DEPTH, generator=generator)
-    return text, nothing[:1], torch.randn(IMAGES, 4, 16, 16, generator=generator)
+    text, nothing = torch.randn(2, size.images, size.tokens, size.depth, generator=generator).to(DEVICE)
+    noise = torch.randn(size.images, 4, size.side, size.side, generator=generator)
+    return text, nothing[:1], noise.to(DEVICE)
 
 
-def _ours_sampled(folder: str, compiled: bool = False) -> Callable[[int], Any]:
+def _ours_sampled(which: str, folder: str, compiled: bool = False) -> Callable[[int], Any]:
     from rayproj.diffusion.autoencoder import Autoencoder, AutoencoderConfig, Codec
 
-    text, nothing, noise = _given()
-    model = Denoiser(DenoiserConfig(weights=f"{folder}/unet"), (4, 16, 16), Conditions({}, (TOKENS, DEPTH))).eval()
+    size = PIPELINES[which]
+    text, nothing, noise = _given(size)
+    conditions = Conditions({}, (size.tokens, size.depth))
+    model = Denoiser(DenoiserConfig(weights=f"{folder}/unet"), (4, size.side, size.side), conditions).eval()
     model.embedding.no_text.weight.data.copy_(nothing.reshape(1, -1))
-    model.requires_grad_(False)
-    codec = Codec(Autoencoder(AutoencoderConfig(weights=f"{folder}/vae"), 3), [0.0] * 4, [1.0] * 4, "cpu")
-    if compiled:
-        model.net.compile()
-    config = SamplerConfig(SAMPLER_STEPS, Solver.dpmpp_2m, guidance=5.0)
+    model.requires_grad_(False).to(DEVICE, DTYPE)
+    autoencoder = Autoencoder(AutoencoderConfig(weights=f"{folder}/vae"), 3).to(DTYPE)
+    codec = Codec(autoencoder, [0.0] * 4, [1.0] * 4, DEVICE)
+    config = SamplerConfig(SAMPLER_STEPS, Solver.dpmpp_2m, guidance=5.0, compile=compiled)
     process = Process(ProcessConfig(ProcessPath.scaled_linear, Prediction.noise))
+    network = made_ready(model, codec, config, DEVICE)
 
     def draw(number: int) -> Tensor:
-        with remembering(model):
-            network = sampling.guided(model, config)
-            return codec.decode(sampling.integrate(network, noise, {"text": text}, config, process, unguided=model))
+        with remembered(network):
+            guided = sampling.guided(network, config)
+            latents = sampling.integrate(guided, noise, {"text": text}, config, process, unguided=network)
+            return codec.decode(latents).cpu()
 
     return draw
 
 
-def _theirs_sampled(folder: str, compiled: bool = False) -> Callable[[int], Any]:
+def _theirs_sampled(which: str, folder: str, compiled: bool = False) -> Callable[[int], Any]:
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    text, nothing, noise = _given()
+    text, nothing, noise = _given(PIPELINES[which])
     scheduler = DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     pipeline = StableDiffusionPipeline(
         AutoencoderKL.from_pretrained(f"{folder}/vae"), None, None, UNet2DConditionModel.from_pretrained(f"{folder}/unet"),
         scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    ).to(DEVICE, DTYPE)  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     if compiled:
         pipeline.unet.compile()
     kept: dict[str, Any] = {"num_inference_steps": SAMPLER_STEPS, "guidance_scale": 5.0, "output_type": "np"}
-    kept |= {"prompt_embeds": text, "negative_prompt_embeds": nothing.expand_as(text)}
-    return lambda number: pipeline(latents=noise.clone(), **kept).images
+    kept |= {"prompt_embeds": text.to(DTYPE), "negative_prompt_embeds": nothing.expand_as(text).to(DTYPE)}
+    return lambda number: pipeline(latents=noise.to(DTYPE, copy=True), **kept).images
 
 
-WAYS: dict[tuple[str, str], Callable[[str], Callable[[int], Any]]] = {
+WAYS: dict[tuple[str, str], Callable[..., Callable[[int], Any]]] = {
     ("train", "ours"): _ours_trained,
+    **{("train", name): partial(_ours_trained, **switch) for name, switch in SWITCHES.items()},
     ("train", "peer"): _theirs_trained,
-    ("compiled blocks", "ours"): partial(_ours_trained, compiled=True),
-    ("channels-last", "ours"): partial(_ours_trained, channels_last=True),
-    ("recomputed activations", "ours"): partial(_ours_trained, recompute=True),
-    **{(what, "peer"): _ours_trained for what in SWITCHES},
+    ("train", "peer compiled"): partial(_theirs_trained, compiled=True),
     ("sample", "ours"): _ours_sampled,
+    ("sample", "ours compiled"): partial(_ours_sampled, compiled=True),
     ("sample", "peer"): _theirs_sampled,
-    ("compiled", "ours"): partial(_ours_sampled, compiled=True),
-    ("compiled", "peer"): _theirs_sampled,
-    ("both compiled", "ours"): partial(_ours_sampled, compiled=True),
-    ("both compiled", "peer"): partial(_theirs_sampled, compiled=True),
+    ("sample", "peer compiled"): partial(_theirs_sampled, compiled=True),
 }
 
 
-def one(what: str, way: str, which: str) -> str:
+def one(what: str, way: str, which: str, *more: str) -> str:
     """In this process: the median seconds of a step and the peak of memory in MiB above the start; of "mfu", TFLOPS."""
-    torch.set_num_threads(THREADS)
+    if not GPU:
+        torch.set_num_threads(THREADS)
     if what == "mfu" and way == "peak":
-        a, b = torch.randn(2, 2048, 2048)
-        return str(2 * 2048**3 / 1e12 / _median(lambda number: torch.mm(a, b), STEPS))
+        side = 8192 if GPU else 2048
+        a, b = torch.randn(2, side, side, device=DEVICE).to(DTYPE)
+        return str(2 * side**3 / 1e12 / _median(lambda number: torch.mm(a, b), STEPS))
     if what == "mfu":
-        name = next(iter(NETWORKS))
-        task = _task(name)
-        engine, step = _engine(task), PlainStep(BATCH, 0, 1)
-        work = BATCH * flops_per_sample(engine, task, _batch(0))
-        return str(work / 1e12 / _median(lambda number: step(engine, task, _batch(number)), STEPS))
+        task = _task(which)
+        engine, step = _engine(task), PlainStep(NETWORKS[which].batch, 0, 1)
+        work = NETWORKS[which].batch * flops_per_sample(engine, task, _batch(which, 0))
+        return str(work / 1e12 / _median(lambda number: step(engine, task, _batch(which, number)), STEPS))
     start = resident("VmRSS")
-    run = WAYS[what, way](which)
+    run = WAYS[what, way](which, *more)
     seconds = _median(run, STEPS if which in NETWORKS else 3)
-    return f"{seconds} {resident('VmHWM') - start}"
+    return f"{seconds} {torch.cuda.max_memory_allocated() / 2**20 if GPU else resident('VmHWM') - start}"
 
 
 def _median(run: Callable[[int], Any], times: int) -> float:
-    """Seconds of a run, after two that are not counted."""
+    """Seconds of a run, after three that are not counted."""
     taken = []
-    for number in range(times + 2):
+    for number in range(times + 3):
         began = time.perf_counter()
         run(number)
+        if GPU:
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken[2:])
+    return statistics.median(taken[3:])
 
 
 if __name__ == "__main__":
-    print(one(*sys.argv[1:4]))
+    print(one(*sys.argv[1:]))

@@ -123,6 +123,13 @@ class Denoiser(nn.Module):
         return out.float() if out.dtype is torch.bfloat16 else out
 
 
+def pixels_together(denoiser: Denoiser, *others: nn.Module) -> None:
+    """Lay weights and images out pixel by pixel (channels-last), which is how a GPU's convolutions like them."""
+    for model in (denoiser, *others):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    denoiser.channels_last = True
+
+
 @contextmanager
 def remembering(model: Denoiser) -> Iterator[None]:
     """A block in which what depends on the condition alone is computed once, as long as it is the same object: its

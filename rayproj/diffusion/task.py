@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -20,7 +20,8 @@ from rayproj.diffusion import process, sampling
 from rayproj.diffusion.adapters import LoraConfig, adapt, merge
 from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.conditions import LABEL, LOW, TEXT, Condition, ConditionConfig, Conditions, learned
-from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, Network, remembering
+from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, Network, pixels_together, remembering
+from rayproj.diffusion.fusing import fuse
 from rayproj.diffusion.process import Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.text import TextConfig, TextEncoder
@@ -91,6 +92,7 @@ class DiffusionTask:
         codec: decodes previews; None for no previews.
         text: encodes their prompts; None for none.
         held_out: examples to validate on; None for none.
+        fused: whether to use our kernels where a GPU is faster with them; not where layers are looked into.
 
     Raises:
         UserError: the latents lack what the model is to be conditioned on.
@@ -104,9 +106,10 @@ class DiffusionTask:
         codec: Codec | None = None,
         text: TextEncoder | None = None,
         held_out: Batch | None = None,
+        fused: bool = False,
     ) -> None:
         self.config, self.header, self.seed = config, latents, seed
-        self.codec, self.text, self.held_out = codec, text, held_out
+        self.codec, self.text, self.held_out, self.fused = codec, text, held_out, fused
         self.process = Process(config.process)
         self.starts_trained = bool(config.init or config.denoiser.weights)
         double, *sides = latents.fields["moments"].shape
@@ -169,6 +172,8 @@ class DiffusionTask:
     def _network(self, init: str) -> nn.Module:
         torch.manual_seed(self.seed)
         model = Denoiser(self.config.denoiser, self.latent_shape, self.conditions)
+        if self.fused:
+            fuse(model)
         if init:
             start, _ = trained(Store(init), self.latent_shape, self.conditions)
             load_flat(model, {name: tensor.flatten() for name, tensor in start.state_dict().items()})
@@ -254,8 +259,27 @@ class DiffusionTask:
         return images.cpu().numpy()
 
 
+def made_ready(denoiser: Denoiser, codec: Codec, config: SamplerConfig, device: str) -> sampling.Network:
+    """A denoiser and the decoder as the sampler asks for them, in place, and what it calls for the denoiser.
+
+    Raises:
+        UserError: it asks for a compiled one, and there is no compiler.
+    """
+    if config.bf16:
+        denoiser.bfloat16()
+        codec.model.bfloat16()
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        pixels_together(denoiser, codec.model)
+        fuse(denoiser, codec.model)
+    if config.compile:
+        need_compiler("sampler.compile")
+        denoiser.net.compile()
+    return sampling.Graphs(denoiser) if on_gpu and config.graphs else denoiser
+
+
 def draw(
-    denoiser: nn.Module,
+    network: sampling.Network,
     codec: Codec,
     condition: Condition,
     ids: Tensor,
@@ -263,7 +287,7 @@ def draw(
     seed: int,
     config: SamplerConfig,
     process: Process,
-    weak: Denoiser | None = None,
+    weak: sampling.Network | None = None,
     scales: Tensor | None = None,
 ) -> Tensor:
     """uint8 images [B, C, H, W] under a condition. The noise of an image is keyed by (seed, its id) alone.
@@ -274,11 +298,20 @@ def draw(
     """
     row = torch.stack([ids, torch.zeros_like(ids), torch.zeros_like(ids)], dim=1)
     noise = keyed.normal(seed, "sample", row, latent_shape)
-    assert isinstance(denoiser, Denoiser)
-    network = sampling.guided(denoiser, config, weak, scales)
-    with remembering(denoiser), remembering(weak) if weak else nullcontext():
-        latents = sampling.integrate(network, noise, condition, config, process, unguided=denoiser)
+    guided = sampling.guided(network, config, weak, scales)
+    with remembered(network, weak):
+        latents = sampling.integrate(guided, noise, condition, config, process, unguided=network)
     return codec.decode(latents)
+
+
+@contextmanager
+def remembered(*networks: sampling.Network | None) -> Iterator[None]:
+    """`remembering` of those that are denoisers as they are; a graph launches all that it once captured."""
+    with ExitStack() as stack:
+        for network in networks:
+            if isinstance(network, Denoiser):
+                stack.enter_context(remembering(network))
+        yield
 
 
 def trained(
@@ -320,6 +353,7 @@ class TrainedModel:
         self.latent_shape, self.process, self.conditions = task.latent_shape, task.process, task.conditions
         self.denoiser, self.commit = trained(store, task.latent_shape, task.conditions, ema)
         self.denoiser.to(device).eval().requires_grad_(False)
+        self.network: sampling.Network = self.denoiser
         self.codec = Codec.load(self.header.provenance["autoencoder"], device)
         self.device = device
 
@@ -361,19 +395,15 @@ class TrainedModel:
         """
         if self.weak:
             self.weak.prepare(config)
-        if config.bf16:
-            self.denoiser.bfloat16()
-        if config.compile:
-            need_compiler("sampler.compile")
-            self.denoiser.net.compile()
+        self.network = made_ready(self.denoiser, self.codec, config, self.device)
 
     def draw(
         self, condition: Condition, ids: Tensor, seed: int, config: SamplerConfig, scales: Tensor | None = None
     ) -> Tensor:
         """As `draw`."""
-        weak = self.weak.denoiser if self.weak else None
+        weak = self.weak.network if self.weak else None
         return draw(
-            self.denoiser, self.codec, condition, ids, self.latent_shape, seed, config, self.process, weak, scales
+            self.network, self.codec, condition, ids, self.latent_shape, seed, config, self.process, weak, scales
         )
 
 

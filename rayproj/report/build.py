@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import OmegaConf
 
 from rayproj.data.dataset import Dataset
@@ -18,7 +19,18 @@ from rayproj.data.reader import Reader
 from rayproj.report import figures
 from rayproj.storage.store import Store, from_json
 
-PACKAGES = ("torch", "ray", "deepspeed", "diffusers", "webdataset", "wandb", "omegaconf", "dp-accounting", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "ray",
+    "deepspeed",
+    "diffusers",
+    "webdataset",
+    "wandb",
+    "omegaconf",
+    "dp-accounting",
+    "numpy",
+)
 TRAINED = ("train_autoencoder", "train_diffusion", "finetune_private")  # the jobs whose trainings are shown
 MODELS = {
     "train_autoencoder": "autoencoder",
@@ -162,8 +174,17 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }
+
+
+def _version(name: str) -> str:
+    """ "" of a package that is not there: the engine and the kernels are measured where Ray is not."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def sample_columns(stages: Stages, per_class: int) -> tuple[dict[str, np.ndarray], list[str]]:

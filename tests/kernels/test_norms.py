@@ -103,6 +103,30 @@ def test_group_norm_and_silu(shape: tuple[int, ...], groups: int, dtype: torch.d
 
 
 @ready
+@pytest.mark.parametrize(("shape", "groups"), [((2, 6, 5, 3), 2), ((3, 8, 7, 9), 8), ((1, 12, 40, 33), 3)])
+@pytest.mark.parametrize("dtype", NEAR)
+def test_group_norm_and_silu_of_pixels_whose_channels_lie_side_by_side(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norms_triton, "TILE", 64)  # several tiles in a program, and several programs
+    monkeypatch.setattr(norms_triton, "PROGRAMS", 8)
+    x, weight, bias = tensors(shape, (shape[1],), (shape[1],), dtype=dtype)
+    x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+
+    def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return norms.group_norm_silu(x.contiguous(), groups, weight, bias)
+
+    check(lambda x, w, b: norms_triton.group_norm_silu(x, groups, w, b), reference, [x, weight, bias], dtype)
+    assert norms_triton.group_norm_silu(x, groups, weight, bias).is_contiguous(memory_format=torch.channels_last)
+    far = x.detach() + 1000
+    found = norms_triton.group_norm_silu(far, groups, weight, bias)
+    exact = reference(far.double(), weight.double(), bias.double())
+    torch.testing.assert_close(
+        found.double(), exact, rtol=max(1e-3, NEAR[dtype]["rtol"]), atol=max(1e-3, NEAR[dtype]["atol"])
+    )
+
+
+@ready
 def test_a_mean_far_from_zero_loses_nothing() -> None:
     """The sum of squares less the square of the mean would cancel here."""
     x, weight, bias = tensors((2, 4, 300), (4,), (4,))
