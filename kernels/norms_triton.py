@@ -164,17 +164,18 @@ def _group_forward(  # type: ignore[no-untyped-def]
     group, each = program % groups, channels // groups
     begin, size = program * each * length, each * length
     at = tl.arange(0, PIECE)
+    around = tl.load(x + begin).to(tl.float32)  # some value of the group, so that the squares do not cancel
     total = tl.zeros([PIECE], tl.float32)
+    square = tl.zeros([PIECE], tl.float32)
     for i in range(0, size, PIECE):
-        total += tl.load(x + begin + i + at, mask=i + at < size, other=0.0).to(tl.float32)
-    mean = tl.sum(total, 0) / size
-    total = tl.zeros([PIECE], tl.float32)
-    for i in range(0, size, PIECE):  # from the cache; the sum of squares alone would cancel
         inside = i + at < size
-        centred = tl.where(inside, tl.load(x + begin + i + at, mask=inside, other=0.0).to(tl.float32) - mean, 0.0)
-        total += centred * centred
-    rstd = 1.0 / tl.sqrt(tl.sum(total, 0) / size + eps)
-    for i in range(0, size, PIECE):
+        value = tl.where(inside, tl.load(x + begin + i + at, mask=inside, other=0.0).to(tl.float32) - around, 0.0)
+        total += value
+        square += value * value
+    off = tl.sum(total, 0) / size
+    rstd = 1.0 / tl.sqrt(tl.maximum(tl.sum(square, 0) / size - off * off, 0.0) + eps)
+    mean = around + off
+    for i in range(0, size, PIECE):  # from the cache
         inside = i + at < size
         channel = group * each + (i + at) // length
         value = (tl.load(x + begin + i + at, mask=inside, other=0.0).to(tl.float32) - mean) * rstd

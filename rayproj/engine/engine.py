@@ -53,7 +53,9 @@ class OptimizerConfig:
 class EngineConfig:
     """How one model is held and updated by the ranks of a group."""
 
-    zero_stage: int = 2  # ZeRO: 0 shards nothing, 1 the optimizer, 2 the gradients too, 3 the weights too
+    # ZeRO: 0 shards nothing, 1 the optimizer, 2 the gradients too, 3 the weights too. From 2 on each gradient is handled by
+    # itself as soon as it is there, which costs time on the host: worth it where the gradients do not fit.
+    zero_stage: int = 1
     precision: Precision = Precision.auto
     ema: float = 0.999  # decay of the exponential moving average of the weights, per update
     # Further averages, of these widths (`engine.ema`), such as [0.05, 0.1]; of what several commits hold of them
@@ -133,7 +135,9 @@ class Engine:
             accumulate: micro-batches in one update.
         """
         deepspeed = import_deepspeed(world)
-        self.config, self.steps, self.world = config, steps, world
+        self.config, self.steps, self.world, self.micro_batches = config, steps, world, accumulate
+        self._summed: Tensor | None = None  # gradients of an update's micro-batches so far, and how many these were
+        self._seen = 0
         self.step = 0
         self.samples_seen = 0
         bf16 = config.precision is Precision.bf16 or (
@@ -250,26 +254,42 @@ class Engine:
         # DeepSpeed skips an update that is not finite.
         return seen[0] if seen else torch.full_like(share_of_gradient, torch.nan)
 
+    @property
+    def model(self) -> nn.Module:
+        """What `accumulate` takes the loss of: below ZeRO-2 the model itself."""
+        return self.module if self.config.zero_stage < 2 else self.deepspeed
+
     def accumulate(self, loss: Tensor, samples: int) -> None:
         """Backward of one micro-batch's mean loss; the last one of an update takes the optimizer step. Collective."""
+        if self.config.zero_stage < 2:
+            self._accumulate_whole(loss, samples)
+            return
         self.deepspeed.backward(loss)
         last = self.deepspeed.is_gradient_accumulation_boundary()
         with self.timer.phase("optimizer"):
             if last:
                 self._set_learning_rate()
-                if self.config.zero_stage == 0:
-                    self._average_gradient()
             self.deepspeed.step()
             if last:
                 self._after_update(samples)
 
-    def _average_gradient(self) -> None:
-        """Make the gradient that the optimizer is about to take, this rank's own, the mean over the ranks. Collective."""
-        flat = torch.cat([part.flatten() for part in self.optimizer.averaged_gradients[0]])
-        self.optimizer.averaged_gradients[0] = [flat]
-        with self.timer.phase("communication"):
-            dist.all_reduce(flat)
-        flat /= self.world.world_size
+    def _accumulate_whole(self, loss: Tensor, samples: int) -> None:
+        """Below ZeRO-2 a rank has the whole gradient anyway: it is reduced in one piece, in the dtype of the weights as
+        DeepSpeed does; of several micro-batches their sum, in fp32."""
+        parameters = [p for _, p in self.parameters]
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([gradient.flatten() for gradient in found])
+        del found
+        if self.micro_batches > 1:
+            flat = flat.float() if self._summed is None else self._summed.add_(flat)
+        self._summed, self._seen = flat, self._seen + 1
+        if self._seen == self.micro_batches:
+            if self.world.world_size > 1:
+                with self.timer.phase("communication"):
+                    dist.all_reduce(flat)
+            share = self.take(flat.div_(self.micro_batches * self.world.world_size)).float()
+            self._summed, self._seen = None, 0
+            self.update(share, samples)
 
     def _set_learning_rate(self) -> None:
         for group in self.optimizer.param_groups:

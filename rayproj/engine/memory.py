@@ -128,8 +128,7 @@ class Layout:
 
     def bucket(self, model: Model) -> int:
         """Bytes of DeepSpeed's bucket for gradients: all of it on a GPU, but on a host only what is ever written to."""
-        element = 4 if self.zero_stage <= 1 else self.weight
-        return element * (BUCKET if self.on_gpu else min(BUCKET, model.parameters))
+        return self.weight * (BUCKET if self.on_gpu else min(BUCKET, model.parameters))
 
 
 def kept(model: Model, layout: Layout) -> Parts:
@@ -150,10 +149,14 @@ def update(model: Model, layout: Layout) -> int:
     if layout.zero_stage == 3:
         # The weights as gathered, the gradients in one piece, the copy that is reduced and, on a host, gloo's own.
         reducing = 2 * whole + (0 if alone else whole if layout.on_gpu else 2 * whole)
-    else:
+    elif layout.zero_stage == 2:
         summed = layout.bucket(model) + max(share, 0 if alone else whole)
-        waiting = (share if layout.zero_stage == 2 else 4 * model.parameters) if layout.micro_batches > 1 else 0
-        reducing = summed + waiting
+        reducing = summed + (share if layout.micro_batches > 1 else 0)
+    else:
+        # The gradients, one piece of them, the sum of micro-batches; later the share and, on a host, gloo's own copy.
+        several = layout.micro_batches > 1
+        waiting = 4 * model.parameters if several else 0
+        reducing = waiting + max(2 * whole, (0 if several else whole) + max(share, 0 if alone else whole))
     return max(reducing, 3 * share)  # AdamW: the gradient and two vectors of intermediate results
 
 

@@ -66,7 +66,7 @@ class PlainStep:
         total = 0.0
         for begin in range(0, size, self.micro_batch):
             micro = {name: tensor[begin : begin + self.micro_batch] for name, tensor in batch.items()}
-            loss = task.losses(engine.deepspeed, micro).mean()
+            loss = task.losses(engine.model, micro).mean()
             engine.accumulate(loss, samples=size * engine.world.world_size)
             total += loss.item() * len(micro["row"])
         return {"loss": total / size}
