@@ -11,6 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from rayproj.errors import UserError
 from rayproj.report.build import environment
 from rayproj.storage.store import to_json
 
@@ -22,7 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("--out", type=Path, help="keep the result here")
     arguments = parser.parse_args(argv)
-    rows = importlib.import_module(f"rayproj.benchmarks.{arguments.name}").measure()
+    try:
+        rows = importlib.import_module(f"rayproj.benchmarks.{arguments.name}").measure()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     width = max(len(row["metric"]) for row in rows)
     print(f"{'metric':<{width}}  {'unit':<6} {'ours':>10} {'peer':>10}  {'ratio':>6}  {'goal':>5}  peer is")
     for row in rows:

@@ -35,7 +35,7 @@ class Config:
 
 
 def task_of(config: Config, header: Header) -> DiffusionTask:
-    return DiffusionTask(config.diffusion, header, config.run.seed, fused=True)
+    return DiffusionTask(config.diffusion, header, config.run.seed)
 
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:

@@ -8,9 +8,6 @@ from torch import Tensor
 
 def admits(kernel: str, x: Tensor) -> bool:
     """Whether to use a kernel on these activations."""
-    if not x.is_cuda or torch.compiler.is_compiling():
+    if not x.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    return kernel in FORCED
-
-
-FORCED: set[str] = set()
+    return x.dtype is torch.bfloat16

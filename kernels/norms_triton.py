@@ -16,25 +16,23 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 16  # tokens that one program of a backward takes, so that sums over tokens are made in two stages
-NORM_WARPS = 4
 PIECE = 1024  # elements at once
-GROUP_WARPS = 4
-TILE = 4096  # elements at once of pixels whose channels lie side by side
-TILE_WARPS = 4
-PROGRAMS = 1024  # about as many, for such pixels
+# Of pixels whose channels lie side by side: elements and channels at once, and about how many programs.
+TILE, COLUMNS, PROGRAMS = 4096, 64, 2048
 
 
 @triton.jit
 def _norm_forward(  # type: ignore[no-untyped-def]
-    x, h, gate, shift, scale, r, y, means, rstds, tokens, size, eps, GATED: tl.constexpr, WIDE: tl.constexpr
-):
+    x, h, gate, shift, scale, r, y, means, rstds, of_gate, of_shift, of_scale, tokens, size, eps,
+    GATED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     example = row // tokens
     at = tl.arange(0, WIDE)
     inside = at < size
     value = tl.load(x + row * size + at, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        weight = tl.load(gate + example * size + at, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(gate + example * of_gate + at, mask=inside, other=0.0).to(tl.float32)
         value += weight * tl.load(h + row * size + at, mask=inside, other=0.0).to(tl.float32)
         value = value.to(r.dtype.element_ty)
         tl.store(r + row * size + at, value, mask=inside)
@@ -42,8 +40,8 @@ def _norm_forward(  # type: ignore[no-untyped-def]
     mean = tl.sum(value, 0) / size
     centred = tl.where(inside, value - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / size + eps)
-    by = 1.0 + tl.load(scale + example * size + at, mask=inside, other=0.0).to(tl.float32)
-    plus = tl.load(shift + example * size + at, mask=inside, other=0.0).to(tl.float32)
+    by = 1.0 + tl.load(scale + example * of_scale + at, mask=inside, other=0.0).to(tl.float32)
+    plus = tl.load(shift + example * of_shift + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * size + at, (centred * rstd * by + plus).to(y.dtype.element_ty), mask=inside)
     tl.store(means + row, mean)
     tl.store(rstds + row, rstd)
@@ -51,19 +49,19 @@ def _norm_forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _norm_backward(  # type: ignore[no-untyped-def]
-    r, h, gate, scale, means, rstds, dr, dy, dx, dh, dgate, dshift, dscale, tokens, size, chunks,
+    r, h, gate, scale, means, rstds, dr, dy, dx, dh, dgate, dshift, dscale, of_gate, of_scale, tokens, size, chunks,
     GATED: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     example, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, WIDE)
     inside = at < size
-    by = 1.0 + tl.load(scale + example * size + at, mask=inside, other=0.0).to(tl.float32)
+    by = 1.0 + tl.load(scale + example * of_scale + at, mask=inside, other=0.0).to(tl.float32)
     for_shift = tl.zeros([WIDE], tl.float32)
     for_scale = tl.zeros([WIDE], tl.float32)
     for_gate = tl.zeros([WIDE], tl.float32)
     weight = tl.zeros([WIDE], tl.float32)
     if GATED:
-        weight += tl.load(gate + example * size + at, mask=inside, other=0.0).to(tl.float32)
+        weight += tl.load(gate + example * of_gate + at, mask=inside, other=0.0).to(tl.float32)
     for i in range(ROWS):
         token = chunk * ROWS + i
         if token < tokens:
@@ -90,35 +88,33 @@ def _norm_backward(  # type: ignore[no-untyped-def]
         tl.store(dgate + place, for_gate, mask=inside)
 
 
+def _warps(wide: int) -> int:
+    """Of a program that has so many elements at once; as measured on an H200."""
+    return max(1, min(8, wide // 512))
+
+
+def _rows(vectors: Tensor) -> Tensor:
+    """Vectors as kernels take them: each in one piece, wherever it begins."""
+    return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+
+
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, h: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
     ) -> Any:
-        x, shift, scale = x.contiguous(), shift.contiguous(), scale.contiguous()
+        x = x.contiguous()
+        shift, scale = _rows(shift), _rows(scale)
         batch, tokens, size = x.shape
         gated = h is not None and gate is not None
-        h, gate = (h.contiguous(), gate.contiguous()) if h is not None and gate is not None else (x, shift)
+        h, gate = (h.contiguous(), _rows(gate)) if h is not None and gate is not None else (x, shift)
         r, y = torch.empty_like(x) if gated else x, torch.empty_like(x)
         means, rstds = torch.empty(2, batch * tokens, dtype=torch.float32, device=x.device)
         wide = triton.next_power_of_2(size)
         _norm_forward[(batch * tokens,)](
-            x,
-            h,
-            gate,
-            shift,
-            scale,
-            r,
-            y,
-            means,
-            rstds,
-            tokens,
-            size,
-            eps,
-            GATED=gated,
-            WIDE=wide,
-            num_warps=NORM_WARPS,
-        )
+            x, h, gate, shift, scale, r, y, means, rstds, gate.stride(0), shift.stride(0), scale.stride(0), tokens, size,
+            eps, GATED=gated, WIDE=wide, num_warps=_warps(wide),
+        )  # fmt: skip
         ctx.save_for_backward(r, h, gate, shift, scale, means, rstds)
         ctx.gated, ctx.wide = gated, wide
         return (r, y) if gated else y
@@ -132,8 +128,9 @@ class _GatedNorm(torch.autograd.Function):
         dx, dh = torch.empty_like(r), torch.empty_like(r) if ctx.gated else r
         dshift, dscale, dgate = torch.empty(3, batch, chunks, size, dtype=torch.float32, device=r.device)
         _norm_backward[(batch, chunks)](
-            r, h, gate, scale, means, rstds, dr, dy, dx, dh, dgate, dshift, dscale, tokens, size, chunks,
-            GATED=ctx.gated, ROWS=ROWS, WIDE=ctx.wide, num_warps=NORM_WARPS,
+            r, h, gate, scale, means, rstds, dr, dy, dx, dh, dgate, dshift, dscale, gate.stride(0), scale.stride(0),
+            tokens, size, chunks,
+            GATED=ctx.gated, ROWS=ROWS, WIDE=ctx.wide, num_warps=_warps(ctx.wide),
         )  # fmt: skip
         of_shift, of_scale = dshift.sum(1).to(shift.dtype), dscale.sum(1).to(scale.dtype)
         if not ctx.gated:
@@ -236,7 +233,8 @@ def _pixel_sums(  # type: ignore[no-untyped-def]
     """Of a run of pixels, the channels of which lie side by side: sums by channel, less the channel's first value, so that
     the squares do not cancel."""
     example, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)[None, :]
+    one = tl.program_id(2) * WIDE + tl.arange(0, WIDE)
+    row, at = tl.arange(0, ROWS)[:, None], one[None, :]
     begin = example * length * channels
     around = tl.load(x + begin + at, mask=at < channels, other=0.0).to(tl.float32)
     total = tl.zeros([ROWS, WIDE], tl.float32)
@@ -248,9 +246,9 @@ def _pixel_sums(  # type: ignore[no-untyped-def]
         value = tl.where(inside, value - around, 0.0)
         total += value
         square += value * value
-    place = (example * chunks + chunk) * channels + tl.arange(0, WIDE)
-    tl.store(sums + place, tl.sum(total, 0), mask=tl.arange(0, WIDE) < channels)
-    tl.store(squares + place, tl.sum(square, 0), mask=tl.arange(0, WIDE) < channels)
+    place = (example * chunks + chunk) * channels + one
+    tl.store(sums + place, tl.sum(total, 0), mask=one < channels)
+    tl.store(squares + place, tl.sum(square, 0), mask=one < channels)
 
 
 @triton.jit
@@ -281,7 +279,8 @@ def _pixel_forward(  # type: ignore[no-untyped-def]
     x, weight, bias, y, means, rstds, channels, groups, length, each, ROWS: tl.constexpr, WIDE: tl.constexpr
 ):
     example, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)[None, :]
+    one = tl.program_id(2) * WIDE + tl.arange(0, WIDE)
+    row, at = tl.arange(0, ROWS)[:, None], one[None, :]
     begin, there = example * length * channels, at < channels
     group = example * groups + at // (channels // groups)
     rstd = tl.load(rstds + group, mask=there, other=0.0)
@@ -311,7 +310,8 @@ def _pixel_backward_sums(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     example, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)[None, :]
+    one = tl.program_id(2) * WIDE + tl.arange(0, WIDE)
+    row, at = tl.arange(0, ROWS)[:, None], one[None, :]
     begin, there = example * length * channels, at < channels
     group = example * groups + at // (channels // groups)
     mean, rstd = tl.load(means + group, mask=there, other=0.0), tl.load(rstds + group, mask=there, other=0.0)
@@ -325,9 +325,9 @@ def _pixel_backward_sums(  # type: ignore[no-untyped-def]
         normal, g = _pixel_gradient(x, dy, begin + (i + row) * channels + at, inside, mean, rstd, w, b)
         plain += g
         times += tl.where(inside, g * normal, 0.0)
-    place = (example * chunks + chunk) * channels + tl.arange(0, WIDE)
-    tl.store(dbias + place, tl.sum(plain, 0), mask=tl.arange(0, WIDE) < channels)
-    tl.store(dweight + place, tl.sum(times, 0), mask=tl.arange(0, WIDE) < channels)
+    place = (example * chunks + chunk) * channels + one
+    tl.store(dbias + place, tl.sum(plain, 0), mask=one < channels)
+    tl.store(dweight + place, tl.sum(times, 0), mask=one < channels)
 
 
 @triton.jit
@@ -351,7 +351,8 @@ def _pixel_backward(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     example, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row, at = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)[None, :]
+    one = tl.program_id(2) * WIDE + tl.arange(0, WIDE)
+    row, at = tl.arange(0, ROWS)[:, None], one[None, :]
     begin, there = example * length * channels, at < channels
     group, size = example * groups + at // (channels // groups), channels // groups * length
     mean, rstd = tl.load(means + group, mask=there, other=0.0), tl.load(rstds + group, mask=there, other=0.0)
@@ -368,19 +369,24 @@ def _pixel_backward(  # type: ignore[no-untyped-def]
         tl.store(dx + place, d.to(dx.dtype.element_ty), mask=inside)
 
 
+def _of_group(size: int) -> dict[str, int]:
+    """How a program goes through a group of so many elements; as measured on an H200."""
+    return {"PIECE": 8192, "num_warps": 16} if size >= 2**15 else {"PIECE": 2048, "num_warps": 4}
+
+
 class _Pixels:
     """How pixels whose channels lie side by side are cut into programs: enough of them to fill a GPU."""
 
     def __init__(self, x: Tensor, groups: int) -> None:
         self.examples, self.channels = x.shape[:2]
         self.length, self.groups = x[0, 0].numel(), groups
-        self.wide = triton.next_power_of_2(self.channels)
-        self.rows = max(1, TILE // self.wide)
-        wanted = max(1, PROGRAMS // self.examples)
-        self.each = triton.cdiv(triton.cdiv(self.length, wanted), self.rows) * self.rows
+        wide = min(COLUMNS, triton.next_power_of_2(self.channels))
+        rows, columns = TILE // wide, triton.cdiv(self.channels, wide)
+        chunks = max(1, PROGRAMS // (self.examples * columns))
+        self.each = triton.cdiv(triton.cdiv(self.length, chunks), rows) * rows
         self.chunks = triton.cdiv(self.length, self.each)
-        self.grid = (self.examples, self.chunks)
-        self.tile = {"ROWS": self.rows, "WIDE": self.wide}
+        self.grid = (self.examples, self.chunks, columns)
+        self.tile = {"ROWS": rows, "WIDE": wide, "num_warps": 4}
         of_group = triton.next_power_of_2(self.channels // groups)
         self.block = {"CHUNKS": triton.next_power_of_2(self.chunks), "EACH": of_group}
 
@@ -405,18 +411,26 @@ class _GroupNormSilu(torch.autograd.Function):
         if ctx.by_pixel:
             p = _Pixels(x, groups)
             (sums, squares), (means, rstds) = p.partial(x), p.by_group(x)
-            _pixel_sums[p.grid](x, sums, squares, channels, p.length, p.each, p.chunks, **p.tile, num_warps=TILE_WARPS)
+            _pixel_sums[p.grid](x, sums, squares, channels, p.length, p.each, p.chunks, **p.tile)
             _pixel_statistics[(examples * groups,)](
                 x, sums, squares, means, rstds, channels, groups, p.length, p.chunks, eps, **p.block
             )
-            _pixel_forward[p.grid](
-                x, weight, bias, y, means, rstds, channels, groups, p.length, p.each, **p.tile, num_warps=TILE_WARPS
-            )
+            _pixel_forward[p.grid](x, weight, bias, y, means, rstds, channels, groups, p.length, p.each, **p.tile)
         else:
             length = x[0, 0].numel()
             means, rstds = torch.empty(2, examples * groups, dtype=torch.float32, device=x.device)
             _group_forward[(examples * groups,)](
-                x, weight, bias, y, means, rstds, channels, groups, length, eps, PIECE=PIECE, num_warps=GROUP_WARPS
+                x,
+                weight,
+                bias,
+                y,
+                means,
+                rstds,
+                channels,
+                groups,
+                length,
+                eps,
+                **_of_group(channels // groups * length),
             )
         ctx.save_for_backward(x, weight, bias, means, rstds)
         ctx.groups = groups
@@ -432,34 +446,20 @@ class _GroupNormSilu(torch.autograd.Function):
             (dweight, dbias), (firsts, seconds) = p.partial(x), p.by_group(x)
             _pixel_backward_sums[p.grid](
                 x, weight, bias, means, rstds, dy, dweight, dbias, channels, ctx.groups, p.length, p.each, p.chunks,
-                **p.tile, num_warps=TILE_WARPS,
+                **p.tile
             )  # fmt: skip
             _pixel_backward_groups[(examples * ctx.groups,)](
                 weight, dweight, dbias, firsts, seconds, channels, ctx.groups, p.chunks, **p.block
             )
             _pixel_backward[p.grid](
-                x,
-                weight,
-                bias,
-                means,
-                rstds,
-                firsts,
-                seconds,
-                dy,
-                dx,
-                channels,
-                ctx.groups,
-                p.length,
-                p.each,
-                **p.tile,
-                num_warps=TILE_WARPS,
+                x, weight, bias, means, rstds, firsts, seconds, dy, dx, channels, ctx.groups, p.length, p.each, **p.tile
             )
             dweight, dbias = dweight.sum((0, 1)), dbias.sum((0, 1))
         else:
             dweight, dbias = torch.empty(2, examples, channels, dtype=torch.float32, device=x.device)
             _group_backward[(examples * ctx.groups,)](
                 x, weight, bias, means, rstds, dy.contiguous(), dx, dweight, dbias, channels, ctx.groups,
-                x[0, 0].numel(), PIECE=PIECE, num_warps=GROUP_WARPS,
+                x[0, 0].numel(), **_of_group(x[0].numel() // ctx.groups),
             )  # fmt: skip
             dweight, dbias = dweight.sum(0), dbias.sum(0)
         return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None

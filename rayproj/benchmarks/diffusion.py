@@ -168,7 +168,7 @@ def _task(name: str, **switches: Any) -> DiffusionTask:
     header = Header("benchmark", fields, 2048, 256, tuple("0123456789"))
     conditions = {"label": ConditionConfig()}
     denoiser = replace(NETWORKS[name].denoiser, **switches)
-    return DiffusionTask(DiffusionConfig("", denoiser=denoiser, conditions=conditions), header, seed=0, fused=True)
+    return DiffusionTask(DiffusionConfig("", denoiser=denoiser, conditions=conditions), header, seed=0)
 
 
 def _batch(name: str, step: int) -> dict[str, Tensor]:
@@ -197,9 +197,7 @@ def _theirs_trained(name: str, compiled: bool = False) -> Callable[[int], Any]:
     from diffusers.training_utils import EMAModel
 
     accelerator = Accelerator(cpu=not GPU, mixed_precision="bf16" if GPU else "no")
-    task = _task(name)
-    task.fused = False
-    model = task.build().to(DEVICE)
+    model = _task(name).build().to(DEVICE)
     average = EMAModel(model.parameters(), decay=0.999)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99))
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -229,7 +227,8 @@ def _write_pipeline(folder: Path, size: Drawn) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     torch.manual_seed(0)
-    levels, groups = len(size.channels), math.gcd(32, size.channels[0] // 4)
+    torch.set_default_device(DEVICE)  # where so many weights are drawn faster
+    levels, groups = len(size.channels), math.gcd(32, size.channels[0] // 2)
     kinds = ["CrossAttn"] * (levels - 1) + ["CrossAttn" if levels == 2 else ""]  # as Stable Diffusion has them
     UNet2DConditionModel(
         sample_size=size.side, in_channels=4, out_channels=4, block_out_channels=size.channels,
@@ -244,6 +243,7 @@ def _write_pipeline(folder: Path, size: Drawn) -> None:
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1 if levels == 3 else 2,
     ).to(DTYPE).save_pretrained(folder / "vae")  # fmt: skip
+    torch.set_default_device("cpu")
 
 
 def _given(size: Drawn) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,7 +92,6 @@ class DiffusionTask:
         codec: decodes previews; None for no previews.
         text: encodes their prompts; None for none.
         held_out: examples to validate on; None for none.
-        fused: whether to use our kernels where a GPU is faster with them; not where layers are looked into.
 
     Raises:
         UserError: the latents lack what the model is to be conditioned on.
@@ -106,10 +105,9 @@ class DiffusionTask:
         codec: Codec | None = None,
         text: TextEncoder | None = None,
         held_out: Batch | None = None,
-        fused: bool = False,
     ) -> None:
         self.config, self.header, self.seed = config, latents, seed
-        self.codec, self.text, self.held_out, self.fused = codec, text, held_out, fused
+        self.codec, self.text, self.held_out = codec, text, held_out
         self.process = Process(config.process)
         self.starts_trained = bool(config.init or config.denoiser.weights)
         double, *sides = latents.fields["moments"].shape
@@ -172,8 +170,6 @@ class DiffusionTask:
     def _network(self, init: str) -> nn.Module:
         torch.manual_seed(self.seed)
         model = Denoiser(self.config.denoiser, self.latent_shape, self.conditions)
-        if self.fused:
-            fuse(model)
         if init:
             start, _ = trained(Store(init), self.latent_shape, self.conditions)
             load_flat(model, {name: tensor.flatten() for name, tensor in start.state_dict().items()})

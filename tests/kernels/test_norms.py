@@ -109,6 +109,7 @@ def test_group_norm_and_silu_of_pixels_whose_channels_lie_side_by_side(
     shape: tuple[int, ...], groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(norms_triton, "TILE", 64)  # several tiles in a program, and several programs
+    monkeypatch.setattr(norms_triton, "COLUMNS", 4)  # and several of these side by side
     monkeypatch.setattr(norms_triton, "PROGRAMS", 8)
     x, weight, bias = tensors(shape, (shape[1],), (shape[1],), dtype=dtype)
     x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
