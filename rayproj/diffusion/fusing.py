@@ -17,7 +17,7 @@ class GroupNormSilu(nn.GroupNorm):
     """GroupNorm with the SiLU that follows it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if admission.admits("group_norm_silu", x):
+        if admission.admits("group norm + SiLU", x):
             from rayproj.kernels.norms_triton import group_norm_silu  # type: ignore[attr-defined]
 
             found: Tensor = group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -38,7 +38,7 @@ class NormZero(AdaLayerNormZero):
     def forward(  # type: ignore[no-untyped-def,override]
         self, x: Tensor, timestep=None, class_labels=None, hidden_dtype=None, emb=None
     ) -> tuple[Tensor, ...]:
-        if not admission.admits("layer_norm_modulate", x):
+        if not admission.admits("layer norm + modulate", x):
             return super().forward(x, timestep, class_labels, hidden_dtype, emb)
         from rayproj.kernels.norms_triton import layer_norm_modulate  # type: ignore[attr-defined]
 
@@ -55,7 +55,7 @@ class Block(BasicTransformerBlock):
         self, x: Tensor, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, timestep=None,
         cross_attention_kwargs=None, class_labels=None, added_cond_kwargs=None,
     ) -> Tensor:  # fmt: skip
-        if not admission.admits("gated_norm_modulate", x):
+        if not admission.admits("gate + residual + layer norm + modulate", x):
             return super().forward(x, timestep=timestep, class_labels=class_labels)
         from rayproj.kernels.norms_triton import gated_norm_modulate  # type: ignore[attr-defined]
 

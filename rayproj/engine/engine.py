@@ -151,14 +151,19 @@ class Engine:
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         numel = {id(p): p.numel() for p in trainable.values()}  # ZeRO-3 is about to empty them
         opt = config.optimizer
-        alone = config.zero_stage == 0
+        alone, self._fused = config.zero_stage == 0, world.device.startswith("cuda")  # AdamW in one kernel
         self.group = dist.new_group([world.rank], use_local_synchronization=True) if alone else None
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(world.device),
             mpu=_alone(self.group) if alone else None,
             optimizer=torch.optim.AdamW(
-                list(trainable.values()), lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay
-            ),
+                list(trainable.values()),
+                lr=opt.lr,
+                betas=opt.betas,
+                eps=opt.eps,
+                weight_decay=opt.weight_decay,
+                fused=self._fused,
+            ),  # fmt: skip
             config={
                 "train_micro_batch_size_per_gpu": 1,  # bookkeeping of DeepSpeed's own loader, which is not used
                 "gradient_accumulation_steps": accumulate,
@@ -393,7 +398,9 @@ class Engine:
             average.copy_(shares[name])
         if position["optimizer_steps"]:
             self.optimizer.optimizer.state[self.master] = {
-                "step": torch.tensor(float(position["optimizer_steps"])),
+                "step": torch.tensor(
+                    float(position["optimizer_steps"]), device=self.master.device if self._fused else None
+                ),
                 "exp_avg": shares["exp_avg"],
                 "exp_avg_sq": shares["exp_avg_sq"],
             }

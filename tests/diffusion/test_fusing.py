@@ -17,6 +17,7 @@ from tests.support import interpreter
 from tests.support.interpreter import READY, ready
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NORM = "layer norm + modulate"
 NETWORKS = {
     "unet": DenoiserConfig(channels=(16, 32), norm_groups=8, head_dim=16),
     "dit": DenoiserConfig(Network.dit, layers=2, heads=2, head_dim=16),
@@ -64,7 +65,7 @@ def test_with_the_kernels_they_are_the_same_to_rounding(name: str, monkeypatch: 
     monkeypatch.setattr(admission, "admits", lambda kernel, x: asked.append(kernel) or True)
     plain, fused = models(name)
     same(plain, fused)
-    assert set(asked) == ({"group_norm_silu"} if name == "unet" else {"layer_norm_modulate", "gated_norm_modulate"})
+    assert set(asked) == ({"group norm + SiLU"} if name == "unet" else {NORM, f"gate + residual + {NORM}"})
 
 
 def test_weights_of_others_keep_their_scale_and_shift_blocks() -> None:

@@ -17,7 +17,7 @@ from rayproj.diffusion.denoiser import DenoiserConfig
 from rayproj.diffusion.process import Path as ProcessPath
 from rayproj.diffusion.process import Prediction, Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig, Solver, Spacing, integrate
-from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, TrainedModel, draw
+from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, draw, made_ready
 from rayproj.engine import memory
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
@@ -183,10 +183,10 @@ def test_a_network_in_bf16_and_a_compiled_one_draw_nearly_the_same(how: str) -> 
     labels, ids, process = torch.tensor([0, 1]), torch.tensor([5, 6]), Process(ProcessConfig())
     drawn = []
     for sampler in (SamplerConfig(3), SamplerConfig(3, **{how: True})):
-        model = TrainedModel.__new__(TrainedModel)
-        model.denoiser = TASKS["diffusion"].build().eval().requires_grad_(False)
-        model.prepare(sampler)
-        drawn.append(draw(model.denoiser, codec, {"label": labels}, ids, (4, 4, 4), 3, sampler, process).int())
+        denoiser = TASKS["diffusion"].build().eval().requires_grad_(False)
+        network = made_ready(denoiser, codec, sampler, "cpu")
+        assert network is denoiser, "graphs are for GPUs"
+        drawn.append(draw(network, codec, {"label": labels}, ids, (4, 4, 4), 3, sampler, process).int())
     difference = (drawn[0] - drawn[1]).abs()
     if how == "compile":
         assert difference.max() <= 1
