@@ -163,7 +163,7 @@ class Engine:
                 eps=opt.eps,
                 weight_decay=opt.weight_decay,
                 fused=self._fused,
-            ),  # fmt: skip
+            ),
             config={
                 "train_micro_batch_size_per_gpu": 1,  # bookkeeping of DeepSpeed's own loader, which is not used
                 "gradient_accumulation_steps": accumulate,
