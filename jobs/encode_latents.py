@@ -26,6 +26,7 @@ class Config:
     autoencoder: str = "???"  # run dir of jobs/train_autoencoder.py
     text: TextConfig = field(default_factory=TextConfig)
     properties: dict[str, list[str]] = field(default_factory=dict)  # a text of the images -> all that it can be
+    encoding: str = "npy"  # of latents and embeddings in the shards; or safetensors
     low: int = 0  # side of a smaller copy of each image, for a model that makes it larger again; 0: none
     batch: int = 128  # images encoded at once by an actor
     run: RunConfig = field(default_factory=RunConfig)
@@ -33,7 +34,12 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def problems(self) -> list[str]:
-        return [] if self.images else ["images must name at least one dataset, such as images.public=runs/data/public."]
+        found = (
+            [] if self.images else ["images must name at least one dataset, such as images.public=runs/data/public."]
+        )
+        if self.encoding not in ("npy", "safetensors"):
+            found.append(f"encoding is npy or safetensors, not '{self.encoding}'.")
+        return found
 
 
 def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:
@@ -47,7 +53,8 @@ def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:
 
 def latents_of(config: Config, uri: str) -> Header:
     text = text_encoder(config.text, "cpu")
-    return latent_header(Dataset.open(uri).header, config.autoencoder, config.properties, text, config.low)
+    images = Dataset.open(uri).header
+    return latent_header(images, config.autoencoder, config.properties, text, config.low, config.encoding)
 
 
 def main(config: Config) -> dict[str, Any]:

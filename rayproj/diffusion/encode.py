@@ -24,13 +24,14 @@ def latent_header(
     properties: dict[str, list[str]],
     text: TextEncoder | None = None,
     low: int = 0,
+    encoding: str = "npy",
 ) -> Header:
     """The plan of the latent dataset: one latent for each image, in the same shards, with its label, captions and the like.
 
     The field "moments" [2C, h, w] holds mean and standard deviation of the scaled latent, so that a training step from
     the cache can draw the posterior's noise anew, as a step without it would. A caption's embeddings [T, D] are the field
     text_<caption>. A property, which is a text of the images, becomes the number of its value. A smaller copy of the
-    image, of side `low`, is the field "low".
+    image, of side `low`, is the field "low". Latents and embeddings are written in `encoding`: npy or safetensors.
 
     Raises:
         UserError: the images have no such caption or property.
@@ -50,7 +51,7 @@ def latent_header(
             texts = ", ".join(sorted(n for n, f in fields.items() if f.encoding == "str")) or "none"
             raise UserError(f"The images of '{images.name}' have no text '{name}'; they have {texts}.")
     fields |= {name: Field("int", values=tuple(values)) for name, values in properties.items()}
-    fields |= {f"{TEXT}_{name}": Field("npy", text.shape) for name in captions if text}
+    fields |= {f"{TEXT}_{name}": Field(encoding, text.shape) for name in captions if text}
     if low:
         if sides[0] != sides[1]:
             raise UserError(
@@ -59,7 +60,7 @@ def latent_header(
         fields[LOW] = Field("png", (images.fields["image"].shape[0], low, low))
     return Header(
         name=f"{images.name} latents",
-        fields={"moments": Field("npy", (2 * made["latent_shape"][0], *(s // factor for s in sides))), **fields},
+        fields={"moments": Field(encoding, (2 * made["latent_shape"][0], *(s // factor for s in sides))), **fields},
         num_samples=images.num_samples,
         shard_size=images.shard_size,
         classes=images.classes,

@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 from ray.cluster_utils import Cluster
 
+from rayproj.data.dataset import Dataset
+from rayproj.data.reader import Reader
 from rayproj.engine.checkpoint import commits
 from rayproj.storage.store import Store
-from tests.support import regression
+from tests.support import images, regression
 from tests.support.commands import ROOT, environment
 from tests.support.ranks import run_ranks
 from tests.support.s3 import s3_server
@@ -258,6 +260,27 @@ def test_an_infinite_loss_is_not_tried_again(chaos: Chaos, tmp_path: Path) -> No
     _, stderr = process.communicate(timeout=90)
     assert process.returncode == 1 and "At step 7 the metrics were {'loss': inf}; lower the learning rate" in stderr
     assert causes(store) == [] and [c.step for c in commits(store)] == [4]
+
+
+def test_samplers_come_and_go_with_the_nodes(chaos: Chaos, tmp_path: Path) -> None:
+    """A pool of two has room for one, then for both, then for one again: every shard is there once."""
+    first, samples = chaos.add(), 60
+    command = [sys.executable, "-m", "tests.support.produce", str(tmp_path), str(samples), "0.3"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=chaos.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    chaos.drivers.append(process)
+    until((tmp_path / "data" / "dataset.json").exists, process)
+    dataset = Dataset.open(str(tmp_path / "data"))
+    until(lambda: len(dataset.records()) >= 3, process)
+    assert len({record.made_by for record in dataset.records().values()}) == 1
+    chaos.add()
+    until(lambda: len({record.made_by for record in dataset.records().values()}) == 2, process)
+    chaos.remove(first)
+    ended(process)
+    assert dataset.complete
+    notes = Reader(dataset, ["note"]).gather(np.arange(samples))["note"]
+    assert list(notes) == [images.sample(i)["note"] for i in range(samples)]
 
 
 def test_a_killed_driver_is_followed_by_another(chaos: Chaos, tmp_path: Path, undisturbed) -> None:  # type: ignore[no-untyped-def]

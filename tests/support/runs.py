@@ -49,12 +49,13 @@ def latents(
     text: dict[str, Any] | None = None,
     properties: dict[str, list[str]] | None = None,
     low: int = 0,
+    encoding: str = "npy",
 ) -> Dataset:
     """What jobs/encode_latents.py writes."""
     asked = {"text": text or {}, "properties": properties or {}, "low": low}
     encoder = text_encoder(configuration.from_dict(TextConfig, asked["text"]), "cpu")
     dataset = Dataset.create(
-        uri, latent_header(images.header, autoencoder.uri, asked["properties"], encoder, asked["low"])
+        uri, latent_header(images.header, autoencoder.uri, asked["properties"], encoder, asked["low"], encoding)
     )
     maker = Encoder({"images": images.uri, "autoencoder": autoencoder.uri, "batch": BATCH, **asked}, "cpu")
     for shard in range(dataset.header.num_shards):

@@ -1,5 +1,6 @@
 """From captioned images to synthetic ones of prompts and properties: encoding, training, the plan and the shards."""
 
+import tarfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.watermark import key_name, mark, read_key
+from rayproj.storage.store import Store
 from rayproj.synthesis.plan import (
     Cells,
     GenerateConfig,
@@ -81,6 +83,20 @@ def config_of(folder: Path, **changes: Any) -> GenerateConfig:
     sampler = SamplerConfig(3, weights={"text": 3.0, "style": 1.5})
     whole: dict[str, Any] = {"samples": 10, "shard_size": 4, "batch": 3, "sampler": sampler, **asked}
     return GenerateConfig(**{"model": str(folder / "denoiser"), "out": str(folder / "out"), **whole, **changes})
+
+
+def test_latents_and_embeddings_as_safetensors(folder: Path, tmp_path: Path) -> None:
+    asked: list[Any] = [{"tokens": 6, "captions": ["caption"]}, {"style": ["flat", "bold"]}]
+    autoencoder = Store(str(folder / "autoencoder"))
+    written = runs.latents(
+        str(tmp_path), Dataset.open(str(folder / "images")), autoencoder, *asked, encoding="safetensors"
+    )
+    with tarfile.open(tmp_path / written.records()[0].object) as tar:
+        assert {"moments.safetensors", "text_caption.safetensors"} <= {n.split(".", 1)[1] for n in tar.getnames()}
+    ours, others = (Reader(d).gather(np.arange(12)) for d in (written, Dataset.open(str(folder / "latents"))))
+    assert set(ours) == set(others)
+    for name, column in ours.items():
+        np.testing.assert_array_equal(column, others[name])
 
 
 def test_captions_and_properties_are_cached_with_the_latents(folder: Path) -> None:
