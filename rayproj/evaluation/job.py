@@ -20,7 +20,7 @@ from rayproj.evaluation.accuracy import accuracy, confusion_matrix
 from rayproj.evaluation.clip import ClipScore
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.quality import memorisation, quality
-from rayproj.evaluation.skewsize import skewsize
+from rayproj.evaluation.skewsize import skewsize, variables
 from rayproj.evaluation.watermark import key_name, read_key, survival
 
 MARKED = 200  # images in which the watermark is looked for
@@ -45,7 +45,7 @@ class EvaluateConfig:
     captions: str = "prompt"  # the field with the texts
     # File with the secret of the synthetic images' watermark: what it survives, and how often real images seem to have it.
     watermark_key: str = ""
-    group: str = ""  # an attribute of the test images: SkewSize of each classifier over it
+    groups: list[str] = field(default_factory=list)  # attributes of the test images: SkewSize over each, and over pairs
 
     def problems(self) -> list[str]:
         unknown = sorted(set(self.learned_from) - set(self.synthetic))
@@ -68,10 +68,13 @@ def evaluate(config: EvaluateConfig, world: World, link: Link) -> dict[str, Any]
     test = Dataset.open(config.test)
     confusion, groups = {}, {}
     for name, run in config.classifiers.items():
-        labels, predictions, attribute = _predict(config, test, run, world)
+        labels, predictions, attributes = _predict(config, test, run, world)
         confusion[name] = confusion_matrix(labels, predictions, len(test.header.classes))
-        if config.group:
-            groups[name] = skewsize(labels, predictions, attribute, test.header.classes)
+        if config.groups:
+            groups[name] = {
+                variable: skewsize(labels, predictions, np.array(values, object), test.header.classes)
+                for variable, values in variables(attributes).items()
+            }
         progress.add(**{f"accuracy/{name}": accuracy(confusion[name])["value"]})
     extractor = EfficientNetLite0Features(config.feature_size, world.device)
     reference, real = (_features(config, uri, extractor, world) for uri in (config.reference, config.test))
@@ -127,21 +130,22 @@ class _Progress:
 @torch.no_grad()
 def _predict(
     config: EvaluateConfig, test: Dataset, run: str, world: World
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, predictions and group values of all test images, on every rank."""
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Labels, predictions and groups by variable of all test images, on every rank."""
     model = classifiers.load(run, world.device)
-    if config.group and config.group not in test.header.fields:
-        raise UserError(f"{test.uri} has no attribute '{config.group}'; it has {', '.join(test.header.fields)}.")
-    reader = Reader(test, fields=["image", "label", *([config.group] if config.group else [])])
+    if missing := [name for name in config.groups if name not in test.header.fields]:
+        raise UserError(f"{test.uri} has no attribute '{missing[0]}'; it has {', '.join(test.header.fields)}.")
+    reader = Reader(test, fields=["image", "label", *config.groups])
     found = []
     for ids in _share(np.arange(test.header.num_samples), world, config.batch):
         batch = reader.gather(ids)
         predicted = model(torch.from_numpy(batch["image"]).to(world.device)).argmax(1).cpu().numpy()
-        found.append((batch["label"], predicted, batch[config.group].astype(str) if config.group else batch["label"]))
+        found.append((batch["label"], predicted, *(batch[name].astype(str) for name in config.groups)))
     everything: list[Any] = [None] * world.world_size
     dist.all_gather_object(everything, found)
-    columns = list(zip(*[part for parts in everything for part in parts], strict=True))
-    return tuple(np.concatenate(column) for column in columns)  # type: ignore[return-value]
+    columns = zip(*[part for parts in everything for part in parts], strict=True)
+    labels, predictions, *attributes = (np.concatenate(column) for column in columns)
+    return labels, predictions, dict(zip(config.groups, attributes, strict=True))
 
 
 def _from_all(mine: dict[str, Any], names: Iterable[str], world: World) -> dict[str, Any]:

@@ -2,15 +2,22 @@
 "Evaluating Model Bias Requires Characterizing its Mistakes").
 
 The value is not monotone in bias: one biased class among many raises it, bias in all classes brings it back. It is
-therefore always given with the mean and quantiles of the effect sizes and a permutation null.
+therefore always given with the mean and quantiles of the effect sizes, a permutation null, intervals, and the classes whose
+tables are too thin for an effect size.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
+from scipy import stats
+
+OTHER = "(other)"  # rare predictions of a class, together
 
 
 def contingency(labels: np.ndarray, predictions: np.ndarray, groups: np.ndarray) -> dict[int, np.ndarray]:
@@ -30,18 +37,10 @@ def cramers_v(table: np.ndarray, corrected: bool = True) -> float:
 
     A table of one row or one column has V = 0: there is nothing that could depend.
     """
-    table = table[table.sum(1) > 0][:, table.sum(0) > 0].astype(np.float64)
-    r, k = table.shape
-    n = table.sum()
-    if r < 2 or k < 2:
-        return 0.0
-    expected = np.outer(table.sum(1), table.sum(0)) / n
-    phi2 = ((table - expected) ** 2 / expected).sum() / n
-    if not corrected:
-        return math.sqrt(phi2 / min(r - 1, k - 1))
-    phi2 = max(0.0, phi2 - (r - 1) * (k - 1) / (n - 1))
-    r, k = r - (r - 1) ** 2 / (n - 1), k - (k - 1) ** 2 / (n - 1)
-    return math.sqrt(phi2 / min(r - 1, k - 1))
+    table = np.asarray(table)
+    rows, columns = np.indices(table.shape)
+    layout = _Layout(np.zeros(table.size, int), rows.ravel(), table.shape[0] + columns.ravel())
+    return float(layout.effects(table.ravel().astype(np.float64), corrected)[0])
 
 
 def skewness(values: np.ndarray) -> float:
@@ -54,56 +53,327 @@ def skewness(values: np.ndarray) -> float:
     return float((centred**3).mean() / m2**1.5) if m2 > 1e-18 else math.nan
 
 
-def skewsize(
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    groups: np.ndarray,
-    classes: tuple[str, ...],
-    corrected: bool = True,
-    min_examples: int = 10,
-    permutations: int = 100,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """SkewSize with what is needed to read it.
+class _Layout:
+    """The cells of the tables of all classes, end to end; rows and columns are numbered through.
 
     Args:
-        labels, predictions: int [n].
-        groups: [n], any values that compare.
-        min_examples: classes with fewer are skipped, and counted.
-        permutations: shuffles of the groups within each class, for the null.
-
-    Returns:
-        "value" (None where undefined, with "reason"), effect sizes by class and their mean, quantiles and maximum, the
-        null's mean and standard deviation and the share of it at or above the value, and the classes skipped.
+        classes, rows, columns: int [cells]: what each cell belongs to.
     """
-    kept = [c for c in np.unique(labels) if (labels == c).sum() >= min_examples]
-    inside = np.isin(labels, kept)
-    labels, predictions, groups = labels[inside], predictions[inside], groups[inside]
-    effects = {c: cramers_v(t, corrected) for c, t in contingency(labels, predictions, groups).items()}
-    values = np.array(list(effects.values()))
-    value = skewness(values)
-    rng = np.random.default_rng(seed)
-    null = []
-    for _ in range(permutations):
-        shuffled = groups.copy()
-        for c in kept:
-            where = np.flatnonzero(labels == c)
-            shuffled[where] = groups[rng.permutation(where)]
-        tables = contingency(labels, predictions, shuffled).values()
-        null.append(skewness(np.array([cramers_v(t, corrected) for t in tables])))
-    finite = np.array([x for x in null if math.isfinite(x)])
-    defined = math.isfinite(value)
-    return {
-        "value": value if defined else None,
-        "reason": "" if defined else "fewer than three classes, or effect sizes without spread",
-        "corrected": corrected,
-        "effects": {classes[c]: v for c, v in effects.items()},
-        "mean": float(values.mean()) if len(values) else None,
-        "median": float(np.quantile(values, 0.5)) if len(values) else None,
-        "q90": float(np.quantile(values, 0.9)) if len(values) else None,
-        "max": float(values.max()) if len(values) else None,
-        "null_mean": float(finite.mean()) if len(finite) else None,
-        "null_std": float(finite.std(ddof=1)) if len(finite) > 1 else None,
-        "null_share_at_or_above": float((finite >= value).mean()) if defined and len(finite) else None,
-        "classes_skipped": len(classes) - len(kept),
-    }
+
+    def __init__(self, classes: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
+        self.classes, self.count = classes, int(classes.max(initial=-1)) + 1
+        _, self.rows = np.unique(rows, return_inverse=True)
+        _, self.columns = np.unique(columns, return_inverse=True)
+        self.class_of_row, self.class_of_column = (
+            np.zeros(side.max(initial=-1) + 1, int) for side in (self.rows, self.columns)
+        )
+        self.class_of_row[self.rows], self.class_of_column[self.columns] = classes, classes
+
+    def expected(self, counts: np.ndarray) -> np.ndarray:
+        """Of each cell, if predictions did not depend on groups; where there are no examples, 0."""
+        rows, columns, total = self._sums(counts)
+        return _over(rows[self.rows] * columns[self.columns], total[self.classes])
+
+    def effects(self, counts: np.ndarray, corrected: bool) -> np.ndarray:
+        """V of each class [classes], from counts [cells]."""
+        rows, columns, n = self._sums(counts)
+        # χ² / n = Σ O² / (row column) - 1, in which empty cells, rows and columns have no part.
+        terms = _over(counts**2, rows[self.rows] * columns[self.columns])
+        phi2 = np.maximum(np.bincount(self.classes, terms, self.count) - 1, 0)
+        r: np.ndarray = np.bincount(self.class_of_row, rows > 0, self.count)
+        k: np.ndarray = np.bincount(self.class_of_column, columns > 0, self.count)
+        some = (r >= 2) & (k >= 2)
+        r, k, m = np.where(some, r, 2), np.where(some, k, 2), np.where(some, n - 1, 1)
+        if corrected:
+            phi2 = np.maximum(phi2 - (r - 1) * (k - 1) / m, 0)
+            r, k = r - (r - 1) ** 2 / m, k - (k - 1) ** 2 / m
+        return np.where(some, np.sqrt(_over(phi2, np.minimum(r, k) - 1)), 0.0)
+
+    def _sums(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of rows, of columns, of classes."""
+        return (
+            np.bincount(self.rows, counts, len(self.class_of_row)),
+            np.bincount(self.columns, counts, len(self.class_of_column)),
+            np.bincount(self.classes, counts, self.count),
+        )
+
+
+def _over(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, and 0 where b is not positive."""
+    return np.divide(a, b, out=np.zeros(len(a)), where=b > 0)
+
+
+class SkewSize:
+    """Counts of (class, prediction, group), which add up over batches and ranks, and what follows from them.
+
+    Args:
+        corrected: whether V is bias-corrected. The two are not comparable: under no bias the one has a skew of about 0.2,
+            the other of about 1.1.
+        min_examples: classes with fewer are left out, and counted.
+        rare: predictions that a class has fewer times than this are one, `OTHER`; for free texts.
+    """
+
+    def __init__(self, corrected: bool = True, min_examples: int = 10, rare: int = 0) -> None:
+        self.corrected, self.min_examples, self.rare = corrected, min_examples, rare
+        self.counts: Counter[tuple[Any, Any, Any]] = Counter()
+        self.dropped = 0  # examples without a group
+
+    def update(self, labels: Iterable[Any], predictions: Iterable[Any], groups: Iterable[Any]) -> None:
+        """Add examples: of each its class, what was predicted, and its group, None or NaN where that is not known."""
+        for label, prediction, group in zip(labels, predictions, groups, strict=True):
+            if group is None or group != group:
+                self.dropped += 1
+            else:
+                self.counts[_plain(label), _plain(prediction), _plain(group)] += 1
+
+    def merge(self, other: SkewSize) -> None:
+        """Add what another rank counted."""
+        self.counts.update(other.counts)
+        self.dropped += other.dropped
+
+    def compute(
+        self,
+        permutations: int = 200,
+        bootstraps: int = 200,
+        level: float = 0.95,
+        top: int = 5,
+        names: Mapping[Any, str] | None = None,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """SkewSize with what is needed to read it.
+
+        Args:
+            permutations: shuffles of the groups within each class, for the null; a class's p-value is at best one over
+                their number.
+            bootstraps: draws of each class's examples with replacement, for the intervals.
+            top: classes whose shifted predictions are named.
+            names: of classes and predictions, where they are numbers.
+
+        Returns:
+            "value" (None where undefined, with "reason") and its "interval"; V by class ("effects") with mean, quantiles and
+            maximum, and the mean's interval; of the null its mean, deviation and the share at or above the value; p-values
+            by class, adjusted for their number (Benjamini and Hochberg 1995); the classes that drive the value, with the
+            predictions that a group has more or less often than it would; accuracy overall, of the worst group and the gap;
+            how many classes were skipped, and how many break Cochran's rule (no expected count under 1, at most a fifth
+            under 5), so that their V means little.
+        """
+        shown = names or {}
+        cells = self._cells()
+        if not cells:
+            return _nothing(self.corrected, self._classes(), self.dropped)
+        layout, counts, keys = cells
+        classes = [str(shown.get(c, c)) for c in dict.fromkeys(label for label, _, _ in keys)]
+        effects = layout.effects(counts, self.corrected)
+        rng = np.random.default_rng(seed)
+        examples = _Examples(layout, counts)
+        null = [layout.effects(examples.shuffled(rng), self.corrected) for _ in range(permutations)]
+        drawn = [layout.effects(examples.drawn(rng), self.corrected) for _ in range(bootstraps)]
+        value, under_null = skewness(effects), _finite([skewness(v) for v in null])
+        higher = sum((v >= effects - 1e-12).astype(int) for v in null) if null else np.zeros(len(effects), int)
+        p = stats.false_discovery_control((1 + higher) / (1 + permutations)) if permutations else np.ones(len(effects))
+        defined = math.isfinite(value)
+        return {
+            "value": value if defined else None,
+            "reason": "" if defined else "fewer than three classes, or effect sizes without spread",
+            "interval": _interval(value, _finite([skewness(v) for v in drawn]), level),
+            "corrected": self.corrected,
+            "effects": dict(zip(classes, effects.tolist(), strict=True)),
+            "mean": float(effects.mean()),
+            "mean_interval": _interval(float(effects.mean()), [float(v.mean()) for v in drawn], level),
+            "median": float(np.quantile(effects, 0.5)),
+            "q90": float(np.quantile(effects, 0.9)),
+            "max": float(effects.max()),
+            "null_mean": float(np.mean(under_null)) if under_null else None,
+            "null_std": float(np.std(under_null, ddof=1)) if len(under_null) > 1 else None,
+            "null_share_at_or_above": float(np.mean(np.array(under_null) >= value)) if defined and under_null else None,
+            "null_mean_effect": float(np.mean(null)) if null else None,
+            "p_values": dict(zip(classes, p.tolist(), strict=True)),
+            "significant": [c for c, q in zip(classes, p, strict=True) if q <= 1 - level],
+            "drivers": _drivers(layout, counts, keys, effects, classes, top, shown),
+            **self._accuracy(),
+            "classes_skipped": self._classes() - len(classes),
+            "classes_thin": int(_thin(layout, counts).sum()),
+            "examples": int(counts.sum()),
+            "dropped": self.dropped,
+        }
+
+    def _classes(self) -> int:
+        return len({label for label, _, _ in self.counts})
+
+    def _cells(self) -> tuple[_Layout, np.ndarray, list[tuple[Any, Any, Any]]] | None:
+        """Every pair of a prediction and a group that a class has, in order; None if no class has enough examples."""
+        by_class: dict[Any, Counter[tuple[Any, Any]]] = {}
+        for (label, prediction, group), count in self.counts.items():
+            by_class.setdefault(label, Counter())[prediction, group] += count
+        keys, counts = list[tuple[Any, Any, Any]](), list[int]()
+        for label in sorted(by_class, key=lambda c: (str(type(c)), c)):
+            table = by_class[label]
+            if table.total() < self.min_examples:
+                continue
+            often: Counter[Any] = Counter()
+            for (prediction, _), count in table.items():
+                often[prediction] += count
+            merged: Counter[tuple[Any, Any]] = Counter()
+            for (prediction, group), count in table.items():
+                merged[prediction if often[prediction] >= self.rare else OTHER, group] += count
+            rows, columns = (sorted({key[side] for key in merged}, key=str) for side in (0, 1))
+            keys += [(label, row, column) for row in rows for column in columns]
+            counts += [merged[row, column] for row in rows for column in columns]
+        if not keys:
+            return None
+        number = {key: i for i, key in enumerate(dict.fromkeys(label for label, _, _ in keys))}
+        rows_of = {key: i for i, key in enumerate(dict.fromkeys((y, p) for y, p, _ in keys))}
+        columns_of = {key: i for i, key in enumerate(dict.fromkeys((y, g) for y, _, g in keys))}
+        layout = _Layout(
+            np.array([number[y] for y, _, _ in keys]),
+            np.array([rows_of[y, p] for y, p, _ in keys]),
+            np.array([columns_of[y, g] for y, _, g in keys]),
+        )
+        return layout, np.array(counts, np.float64), keys
+
+    def _accuracy(self) -> dict[str, Any]:
+        right, all_of = Counter[Any](), Counter[Any]()
+        for (label, prediction, group), count in self.counts.items():
+            all_of[group] += count
+            right[group] += count * (label == prediction)
+        by_group = {group: right[group] / n for group, n in all_of.items()}
+        worst = min(by_group, key=lambda group: by_group[group])
+        return {
+            "accuracy": right.total() / all_of.total(),
+            "accuracy_by_group": {str(group): by_group[group] for group in sorted(by_group, key=str)},
+            "worst_group": str(worst),
+            "worst_group_accuracy": by_group[worst],
+            "accuracy_gap": max(by_group.values()) - by_group[worst],
+        }
+
+
+class _Examples:
+    """The examples behind counts, class by class."""
+
+    def __init__(self, layout: _Layout, counts: np.ndarray) -> None:
+        self.layout, self.cells = layout, len(counts)
+        cell = np.repeat(np.arange(len(counts)), counts.astype(int))
+        self.cell = cell[np.argsort(layout.classes[cell], kind="stable")]
+        self.classes = layout.classes[self.cell]
+        self.row, self.column = layout.rows[self.cell], layout.columns[self.cell]
+        sizes = np.bincount(self.classes, minlength=layout.count)
+        self.begin, self.size = (np.cumsum(sizes) - sizes)[self.classes], sizes[self.classes]
+        # The cell of a row and a column of the same class.
+        columns = np.bincount(layout.class_of_column, minlength=layout.count)
+        first_row, first_column, first_cell = (
+            np.array([np.flatnonzero(of == c)[0] for c in range(layout.count)])
+            for of in (layout.class_of_row, layout.class_of_column, layout.classes)
+        )
+        self._row_at = first_cell[self.classes] + (self.row - first_row[self.classes]) * columns[self.classes]
+        self._column_at = self.column - first_column[self.classes]
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """Counts [cells] after the groups changed hands within each class."""
+        order = np.lexsort((rng.random(len(self.cell)), self.classes))
+        return np.bincount(self._row_at + self._column_at[order], minlength=self.cells).astype(np.float64)
+
+    def drawn(self, rng: np.random.Generator) -> np.ndarray:
+        """Counts [cells] of as many examples of each class, drawn with replacement."""
+        chosen = self.begin + (rng.random(len(self.cell)) * self.size).astype(int)
+        return np.bincount(self.cell[chosen], minlength=self.cells).astype(np.float64)
+
+
+def _drivers(
+    layout: _Layout,
+    counts: np.ndarray,
+    keys: list[tuple[Any, Any, Any]],
+    effects: np.ndarray,
+    classes: list[str],
+    top: int,
+    names: Mapping[Any, str],
+) -> list[dict[str, Any]]:
+    """The classes of the largest effects, and of each the cells whose counts are farthest from independence."""
+    expected = layout.expected(counts)
+    residual = _over(counts - expected, np.sqrt(expected))
+    found = []
+    for number in np.argsort(-effects, kind="stable")[:top]:
+        if effects[number] <= 0:
+            break
+        cells = np.flatnonzero(layout.classes == number)
+        most = cells[np.argsort(-np.abs(residual[cells]), kind="stable")[:4]]
+        shifted = [
+            {
+                "prediction": str(names.get(keys[i][1], keys[i][1])),
+                "group": str(keys[i][2]),
+                "count": int(counts[i]),
+                "expected": float(expected[i]),
+                "residual": float(residual[i]),
+            }
+            for i in most
+        ]
+        found.append({"class": classes[number], "effect": float(effects[number]), "shifted": shifted})
+    return found
+
+
+def _thin(layout: _Layout, counts: np.ndarray) -> np.ndarray:
+    """Which classes break Cochran's rule (Cochran 1954), bool [classes]; one of a single row or column does not."""
+    expected = layout.expected(counts)
+    cells = np.bincount(layout.classes, minlength=layout.count)
+    small = np.bincount(layout.classes, expected < 5, layout.count)
+    tiny = np.bincount(layout.classes, expected < 1, layout.count)
+    sides = [np.bincount(of, minlength=layout.count) for of in (layout.class_of_row, layout.class_of_column)]
+    thin: np.ndarray = ((tiny > 0) | (small > 0.2 * cells)) & (sides[0] > 1) & (sides[1] > 1)
+    return thin
+
+
+def _nothing(corrected: bool, skipped: int, dropped: int) -> dict[str, Any]:
+    empty: dict[str, Any] = dict.fromkeys(
+        ("value", "interval", "mean", "mean_interval", "median", "q90", "max", "null_mean", "null_std",
+         "null_share_at_or_above", "null_mean_effect", "accuracy", "worst_group", "worst_group_accuracy", "accuracy_gap")
+    )  # fmt: skip
+    said = {"reason": "no class has enough examples", "corrected": corrected, "effects": {}, "p_values": {}}
+    rest = {"significant": [], "drivers": [], "classes_skipped": skipped, "classes_thin": 0, "examples": 0}
+    return {**empty, **said, **rest, "accuracy_by_group": {}, "dropped": dropped}
+
+
+def _interval(value: float, drawn: Sequence[float], level: float) -> list[float] | None:
+    """The value, give or take the deviation over bootstraps (Efron and Tibshirani 1993, section 12). Their quantiles would
+    not even hold it: V of tables drawn anew lies above that of the tables themselves."""
+    if len(drawn) < 2 or not math.isfinite(value):
+        return None
+    by = float(stats.norm.ppf((1 + level) / 2) * np.std(drawn, ddof=1))
+    return [value - by, value + by]
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [v for v in values if math.isfinite(v)]
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar as Python's own, so that counts of both kinds are one."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def variables(attributes: Mapping[str, Iterable[Any]], together: int = 2) -> dict[str, list[Any]]:
+    """Grouping variables and their intersections of up to so many at once, by name, such as "tone" and "tone × style"; None
+    where one of them is."""
+    found: dict[str, list[Any]] = {}
+    for size in range(1, together + 1):
+        for names in combinations(attributes, size):
+            rows = zip(*(attributes[name] for name in names), strict=True)
+            found[" × ".join(names)] = [
+                None
+                if any(v is None or v != v for v in row)
+                else _plain(row[0])
+                if size == 1
+                else " × ".join(map(str, row))
+                for row in rows
+            ]
+    return found
+
+
+def skewsize(
+    labels: np.ndarray, predictions: np.ndarray, groups: np.ndarray, classes: tuple[str, ...],
+    corrected: bool = True, min_examples: int = 10, permutations: int = 200, bootstraps: int = 200, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """`SkewSize` of arrays [n] of which labels and predictions are numbers of classes; classes without an example count as
+    skipped."""
+    metric = SkewSize(corrected, min_examples)
+    metric.update(labels, predictions, groups)
+    found = metric.compute(permutations, bootstraps, names=dict(enumerate(classes)), seed=seed)
+    return {**found, "classes_skipped": len(classes) - len(found["effects"])}

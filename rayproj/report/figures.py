@@ -119,6 +119,30 @@ def confusions(matrices: dict[str, list[list[int]]], classes: list[str], titles:
     return figure
 
 
+def effect_sizes(found: dict[str, dict[str, Any]]) -> Figure:
+    """By name of a SkewSize, the effect sizes of its classes beside what is commonly looked at."""
+    shown = {name: s for name, s in found.items() if s["effects"]}
+    figure, axes = plt.subplots(
+        max(1, len(shown)), 2, figsize=(9, 0.4 + 2.0 * max(1, len(shown))), squeeze=False, width_ratios=[2, 1],
+        layout="constrained",
+    )  # fmt: skip
+    for (left, right), (name, s) in zip(axes, shown.items(), strict=False):
+        left.hist(list(s["effects"].values()), bins=np.linspace(0, 1, 41).tolist(), color=SERIES[0])
+        if s["null_mean_effect"] is not None:
+            left.axvline(s["null_mean_effect"], color=INK, linestyle="--", label="mean by chance")
+            left.legend(frameon=False)
+        left.set_title(f"{name}: SkewSize {'undefined' if s['value'] is None else format(s['value'], '.2f')}")
+        left.set_xlabel("effect size of the group")
+        left.set_ylabel("classes")
+        bars = {"accuracy": s["accuracy"], "worst group": s["worst_group_accuracy"], "gap": s["accuracy_gap"]}
+        right.barh(list(bars), list(bars.values()), color=SERIES[1])
+        for place, value in enumerate(bars.values()):
+            right.text(value + 0.01, place, f"{value:.3f}", va="center")
+        right.set_xlim(0, 1.2)
+        right.invert_yaxis()
+    return figure
+
+
 def privacy_and_use(rows: list[dict[str, Any]], real: dict[str, Any] | None) -> Figure:
     """Accuracy and Fréchet distance over ε, of models that began with a public one and of those that did not.
 

@@ -1,6 +1,5 @@
 """Metrics against closed forms, scipy and naive loops."""
 
-import math
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +13,6 @@ from scipy import stats
 from rayproj.evaluation.accuracy import accuracy, confusion_matrix, wilson_interval
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.frechet import FeatureStatistics, frechet_distance
-from rayproj.evaluation.skewsize import contingency, cramers_v, skewness, skewsize
 
 
 def test_confusion_is_a_count_and_parts_add_up() -> None:
@@ -69,57 +67,3 @@ def test_the_feature_network_knows_what_it_sees() -> None:
     assert features.shape == (1, 1280) and features.min() > -0.5
     grey = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(extractor(grey), extractor(grey.expand(-1, 3, -1, -1)))
-
-
-def test_plain_cramers_v_is_scipys() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        table = rng.integers(1, 30, (rng.integers(2, 6), rng.integers(2, 5)))
-        expected = stats.contingency.association(table, method="cramer")
-        assert cramers_v(table, corrected=False) == pytest.approx(expected, abs=1e-12)
-        assert cramers_v(table.T) == pytest.approx(cramers_v(table))
-
-
-def test_the_corrected_v_is_unbiased_near_zero_and_one_at_full_dependence() -> None:
-    rng = np.random.default_rng(0)
-    plain, corrected = [], []
-    for _ in range(300):
-        table = contingency(np.zeros(60, int), rng.integers(0, 4, 60), rng.integers(0, 3, 60))[0]
-        plain.append(cramers_v(table, corrected=False))
-        corrected.append(cramers_v(table))
-    assert np.mean(corrected) < 0.5 * np.mean(plain)
-    assert cramers_v(np.diag([20, 20, 20])) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("table", [[[5, 7]], [[5], [7]], [[5, 7], [0, 0]], [[0, 3], [0, 4]]])
-def test_tables_in_which_nothing_can_depend(table: list[list[int]]) -> None:
-    assert cramers_v(np.array(table)) == 0
-
-
-def test_skewness_check_values() -> None:
-    assert skewness(np.array([0, 0, 0, 0, 1.0])) == pytest.approx(1.5)
-    assert skewness(np.array([1, 1, 1, 1, 0.0])) == pytest.approx(-1.5)
-    assert skewness(np.array([0, 0, 0.05, 0.1, 0.8])) == pytest.approx(1.4466277)
-    values = np.random.default_rng(0).gamma(1.0, size=100)
-    assert skewness(values) == pytest.approx(stats.skew(values))
-    assert math.isnan(skewness(np.array([1.0, 2.0]))) and math.isnan(skewness(np.ones(9)))
-
-
-def test_a_bias_planted_in_one_class_is_found_there() -> None:
-    rng = np.random.default_rng(0)
-    labels, groups = np.repeat(np.arange(20), 200), rng.integers(0, 2, 4000)
-    wrong = rng.random(4000) < np.where((labels == 7) & (groups == 1), 0.7, 0.1)
-    predictions = np.where(wrong, (labels + 1) % 20, labels)
-    classes = tuple(f"c{i}" for i in range(20))
-    found = skewsize(labels, predictions, groups, classes, permutations=50)
-    assert max(found["effects"], key=found["effects"].get) == "c7"
-    assert found["value"] > found["null_mean"] + 2 * found["null_std"] and found["null_share_at_or_above"] < 0.05
-    shuffled = skewsize(labels, predictions, rng.permutation(groups), classes, permutations=50)
-    assert shuffled["max"] < found["max"] / 2
-
-
-def test_degenerate_inputs_are_said_not_hidden() -> None:
-    labels = np.repeat([0, 1], 50)
-    found = skewsize(labels, labels, np.arange(100) % 2, ("a", "b", "c"), permutations=5)
-    assert found["value"] is None and "fewer than three classes" in found["reason"]
-    assert found["classes_skipped"] == 1 and found["max"] == 0

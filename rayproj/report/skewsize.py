@@ -1,0 +1,110 @@
+"""SkewSize of a table of predictions: `rayproj evaluate skewsize`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rayproj.errors import UserError
+from rayproj.evaluation.skewsize import SkewSize, variables
+from rayproj.evaluation.words import mapped
+from rayproj.report import figures
+
+
+def read_table(path: str, columns: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of a Parquet, CSV or JSON-lines file.
+
+    Raises:
+        UserError: there is no such file or column, or it cannot be read.
+    """
+    import pyarrow as pa
+    from pyarrow import csv, json, parquet
+
+    readers = {".parquet": parquet.read_table, ".csv": csv.read_csv, ".jsonl": json.read_json}
+    if Path(path).suffix not in readers:
+        raise UserError(f"'{path}' is to be a .parquet, .csv or .jsonl file.")
+    try:
+        table = readers[Path(path).suffix](path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"'{path}' cannot be read: {str(error).splitlines()[0]}.") from error
+    if missing := [name for name in columns if name not in table.column_names]:
+        raise UserError(f"'{path}' has no column '{missing[0]}'; it has {', '.join(table.column_names)}.")
+    return {name: table[name].to_pylist() for name in columns}
+
+
+def of_table(
+    path: str, prediction: str, label: str, groups: Sequence[str], *, plain: bool = False, words: bool = False,
+    rare: int = 0, min_examples: int = 10, permutations: int = 200, bootstraps: int = 200, top: int = 5,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """SkewSize by grouping variable, and by pairs of them.
+
+    Args:
+        words: predictions are free texts, which become a class where they are one (`mapped`).
+
+    Raises:
+        UserError: the table lacks a column, or holds no row.
+    """
+    table = read_table(path, [prediction, label, *groups])
+    if not table[label]:
+        raise UserError(f"'{path}' holds no row.")
+    predictions = table[prediction]
+    if words:
+        classes = sorted({str(c) for c in table[label]})
+        predictions, table[label] = mapped([str(p) for p in predictions], classes), [str(c) for c in table[label]]
+    found = {}
+    for name, values in variables({group: table[group] for group in groups}).items():
+        metric = SkewSize(not plain, min_examples, rare)
+        metric.update(table[label], predictions, values)
+        found[name] = metric.compute(permutations, bootstraps, top=top)
+    return found
+
+
+def text_of(found: dict[str, dict[str, Any]]) -> str:
+    """A page for a terminal."""
+    return "\n\n".join(_text(name, one) for name, one in found.items())
+
+
+def _text(name: str, s: dict[str, Any]) -> str:
+    if s["mean"] is None:
+        return f"{name}: {s['reason']}."
+    value = s["reason"] if s["value"] is None else f"{s['value']:.2f}{_between(s['interval'])}"
+    chance = "" if s["null_std"] is None else f"; by chance {s['null_mean']:.2f} ± {s['null_std']:.2f}"
+    kind = "bias-corrected" if s["corrected"] else "plain"
+    lines = [
+        f"{name}: SkewSize {value}{chance}",
+        f"  effect ({kind} Cramér's V): mean {s['mean']:.3f}{_between(s['mean_interval'])}, median {s['median']:.3f}, "
+        f"90 % {s['q90']:.3f}, largest {s['max']:.3f}",
+        f"  accuracy {s['accuracy']:.3f}; worst group {s['worst_group']} {s['worst_group_accuracy']:.3f}, gap "
+        f"{s['accuracy_gap']:.3f}",
+        f"  {s['examples']:,} examples of {len(s['effects'])} classes; {len(s['significant'])} classes depend on the group "
+        f"beyond chance, {s['classes_thin']} have tables too thin to say, {s['classes_skipped']} have too few examples",
+    ]
+    if s["dropped"]:
+        lines.append(f"  {s['dropped']:,} rows without a group were left out")
+    for driver in s["drivers"]:
+        moved = "; ".join(
+            f"{c['prediction']} for {c['group']} {c['count']} times, not {c['expected']:.1f}" for c in driver["shifted"]
+        )
+        lines.append(f"  {driver['class']} ({driver['effect']:.2f}): {moved}")
+    return "\n".join(lines)
+
+
+def _between(interval: list[float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.2f} to {interval[1]:.2f})"
+
+
+def run(arguments: Any) -> int:
+    """The command."""
+    found = of_table(
+        arguments.table, arguments.prediction, arguments.label, arguments.group, plain=arguments.plain,
+        words=arguments.words, rare=arguments.rare, min_examples=arguments.min_examples,
+        permutations=arguments.permutations, bootstraps=arguments.bootstraps, top=arguments.top,
+    )  # fmt: skip
+    print(text_of(found))
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if arguments.picture:
+        Path(arguments.picture).write_bytes(figures.png(figures.effect_sizes(found)))
+    return 0
