@@ -5,15 +5,19 @@ python jobs/train_classifier.py configs/train_classifier.yaml key=value ...
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj import config as configuration
+from rayproj.classifiers.augment import AugmentConfig
 from rayproj.classifiers.model import ClassifierConfig
+from rayproj.classifiers.objective import Balance, Objective, ObjectiveConfig
 from rayproj.classifiers.task import ClassificationTask
+from rayproj.data.cells import Cells, cells_of
 from rayproj.data.dataset import Dataset, Header
 from rayproj.data.loader import Batches, Streamed
-from rayproj.data.order import Mixed, Shuffled, order_of
+from rayproj.data.order import Mixed, Shuffled, Weighted, order_of
 from rayproj.data.reader import Joined, Reader
 from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
@@ -32,8 +36,10 @@ class Config:
     mix: dict[str, float] = field(default_factory=dict)  # further ones, such as the real images -> share of every batch
     consumer: str = ""  # read the first epoch as it is written, under this name; "": the dataset is complete
     wait_seconds: float = 600.0  # for the dataset, and for each next shard of it
-    shift: int = 2  # augmentation: largest shift in pixels
-    flip: bool = True  # augmentation: mirror left and right
+    init: str = ""  # run dir of a classifier to start from, such as one of synthetic images
+    trainable: str = ""  # regular expression: parameters so named are trained, such as ^head; the others stay
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -42,23 +48,38 @@ class Config:
 
     def problems(self) -> list[str]:
         sound = all(share > 0 for share in self.mix.values()) and sum(self.mix.values()) < 1
-        return [] if sound else ["mix: shares are positive and leave something for data: together less than 1."]
+        found = [] if sound else ["mix: shares are positive and leave something for data: together less than 1."]
+        if self.consumer and self.objective.needs_cells:
+            found.append(
+                "objective: groups are counted before the training, so the dataset must be complete: consumer=''."
+            )
+        try:
+            re.compile(self.trainable)
+        except re.error as error:
+            found.append(f"trainable='{self.trainable}' is no regular expression ({error}).")
+        return found
 
 
-def task_of(config: Config, header: Header) -> ClassificationTask:
-    return ClassificationTask(config.classifier, header, config.run.seed, config.shift, config.flip)
+def task_of(config: Config, header: Header, cells: Cells | None = None) -> ClassificationTask:
+    # Without cells, as for a plan, the objective is one that needs none.
+    objective = Objective(config.objective if cells else ObjectiveConfig(), cells)
+    common = (config.classifier, header, config.run.seed, config.augment)
+    return ClassificationTask(*common, objective, config.init, config.trainable)
 
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     config = configuration.from_dict(Config, values)
     dataset = Dataset.open(config.data, config.wait_seconds, link.stop_requested)
     header = dataset.header
-    task = task_of(config, header)
     batch, seed = config.train.batch, config.run.seed
+    others = [Dataset.open(uri) for uri in config.mix]
+    by = ["label", *config.objective.groups]
+    task = task_of(config, header, cells_of([dataset, *others], by) if config.objective.needs_cells else None)
     order: Any = Shuffled(header.num_samples, header.shard_size, batch, seed, bool(config.consumer))
+    if config.objective.balance is Balance.oversample:
+        order = Weighted(cells_of([dataset], by).inverse(), header.shard_size, batch, seed)
     reader: Any = Reader(dataset, fields=["image", "label"], wait_seconds=config.wait_seconds, stop=link.stop_requested)
     if config.mix:
-        others = [Dataset.open(uri) for uri in config.mix]
         shares = [1 - sum(config.mix.values()), *config.mix.values()]
         order = Mixed([order, *(order_of(other, batch, seed) for other in others)], shares, batch, seed)
         reader = Joined([reader, *(Reader(other, fields=["image", "label"]) for other in others)])

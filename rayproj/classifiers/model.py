@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayproj import config as configuration
+from rayproj.classifiers.objective import GROUP_WEIGHTS
 from rayproj.data.dataset import Dataset
 from rayproj.engine.checkpoint import load_ema
 from rayproj.engine.engine import load_flat
@@ -59,22 +60,31 @@ class ConvNet(nn.Module):
         return self.head(self.dropout(pooled)).float()
 
 
+def weights_of(run_dir: str) -> dict[str, torch.Tensor]:
+    """The averaged weights of a classifier run's newest commit, flat fp32 by name, without what its objective kept there.
+
+    Raises:
+        UserError: the run has no commit.
+    """
+    store = Store(run_dir)
+    if not store.exists("config.yaml"):
+        raise UserError(f"There is no run at '{run_dir}'; give the run dir of jobs/train_classifier.py.")
+    return {name: tensor for name, tensor in load_ema(store)[0].items() if name != GROUP_WEIGHTS}
+
+
 def load(run_dir: str, device: str) -> nn.Module:
     """The averaged weights of a classifier run, in eval mode.
 
     Raises:
         UserError: the run has no commit, or its data are gone.
     """
-    store = Store(run_dir)
-    if not store.exists("config.yaml"):
-        raise UserError(f"There is no run at '{run_dir}'; give the run dir of jobs/train_classifier.py.")
-    text = store.read("config.yaml")
+    weights, text = weights_of(run_dir), Store(run_dir).read("config.yaml")
     header = Dataset.open(configuration.value(text, "data")).header
     model = ConvNet(
         configuration.section(ClassifierConfig, text, "classifier"),
         header.fields["image"].shape[0],
         len(header.classes),
     )
-    load_flat(model, load_ema(store)[0])
+    load_flat(model, weights)
     model.to(torch.device(device)).eval().requires_grad_(False)
     return model

@@ -2,52 +2,69 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rayproj import keyed
-from rayproj.classifiers.model import ClassifierConfig, ConvNet
+from rayproj.classifiers.augment import AugmentConfig, augmented
+from rayproj.classifiers.model import ClassifierConfig, ConvNet, weights_of
+from rayproj.classifiers.objective import Objective, ObjectiveConfig
 from rayproj.data.dataset import Header
+from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch
+from rayproj.errors import UserError
 
 
 class ClassificationTask:
-    """Cross entropy with keyed random shifts and flips.
+    """The objective's losses of keyed random changes of the images.
 
     Args:
         images: the header of a dataset with the fields "image" and "label".
-        shift: largest shift of an image in pixels, along each axis.
-        flip: whether to mirror left and right at random.
+        init: run dir of a classifier of the same size to start from.
+        trainable: regular expression: parameters in whose names it is found are trained, the others stay.
     """
 
-    def __init__(self, config: ClassifierConfig, images: Header, seed: int, shift: int = 2, flip: bool = True) -> None:
-        self.config, self.seed, self.shift, self.flip = config, seed, shift, flip
+    def __init__(
+        self,
+        config: ClassifierConfig,
+        images: Header,
+        seed: int,
+        augment: AugmentConfig | None = None,
+        objective: Objective | None = None,
+        init: str = "",
+        trainable: str = "",
+    ) -> None:
+        self.config, self.seed, self.augment = config, seed, augment or AugmentConfig()
+        self.objective = objective or Objective(ObjectiveConfig())
+        self.init, self.trainable, self.starts_trained = init, trainable, bool(init)
         self.image_channels = images.fields["image"].shape[0]
         self.num_classes = len(images.classes)
 
     def build(self) -> nn.Module:
+        return self._network(self.init)
+
+    def network(self) -> nn.Module:
+        """The model with no regard to what it starts from, which may not be there yet."""
+        return self._network("")
+
+    def _network(self, init: str) -> nn.Module:
         torch.manual_seed(self.seed)
-        return ConvNet(self.config, self.image_channels, self.num_classes)
+        model = ConvNet(self.config, self.image_channels, self.num_classes)
+        if init:
+            load_flat(model, weights_of(init))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(bool(re.search(self.trainable, name)))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            names = ", ".join(name for name, _ in model.named_parameters())
+            raise UserError(f"trainable='{self.trainable}' is found in no parameter's name; there are {names}.")
+        self.objective.prepare(model)
+        return model
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        images = shifted_and_flipped(batch["image"], batch["row"], self.seed, self.shift, self.flip)
-        return F.cross_entropy(model(images), batch["label"], reduction="none")
+        images = augmented(batch["image"], batch["row"], self.seed, self.augment)
+        return self.objective(model, model(images), batch["label"], batch["row"])
 
     def preview(self, model: nn.Module) -> np.ndarray | None:
         return None
-
-
-def shifted_and_flipped(images: Tensor, row: Tensor, seed: int, shift: int, flip: bool) -> Tensor:
-    """Each image [B, C, H, W] moved by up to `shift` pixels (edges repeated) and perhaps mirrored, keyed by its row."""
-    height, width = images.shape[2:]
-    draw = keyed.uniform(seed, "augment", row, (3,))
-    offset = (draw[:, :2] * (2 * shift + 1)).long() - shift
-    y = (torch.arange(height, device=images.device) + offset[:, :1]).clamp(0, height - 1)
-    x = (torch.arange(width, device=images.device) + offset[:, 1:2]).clamp(0, width - 1)
-    if flip:
-        x = torch.where(draw[:, 2:] < 0.5, x.flip(1), x)
-    example = torch.arange(len(images), device=images.device)[:, None, None]
-    # Advanced indices around a slice put the channel axis last.
-    return images[example, :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)

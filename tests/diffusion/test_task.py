@@ -8,7 +8,7 @@ import torch
 
 from rayproj import keyed
 from rayproj.classifiers.model import ClassifierConfig
-from rayproj.classifiers.task import ClassificationTask, shifted_and_flipped
+from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.dataset import Field, Header
 from rayproj.diffusion.adapters import LoraConfig, merge
 from rayproj.diffusion.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderTask, Codec, measure, to_uint8
@@ -224,19 +224,6 @@ def test_the_codec_scales_latents_to_unit_variance_and_back() -> None:
     assert (codec.decode(mean).int() - direct.int()).abs().max() <= 1
     mse = np.mean((direct.numpy().astype(float) - images.numpy()) ** 2)
     assert measured["psnr"] == pytest.approx(10 * np.log10(255**2 / mse), abs=1e-3)
-
-
-def test_shifts_and_flips_written_out() -> None:
-    images, row = torch.randint(0, 256, (40, 2, 9, 7), dtype=torch.uint8), rows(40)
-    found = shifted_and_flipped(images, row, 5, 2, True)
-    draws = keyed.uniform(5, "augment", row, (3,))
-    for i in range(40):
-        dy, dx = (int(u * 5) - 2 for u in draws[i, :2])
-        y = np.clip(np.arange(9) + dy, 0, 8)
-        x = np.clip(np.arange(7) + dx, 0, 6)
-        x = x[::-1] if draws[i, 2] < 0.5 else x
-        assert np.array_equal(found[i].numpy(), images[i].numpy()[:, y][:, :, x])
-    assert torch.equal(shifted_and_flipped(images, row, 5, 0, False), images)
 
 
 def test_image_sides_that_do_not_halve_are_refused() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rayproj import config as configuration
+from rayproj.classifiers.augment import AugmentConfig
 from rayproj.classifiers.model import ClassifierConfig
 from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.dataset import Dataset, Field, Header
@@ -86,7 +87,7 @@ def train_and_evaluate(world: World, root: str) -> dict[str, Any]:
         checkpoint=CheckpointConfig(every_seconds=0),
     )
     batches = Batches(Reader(train_set, ["image", "label"]), Shuffled(400, 100, 60, 0), world.rank, world.world_size)
-    task = ClassificationTask(SMALL, train_set.header, 0, shift=0, flip=False)
+    task = ClassificationTask(SMALL, train_set.header, 0, AugmentConfig(0, False))
     link = regression.Recorder("a")
     train(Recipe(task, PlainStep(60, 0, world.world_size), batches, settings), world, Store(f"{root}/classifier"), link)
     return evaluate(config(root), world, link)

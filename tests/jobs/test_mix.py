@@ -24,7 +24,7 @@ def train(world: World, folder: str, out: str, written: bool) -> int:
         "mix": {f"{folder}/real": 0.25},
         "consumer": "trainer",
         "classifier": {"channels": [8], "dropout": 0.0},
-        "shift": 1,
+        "augment": {"shift": 1},
         "train": {"steps": 20, "batch": 8, "engine": {"optimizer": {"lr": 1e-3}}},
         "run": {"dir": out},
     }

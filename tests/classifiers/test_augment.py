@@ -1,0 +1,105 @@
+"""Random changes of images, against loops and PIL."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from rayproj import keyed
+from rayproj.classifiers.augment import (
+    OPERATIONS,
+    AugmentConfig,
+    augmented,
+    coloured,
+    rand_augmented,
+    shifted_and_flipped,
+)
+
+
+def rows(n: int, step: int = 0) -> Tensor:
+    return torch.stack([torch.arange(n), torch.full((n,), step), torch.zeros(n, dtype=torch.long)], 1)
+
+
+def drawn(n: int, channels: int = 3, side: int = 12) -> Tensor:
+    return torch.randint(0, 256, (n, channels, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+def test_shifts_and_flips_written_out() -> None:
+    images, row = torch.randint(0, 256, (40, 2, 9, 7), dtype=torch.uint8), rows(40)
+    found = shifted_and_flipped(images, row, 5, 2, True)
+    draws = keyed.uniform(5, "augment", row, (3,))
+    for i in range(40):
+        dy, dx = (int(u * 5) - 2 for u in draws[i, :2])
+        y = np.clip(np.arange(9) + dy, 0, 8)
+        x = np.clip(np.arange(7) + dx, 0, 6)
+        x = x[::-1] if draws[i, 2] < 0.5 else x
+        assert np.array_equal(found[i].numpy(), images[i].numpy()[:, y][:, :, x])
+    assert torch.equal(shifted_and_flipped(images, row, 5, 0, False), images)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("config", [AugmentConfig(colour=0.8), AugmentConfig(rand_augment=2), AugmentConfig(1, False)])
+def test_an_image_is_changed_alike_whatever_its_mates(channels: int, config: AugmentConfig) -> None:
+    images = drawn(16, channels)
+    whole = augmented(images, rows(16), 3, config)
+    assert whole.shape == images.shape and whole.dtype is torch.uint8
+    torch.testing.assert_close(augmented(images[5:9], rows(16)[5:9], 3, config), whole[5:9], rtol=0, atol=1)
+    assert not torch.equal(augmented(images, rows(16, step=1), 3, config), whole), "another step, another change"
+
+
+def test_colours_at_strength_zero_stay() -> None:
+    images = drawn(8)
+    assert (coloured(images, rows(8), 0, 1e-9).int() - images.int()).abs().max() <= 1
+
+
+def test_a_turn_of_hue_leaves_grey_and_turns_colours() -> None:
+    grey = torch.full((50, 3, 4, 4), 120, dtype=torch.uint8)
+    changed = coloured(grey, rows(50), 0, 1.0).float()
+    assert (changed.std(1) < 1).all(), "grey has no hue"
+    assert changed.mean((1, 2, 3)).std() > 10, "but brightness"
+    red = torch.zeros(200, 3, 2, 2, dtype=torch.uint8)
+    red[:, 0], red[:, 1:] = 160, 80
+    hues = [colorsys.rgb_to_hsv(*(coloured(red, rows(200), 0, 0.5)[i, :, 0, 0] / 255).tolist())[0] for i in range(200)]
+    turned = np.minimum(np.array(hues), 1 - np.array(hues))
+    assert 0.02 < turned.mean() < 0.12 and turned.max() < 0.2
+
+
+def test_operations_are_drawn_evenly_and_are_pils() -> None:
+    images, n = drawn(300), len(OPERATIONS)
+    draw = keyed.uniform(7, "rand_augment", rows(300), (1, 2)).numpy()[:, 0]
+    found = rand_augmented(images, rows(300), 7, 1, 9.0).numpy()
+    names, seen = list(OPERATIONS), set()
+    for i in range(300):
+        name = names[int(draw[i, 0] * n)]
+        seen.add(name)
+        picture = Image.fromarray(np.moveaxis(images[i].numpy(), 0, 2))
+        if name == "identity":
+            expected = picture
+        elif name == "equalize":
+            expected = ImageOps.equalize(picture)
+        elif name == "solarize":
+            expected = ImageOps.solarize(picture, round(256 * 0.7))
+        elif name == "translate x":
+            by = (1 if draw[i, 1] >= 0.5 else -1) * 0.45 * 0.3 * 12
+            expected = picture.transform((12, 12), Image.Transform.AFFINE, (1, 0, by, 0, 1, 0),
+                                         Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))  # fmt: skip
+        else:
+            continue
+        assert np.array_equal(found[i], np.moveaxis(np.asarray(expected), 2, 0)), name
+    assert seen == set(names)
+
+
+def test_the_magnitude_is_how_far_it_goes() -> None:
+    images = drawn(100)
+    far = [(rand_augmented(images, rows(100), 1, 1, m).float() - images.float()).abs().mean() for m in (3.0, 27.0)]
+    assert far[0] < far[1]
+
+
+@pytest.mark.parametrize("wrong", [{"colour": 1.5}, {"magnitude": 31.0}, {"shift": -1}, {"rand_augment": -1}])
+def test_what_cannot_be_asked_for(wrong: dict[str, float]) -> None:
+    assert AugmentConfig(**wrong).problems() and not AugmentConfig().problems()  # type: ignore[arg-type]
