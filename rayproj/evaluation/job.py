@@ -18,6 +18,7 @@ from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.accuracy import accuracy, confusion_matrix
 from rayproj.evaluation.clip import ClipScore
+from rayproj.evaluation.fairness import Judged, fairness
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.quality import memorisation, quality
 from rayproj.evaluation.skewsize import skewsize, variables
@@ -45,7 +46,12 @@ class EvaluateConfig:
     captions: str = "prompt"  # the field with the texts
     # File with the secret of the synthetic images' watermark: what it survives, and how often real images seem to have it.
     watermark_key: str = ""
-    groups: list[str] = field(default_factory=list)  # attributes of the test images: SkewSize over each, and over pairs
+    # Attributes of the test images: SkewSize of each classifier, and measures by group, over each and over pairs.
+    groups: list[str] = field(default_factory=list)
+    high_risk: list[str] = field(
+        default_factory=list
+    )  # classes that must not be missed: how often they are seen, by group
+    group_examples: int = 30  # groups with fewer are left out of the measures by group
 
     def problems(self) -> list[str]:
         unknown = sorted(set(self.learned_from) - set(self.synthetic))
@@ -66,15 +72,20 @@ def evaluate(config: EvaluateConfig, world: World, link: Link) -> dict[str, Any]
         link.report({"type": "total", "steps": tasks})
     progress = _Progress(world, link)
     test = Dataset.open(config.test)
-    confusion, groups = {}, {}
+    if unknown := sorted(set(config.high_risk) - set(test.header.classes)):
+        raise UserError(f"evaluate.high_risk has '{unknown[0]}'; the classes are {', '.join(test.header.classes)}.")
+    risky = tuple(map(test.header.classes.index, config.high_risk))
+    confusion, groups, fair = {}, {}, {}
     for name, run in config.classifiers.items():
-        labels, predictions, attributes = _predict(config, test, run, world)
-        confusion[name] = confusion_matrix(labels, predictions, len(test.header.classes))
-        if config.groups:
-            groups[name] = {
-                variable: skewsize(labels, predictions, np.array(values, object), test.header.classes)
-                for variable, values in variables(attributes).items()
-            }
+        labels, probabilities, attributes = _predict(config, test, run, world)
+        judged = Judged(labels, probabilities, risky)
+        confusion[name] = confusion_matrix(labels, judged.predictions, len(test.header.classes))
+        by = variables(attributes)
+        groups[name] = {
+            variable: skewsize(labels, judged.predictions, np.array(values, object), test.header.classes)
+            for variable, values in by.items()
+        }
+        fair[name] = {variable: fairness(judged, values, config.group_examples) for variable, values in by.items()}
         progress.add(**{f"accuracy/{name}": accuracy(confusion[name])["value"]})
     extractor = EfficientNetLite0Features(config.feature_size, world.device)
     reference, real = (_features(config, uri, extractor, world) for uri in (config.reference, config.test))
@@ -112,7 +123,8 @@ def evaluate(config: EvaluateConfig, world: World, link: Link) -> dict[str, Any]
             "frechet_distance": {name: found["frechet_distance"] for name, found in measures.items()},
             "measures": measures,
         },
-        "skewsize": groups or None,
+        "skewsize": groups if config.groups else None,
+        "fairness": fair if config.groups else None,
         "watermark": marked,
     }
 
@@ -131,7 +143,7 @@ class _Progress:
 def _predict(
     config: EvaluateConfig, test: Dataset, run: str, world: World
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Labels, predictions and groups by variable of all test images, on every rank."""
+    """Labels, probabilities [n, classes] and groups by variable of all test images, on every rank."""
     model = classifiers.load(run, world.device)
     if missing := [name for name in config.groups if name not in test.header.fields]:
         raise UserError(f"{test.uri} has no attribute '{missing[0]}'; it has {', '.join(test.header.fields)}.")
@@ -139,13 +151,13 @@ def _predict(
     found = []
     for ids in _share(np.arange(test.header.num_samples), world, config.batch):
         batch = reader.gather(ids)
-        predicted = model(torch.from_numpy(batch["image"]).to(world.device)).argmax(1).cpu().numpy()
+        predicted = model(torch.from_numpy(batch["image"]).to(world.device)).softmax(1).cpu().numpy()
         found.append((batch["label"], predicted, *(batch[name].astype(str) for name in config.groups)))
     everything: list[Any] = [None] * world.world_size
     dist.all_gather_object(everything, found)
     columns = zip(*[part for parts in everything for part in parts], strict=True)
-    labels, predictions, *attributes = (np.concatenate(column) for column in columns)
-    return labels, predictions, dict(zip(config.groups, attributes, strict=True))
+    labels, probabilities, *attributes = (np.concatenate(column) for column in columns)
+    return labels, probabilities, dict(zip(config.groups, attributes, strict=True))
 
 
 def _from_all(mine: dict[str, Any], names: Iterable[str], world: World) -> dict[str, Any]:

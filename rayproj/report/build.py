@@ -117,6 +117,8 @@ def gather(stages: Stages) -> dict[str, Any]:
         }
         if found.get("skewsize"):
             report["skewsize"] = found["skewsize"]
+        if found.get("fairness"):
+            report["fairness"] = found["fairness"]
         if found.get("watermark"):
             report["watermark"] = found["watermark"]
         if private:

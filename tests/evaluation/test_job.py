@@ -135,6 +135,8 @@ def test_ranks_share_the_work_and_the_planted_bias_is_found(tmp_path: Path) -> N
     bias = alone["skewsize"]["real"]["tone"]
     assert max(bias["effects"], key=bias["effects"].get) == "three" and bias["effects"]["three"] > 0.5
     assert bias["value"] > 0
+    fair = alone["fairness"]["real"]["tone"]["measures"]["accuracy"]
+    assert fair["worst_group"] == "dark" and fair["gap"] == pytest.approx(bias["accuracy_gap"])
 
 
 def test_what_cannot_be_evaluated_is_said(tmp_path: Path) -> None:

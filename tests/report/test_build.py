@@ -1,6 +1,7 @@
 """What the report says of privacy and use, from folders as runs leave them; the whole report is looked at in
 `tests/jobs/test_chain.py`."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import yaml
 
 from rayproj.data.dataset import Dataset
+from rayproj.evaluation.fairness import Judged, fairness
 from rayproj.evaluation.quality import memorisation, quality
+from rayproj.evaluation.skewsize import skewsize
 from rayproj.report.build import build
 from rayproj.storage.store import Store, to_json
 from tests.support import images
@@ -59,6 +62,22 @@ def root(tmp_path: Path) -> Path:
         }},
     })  # fmt: skip
     return tmp_path
+
+
+def test_what_is_said_of_groups(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels, groups = rng.integers(0, 4, 800), rng.choice(["d", "l"], 800)
+    logits = rng.normal(size=(800, 4)) + 2 * np.eye(4)[np.where(groups == "d", (labels + 1) % 4, labels)]
+    judged = Judged(labels, np.exp(logits) / np.exp(logits).sum(1, keepdims=True), (1,))
+    done = json.loads((root / "evaluate" / "result.json").read_text())
+    done["skewsize"] = {"one": {"tone": skewsize(labels, judged.predictions, groups, tuple("abcd"), permutations=20)}}
+    done["fairness"] = {"one": {"tone": fairness(judged, groups, bootstraps=5), "few": fairness(judged, groups, 999)}}
+    (root / "evaluate" / "result.json").write_text(json.dumps(done))
+    report, html = build(str(root), {})
+    assert report["skewsize"] == done["skewsize"] and report["fairness"] == done["fairness"]
+    worst = done["fairness"]["one"]["tone"]["measures"]["high-risk sensitivity"]
+    assert f"{worst['worst_group']}: {worst['worst']:.3f}" in html and "fewer than two groups of 999" in html
+    assert f"{done['skewsize']['one']['tone']['value']:.2f}" in html and "times, not" in html
 
 
 def test_each_set_is_beside_what_was_promised_for_it(root: Path) -> None:

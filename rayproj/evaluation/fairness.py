@@ -1,0 +1,188 @@
+"""How well a classifier does by group: the usual measures, their worst group and their gap, by fairlearn's `MetricFrame`
+(Weerts et al. 2023, "Fairlearn: Assessing and Improving Fairness of AI Systems").
+
+The gap is the largest value of a group less the smallest. What a small group shows is mostly noise: groups with few examples
+are left out, by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from rayproj.errors import UserError
+
+BINS = 15  # of the calibration error
+Measure = Callable[[np.ndarray], float]
+"""Of the examples with these numbers; NaN where it is not defined for them."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a classifier said of test images.
+
+    Attributes:
+        labels: int [n].
+        probabilities: fp [n, classes], rows summing to 1.
+        high_risk: classes that must not be missed.
+    """
+
+    labels: np.ndarray
+    probabilities: np.ndarray
+    high_risk: tuple[int, ...] = ()
+
+    @property
+    def predictions(self) -> np.ndarray:
+        return self.probabilities.argmax(1)
+
+    def measures(self) -> dict[str, Measure]:
+        found: dict[str, Measure] = {
+            "accuracy": lambda at: float((self.predictions[at] == self.labels[at]).mean()),
+            "balanced accuracy": lambda at: balanced_accuracy(self.labels[at], self.predictions[at]),
+            "AUC": lambda at: macro_auc(self.labels[at], self.probabilities[at]),
+            "calibration error": lambda at: calibration_error(self.labels[at], self.probabilities[at]),
+        }
+        if self.high_risk:
+            found["high-risk sensitivity"] = lambda at: sensitivity(
+                self.labels[at], self.predictions[at], self.high_risk
+            )
+        return found
+
+
+def balanced_accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """The mean over the classes that occur of the share of their examples that are right."""
+    return float(np.mean([(predictions[labels == c] == c).mean() for c in np.unique(labels)]))
+
+
+def macro_auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """The mean over classes, of which there are examples and others, of the area under the curve against the rest; of two
+    classes that of the second. The area is the statistic of Mann and Whitney (Hanley and McNeil 1982)."""
+    found = []
+    for c in range(probabilities.shape[1])[1 if probabilities.shape[1] == 2 else 0 :]:
+        theirs = labels == c
+        n = int(theirs.sum())
+        if 0 < n < len(labels):
+            above = rankdata(probabilities[:, c])[theirs].sum() - n * (n + 1) / 2
+            found.append(above / (n * (len(labels) - n)))
+    return float(np.mean(found)) if found else math.nan
+
+
+def sensitivity(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[int]) -> float:
+    """The share of the examples of these classes that are taken for one of these."""
+    theirs = np.isin(labels, classes)
+    return float(np.isin(predictions[theirs], classes).mean()) if theirs.any() else math.nan
+
+
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Expected calibration error of the most probable class, over bins of equal width (Guo et al. 2017, eq. 3)."""
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(place, right, BINS) - np.bincount(place, confidence, BINS)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def equalized_odds(labels: np.ndarray, predictions: np.ndarray, groups: np.ndarray) -> float:
+    """The largest difference between groups of a class's true or false positive rate, over classes (Hardt et al. 2016), each
+    against the rest."""
+    from fairlearn.metrics import equalized_odds_difference
+
+    found = [
+        equalized_odds_difference(labels == c, predictions == c, sensitive_features=groups)
+        for c in np.unique(labels)
+        if 0 < (labels == c).sum() < len(labels)
+    ]
+    return float(np.nanmax(found)) if found else math.nan
+
+
+def fairness(
+    judged: Judged, groups: Sequence[Any], least: int = 30, bootstraps: int = 200, level: float = 0.95, seed: int = 0
+) -> dict[str, Any]:
+    """Each measure overall, by group, of the worst group, and its gap with an interval.
+
+    Args:
+        groups: [n], of one grouping variable; None where it is not known.
+        least: groups with fewer examples are left out.
+        bootstraps: draws of the examples, for the intervals.
+
+    Returns:
+        "measures": by name, "overall", "by_group", "worst_group", "worst" (the least, of the calibration error the most),
+        "gap" and "interval"; "equalized_odds"; "examples" by group; the groups left out, and how many examples have none.
+
+    Raises:
+        UserError: fairlearn is not there.
+    """
+    try:
+        from fairlearn.metrics import MetricFrame
+    except ImportError as error:
+        raise UserError("evaluate.groups needs fairlearn; pip install 'rayproj[fairness]'.") from error
+    named = np.array(["" if g is None or g != g else str(g) for g in groups], object)
+    kinds, counts = np.unique(named[named != ""], return_counts=True)
+    kept = [str(g) for g, n in zip(kinds, counts, strict=True) if n >= least]
+    said: dict[str, Any] = {
+        "examples": {str(g): int(n) for g, n in zip(kinds, counts, strict=True)},
+        "left_out": [str(g) for g in kinds if str(g) not in kept],
+        "without": int((named == "").sum()),
+    }
+    at = np.flatnonzero(np.isin(named, kept))
+    if len(kept) < 2:
+        return {**said, "measures": {}, "equalized_odds": None, "reason": f"fewer than two groups of {least} examples"}
+    # The frame hands its metrics a part of each column: the numbers of the examples tell all else.
+    metrics = {name: (lambda _, part, f=f: f(np.asarray(part))) for name, f in judged.measures().items()}
+    quantiles = [(1 - level) / 2, (1 + level) / 2]
+    frame = MetricFrame(
+        metrics=metrics, y_true=judged.labels[at], y_pred=at, sensitive_features=named[at].astype(str),
+        n_boot=bootstraps or None, ci_quantiles=quantiles if bootstraps else None, random_state=seed if bootstraps else None,
+    )  # fmt: skip
+    gaps, found = frame.difference(), {}
+    spread = frame.difference_ci() if bootstraps else [gaps, gaps]
+    for name in metrics:
+        by = {group: float(v) for group, v in frame.by_group[name].items() if v == v}
+        worst = (max if name == "calibration error" else min)(by, key=lambda group: by[group]) if by else ""
+        found[name] = {
+            "overall": _number(frame.overall[name]),
+            "by_group": by,
+            "worst_group": worst,
+            "worst": by.get(worst),
+            "gap": _number(gaps[name]),
+            "interval": [_number(side[name]) for side in spread] if bootstraps else None,
+        }
+    odds = equalized_odds(judged.labels[at], judged.predictions[at], named[at])
+    return {**said, "measures": found, "equalized_odds": _number(odds), "reason": ""}
+
+
+def paired(
+    ours: Judged, theirs: Judged, groups: Sequence[Any], measure: str, bootstraps: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """How two classifiers differ on the same test images: ours less theirs, overall and in the gap, each with a 95 %
+    interval and a two-sided p-value of a paired bootstrap (Efron and Tibshirani 1993, section 16.4)."""
+    rng, n = np.random.default_rng(seed), len(ours.labels)
+    named = np.array([str(g) for g in groups], object)
+    kinds = [np.flatnonzero(named == g) for g in np.unique(named)]
+    of = [judged.measures()[measure] for judged in (ours, theirs)]
+
+    def both(parts: list[np.ndarray]) -> tuple[float, float]:
+        """Differences overall and of the gap."""
+        whole = np.concatenate(parts)
+        by = [[f(part) for part in parts] for f in of]
+        gaps = [max(values) - min(values) for values in by]
+        return of[0](whole) - of[1](whole), gaps[0] - gaps[1]
+
+    assert len(theirs.labels) == n and np.array_equal(ours.labels, theirs.labels), "not the same images"
+    seen = both(kinds)
+    drawn = np.array([both([rng.choice(part, len(part)) for part in kinds]) for _ in range(bootstraps)])
+    found = {}
+    for k, name in enumerate(("overall", "gap")):
+        low, high = np.nanquantile(drawn[:, k], [0.025, 0.975])
+        tail = min((drawn[:, k] <= 0).mean(), (drawn[:, k] >= 0).mean())
+        p = min(1.0, 2 * max(tail, 1 / (bootstraps + 1)))
+        found[name] = {"difference": seen[k], "interval": [float(low), float(high)], "p": float(p)}
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if value == value else None

@@ -1,0 +1,129 @@
+"""Measures by group, against loops, scikit-learn and planted gaps."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from rayproj.evaluation.fairness import (
+    Judged,
+    balanced_accuracy,
+    calibration_error,
+    equalized_odds,
+    fairness,
+    macro_auc,
+    paired,
+    sensitivity,
+)
+
+
+def judged(
+    n: int = 600, classes: int = 3, wrong: float = 0.3, seed: int = 0, hard: str = "b"
+) -> tuple[Judged, list[str]]:
+    """A classifier that is wrong twice as often on the group `hard`."""
+    rng = np.random.default_rng(seed)
+    labels, groups = rng.integers(0, classes, n), rng.choice(list("abc"), n)
+    rate = np.where(groups == hard, min(1.0, 2 * wrong), wrong)
+    said = np.where(rng.random(n) < rate, rng.integers(0, classes, n), labels)
+    logits = rng.normal(size=(n, classes)) + 3 * np.eye(classes)[said]
+    p = np.exp(logits)
+    return Judged(labels, p / p.sum(1, keepdims=True), (0, 2)), groups.tolist()
+
+
+def test_measures_are_scikit_learns() -> None:
+    one, _ = judged()
+    assert balanced_accuracy(one.labels, one.predictions) == pytest.approx(
+        metrics.balanced_accuracy_score(one.labels, one.predictions)
+    )
+    expected = metrics.roc_auc_score(one.labels, one.probabilities, multi_class="ovr", average="macro")
+    assert macro_auc(one.labels, one.probabilities) == pytest.approx(expected)
+    two, _ = judged(classes=2)
+    assert macro_auc(two.labels, two.probabilities) == pytest.approx(
+        metrics.roc_auc_score(two.labels, two.probabilities[:, 1])
+    )
+    assert math.isnan(macro_auc(np.zeros(5, int), np.full((5, 3), 1 / 3)))
+
+
+def test_sensitivity_and_calibration_written_out() -> None:
+    one, _ = judged()
+    risky = [i for i in range(600) if one.labels[i] in (0, 2)]
+    assert sensitivity(one.labels, one.predictions, (0, 2)) == np.mean([one.predictions[i] in (0, 2) for i in risky])
+    error = 0.0
+    for k in range(15):
+        top = one.probabilities.max(1)
+        inside = (top >= k / 15) & ((top < (k + 1) / 15) | (k == 14))
+        if inside.any():
+            right = (one.predictions[inside] == one.labels[inside]).mean()
+            error += inside.mean() * abs(right - top[inside].mean())
+    assert calibration_error(one.labels, one.probabilities) == pytest.approx(error)
+
+
+def test_equalized_odds_written_out() -> None:
+    one, groups = judged()
+    found = 0.0
+    for c in range(3):
+        for truth in (True, False):
+            rates = []
+            for g in "abc":
+                inside = (np.array(groups) == g) & ((one.labels == c) == truth)
+                rates.append((one.predictions[inside] == c).mean())
+            found = max(found, max(rates) - min(rates))
+    assert equalized_odds(one.labels, one.predictions, np.array(groups)) == pytest.approx(found)
+
+
+def test_each_group_is_as_if_it_were_alone() -> None:
+    one, groups = judged()
+    found = fairness(one, groups, bootstraps=40)
+    assert set(found["measures"]) == {
+        "accuracy",
+        "balanced accuracy",
+        "AUC",
+        "calibration error",
+        "high-risk sensitivity",
+    }
+    for name, measure in one.measures().items():
+        said = found["measures"][name]
+        by = {g: measure(np.flatnonzero(np.array(groups) == g)) for g in "abc"}
+        assert said["by_group"] == pytest.approx(by) and said["overall"] == pytest.approx(measure(np.arange(600)))
+        assert said["gap"] == pytest.approx(max(by.values()) - min(by.values()))
+        assert said["interval"][0] <= said["interval"][1]
+    accuracy = found["measures"]["accuracy"]
+    assert accuracy["worst_group"] == "b" and accuracy["worst"] == min(accuracy["by_group"].values())
+    assert found["measures"]["calibration error"]["worst"] == max(
+        found["measures"]["calibration error"]["by_group"].values()
+    )
+
+
+def test_the_intervals_of_gaps_cover() -> None:
+    """A gap of 0.2 in accuracy: wrong labels are right by chance in a third of the cases."""
+    inside = 0
+    for seed in range(6):
+        one, groups = judged(1500, wrong=0.3, seed=seed)
+        low, high = fairness(one, groups, bootstraps=40, seed=seed)["measures"]["accuracy"]["interval"]
+        inside += low <= 0.2 <= high
+    assert inside >= 4
+
+
+def test_small_groups_and_missing_ones_are_said() -> None:
+    one, groups = judged()
+    some = ["rare" if i < 5 else None if i < 20 else groups[i] for i in range(600)]
+    found = fairness(one, some, bootstraps=0)
+    assert found["left_out"] == ["rare"] and found["without"] == 15 and found["examples"]["rare"] == 5
+    assert set(found["measures"]["accuracy"]["by_group"]) == set("abc")
+    alone = fairness(one, ["a"] * 600, bootstraps=0)
+    assert alone["measures"] == {} and "fewer than two groups" in alone["reason"]
+
+
+def test_two_classifiers_on_the_same_images() -> None:
+    better, groups = judged(wrong=0.1)
+    worse, _ = judged(wrong=0.35)
+    found = paired(better, worse, groups, "accuracy", bootstraps=150)
+    difference = (better.predictions == better.labels).mean() - (worse.predictions == worse.labels).mean()
+    assert found["overall"]["difference"] == pytest.approx(difference) and found["overall"]["p"] < 0.05
+    low, high = found["overall"]["interval"]
+    assert 0 < low < difference < high
+    same = paired(better, better, groups, "accuracy", bootstraps=50)
+    assert same["overall"] == {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0}
