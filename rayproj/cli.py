@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     show.add_argument("uri", metavar="URI", help="a dataset")
     show.add_argument("--sheet", metavar="FILE", help="write a PNG file with some images of each class")
     show.add_argument("--per-class", type=int, default=8, metavar="N", help="images of a class (default: %(default)d)")
+    show.add_argument(
+        "--beside", action="append", default=[], metavar="URI", help="the same samples of another dataset"
+    )
     index = questions.add_parser("index", help="make the webdataset tars of a folder a dataset, where they lie")
     index.add_argument("uri", metavar="URI", help="a folder of tars")
     index.add_argument("--label", default="label", metavar="KEY", help="of the JSON, if there is no cls member")
@@ -227,10 +230,12 @@ def run_dataset(arguments: argparse.Namespace) -> int:
         left_out = "".join(f"; left out: {count} ({reason})" for reason, count in found["left_out"].items())
         print(f"{found['samples']} samples in {found['shards']} tars, of {', '.join(found['fields'])}{left_out}")
         return 0
-    from rayproj.report.dataset import describe, write_sheet
+    from rayproj.report.dataset import describe, write_beside, write_sheet
 
     print(describe(arguments.uri))
-    if arguments.sheet:
+    if arguments.sheet and arguments.beside:
+        print(write_beside([arguments.uri, *arguments.beside], arguments.sheet))
+    elif arguments.sheet:
         print(write_sheet(arguments.uri, arguments.sheet, arguments.per_class))
     return 0
 

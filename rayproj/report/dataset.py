@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,30 @@ def _attributes(dataset: Dataset) -> list[str]:
 def _listed(counts: dict[str, int]) -> str:
     shown = [f"{name or 'none'} {count:,}" for name, count in list(counts.items())[:VALUES]]
     return ", ".join(shown) + (f", and {len(counts) - VALUES} more" if len(counts) > VALUES else "")
+
+
+def write_beside(uris: Sequence[str], file: str, count: int = 16) -> str:
+    """Write a PNG with the same samples of several datasets, a row for each dataset; smaller images are drawn larger.
+
+    Raises:
+        UserError: a dataset has no images yet, or they are not of the same channels and of sides that go into the largest.
+    """
+    datasets = [Dataset.open(uri) for uri in uris]
+    shapes = [dataset.header.fields["image"].shape if "image" in dataset.header.fields else () for dataset in datasets]
+    side = max((shape[-1] for shape in shapes if shape), default=0)
+    if any(not s or s[0] != shapes[0][0] or s[1] != s[2] or side % s[-1] for s in shapes):
+        told = ", ".join("x".join(map(str, shape)) or "none" for shape in shapes)
+        raise UserError(
+            f"Images of {told} cannot be shown beside each other; they are to be squares of sides that divide."
+        )
+    count = min(count, *(dataset.header.num_samples for dataset in datasets))
+    rows = []
+    for dataset, shape in zip(datasets, shapes, strict=True):
+        images = Reader(dataset, ["image"]).gather(np.arange(count))["image"]
+        rows.append(images.repeat(side // shape[-1], axis=2).repeat(side // shape[-1], axis=3))
+    names = [f"{shape[1]}x{shape[2]}" for shape in shapes]
+    Path(file).write_bytes(figures.png(figures.samples({"": np.stack(rows)}, names)))
+    return file
 
 
 def write_sheet(uri: str, file: str, per_class: int = 8) -> str:

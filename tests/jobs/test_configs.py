@@ -86,7 +86,28 @@ def emoji(folder: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("shrunk", [cifar10, imagenet256, stable_diffusion, emoji], ids=lambda f: f.__name__)
+def emoji_gpu(folder: Path) -> list[str]:
+    return [
+        *stage("train_autoencoder", "autoencoder={channels: [8, 16], norm_groups: 4, layers_per_block: 1}", *SHORT),
+        *stage("encode_latents", "pool.actors=1"),
+        *stage("train_diffusion", UNET, *SHORT, "cluster.cpus_per_rank=1"),
+        *stage("generate", "generate.sampler.steps=2"),
+    ]
+
+
+def emoji_upscale(folder: Path) -> list[str]:
+    return [
+        *stage("train_autoencoder", "autoencoder={channels: [8, 8], norm_groups: 4}", *SHORT),
+        *stage("encode_latents", "pool.actors=1"),
+        *stage("train_diffusion", UNET, *SHORT),
+        *stage("upscale", "upscale.sampler.steps=1", "pool.actors=1"),
+    ]
+
+
+CHAINS = [cifar10, imagenet256, stable_diffusion, emoji, emoji_gpu, emoji_upscale]
+
+
+@pytest.mark.parametrize("shrunk", CHAINS, ids=lambda f: f.__name__)
 def test_a_large_chain_in_small(shrunk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     write_images(tmp_path / "images", 32)
     pipelines.write(tmp_path / "models")
@@ -94,7 +115,7 @@ def test_a_large_chain_in_small(shrunk, tmp_path: Path) -> None:  # type: ignore
     words = [str(config), f"root={tmp_path}/root", *shrunk(tmp_path)]
     done = run("rayproj", "chain", *words, timeout=280)
     assert done.returncode == 0, done.stderr
-    dataset = Dataset.open(f"{tmp_path}/root/synthetic")
+    dataset = Dataset.open(f"{tmp_path}/root/{'large' if shrunk is emoji_upscale else 'synthetic'}")
     images = Reader(dataset, ["image"]).gather(np.arange(dataset.header.num_samples))["image"]
     assert len(images) >= 4 and images.std() > 1
     planned = run("rayproj", "plan", "chain", *words)
