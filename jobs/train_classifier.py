@@ -5,7 +5,6 @@ python jobs/train_classifier.py configs/train_classifier.yaml key=value ...
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from rayproj.data.loader import Batches, Streamed
 from rayproj.data.order import Mixed, Shuffled, Weighted, order_of
 from rayproj.data.reader import Joined, Reader
 from rayproj.engine.steps import PlainStep, world_sizes
+from rayproj.engine.task import pattern_problems
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
 from rayproj.runtime.command import command
@@ -53,11 +53,7 @@ class Config:
             found.append(
                 "objective: groups are counted before the training, so the dataset must be complete: consumer=''."
             )
-        try:
-            re.compile(self.trainable)
-        except re.error as error:
-            found.append(f"trainable='{self.trainable}' is no regular expression ({error}).")
-        return found
+        return found + pattern_problems(self.trainable, "trainable")
 
 
 def task_of(config: Config, header: Header, cells: Cells | None = None) -> ClassificationTask:
@@ -74,10 +70,12 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     batch, seed = config.train.batch, config.run.seed
     others = [Dataset.open(uri) for uri in config.mix]
     by = ["label", *config.objective.groups]
-    task = task_of(config, header, cells_of([dataset, *others], by) if config.objective.needs_cells else None)
+    cells = cells_of([dataset, *others], by) if config.objective.needs_cells else None
+    task = task_of(config, header, cells)
     order: Any = Shuffled(header.num_samples, header.shard_size, batch, seed, bool(config.consumer))
-    if config.objective.balance is Balance.oversample:
-        order = Weighted(cells_of([dataset], by).inverse(), header.shard_size, batch, seed)
+    if cells and config.objective.balance is Balance.oversample:
+        own = Cells(cells.numbers[: header.num_samples], cells.names)
+        order = Weighted(own.inverse(), header.shard_size, batch, seed)
     reader: Any = Reader(dataset, fields=["image", "label"], wait_seconds=config.wait_seconds, stop=link.stop_requested)
     if config.mix:
         shares = [1 - sum(config.mix.values()), *config.mix.values()]

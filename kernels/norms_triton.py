@@ -275,6 +275,15 @@ def _pixel_statistics(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _pixel_affine(means, rstds, weight, bias, example, groups, each, at, there):  # type: ignore[no-untyped-def]
+    """Of channels: the number of their group, its mean and 1 / deviation, and their own weights and biases."""
+    group = example * groups + at // each
+    mean, rstd = tl.load(means + group, mask=there, other=0.0), tl.load(rstds + group, mask=there, other=0.0)
+    w = tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+    return group, mean, rstd, w, tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _pixel_forward(  # type: ignore[no-untyped-def]
     x, weight, bias, y, means, rstds, channels, groups, length, each, ROWS: tl.constexpr, WIDE: tl.constexpr
 ):
@@ -282,16 +291,13 @@ def _pixel_forward(  # type: ignore[no-untyped-def]
     one = tl.program_id(2) * WIDE + tl.arange(0, WIDE)
     row, at = tl.arange(0, ROWS)[:, None], one[None, :]
     begin, there = example * length * channels, at < channels
-    group = example * groups + at // (channels // groups)
-    rstd = tl.load(rstds + group, mask=there, other=0.0)
-    scale = rstd * tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
-    mean = tl.load(means + group, mask=there, other=0.0)
-    plus = tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+    _, mean, rstd, w, b = _pixel_affine(means, rstds, weight, bias, example, groups, channels // groups, at, there)
+    scale = rstd * w
     last = tl.minimum((chunk + 1) * each, length)
     for i in range(chunk * each, last, ROWS):
         inside = (i + row < last) & there
         place = begin + (i + row) * channels + at
-        z = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean) * scale + plus
+        z = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean) * scale + b
         tl.store(y + place, (z * tl.sigmoid(z)).to(y.dtype.element_ty), mask=inside)
 
 
@@ -313,10 +319,7 @@ def _pixel_backward_sums(  # type: ignore[no-untyped-def]
     one = tl.program_id(2) * WIDE + tl.arange(0, WIDE)
     row, at = tl.arange(0, ROWS)[:, None], one[None, :]
     begin, there = example * length * channels, at < channels
-    group = example * groups + at // (channels // groups)
-    mean, rstd = tl.load(means + group, mask=there, other=0.0), tl.load(rstds + group, mask=there, other=0.0)
-    w = tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
-    b = tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+    _, mean, rstd, w, b = _pixel_affine(means, rstds, weight, bias, example, groups, channels // groups, at, there)
     plain = tl.zeros([ROWS, WIDE], tl.float32)
     times = tl.zeros([ROWS, WIDE], tl.float32)
     last = tl.minimum((chunk + 1) * each, length)
@@ -354,12 +357,10 @@ def _pixel_backward(  # type: ignore[no-untyped-def]
     one = tl.program_id(2) * WIDE + tl.arange(0, WIDE)
     row, at = tl.arange(0, ROWS)[:, None], one[None, :]
     begin, there = example * length * channels, at < channels
-    group, size = example * groups + at // (channels // groups), channels // groups * length
-    mean, rstd = tl.load(means + group, mask=there, other=0.0), tl.load(rstds + group, mask=there, other=0.0)
+    group, mean, rstd, w, b = _pixel_affine(means, rstds, weight, bias, example, groups, channels // groups, at, there)
+    size = channels // groups * length
     first = tl.load(firsts + group, mask=there, other=0.0) / size
     second = tl.load(seconds + group, mask=there, other=0.0) / size
-    w = tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
-    b = tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
     last = tl.minimum((chunk + 1) * each, length)
     for i in range(chunk * each, last, ROWS):
         inside = (i + row < last) & there

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from rayproj.errors import UserError
 from rayproj.storage.store import Store
@@ -83,28 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     grid.add_argument(
         "--per-cell", type=int, default=4, metavar="N", help="images of one kind at most (default: %(default)d)"
     )
-    evaluate = commands.add_parser("evaluate", help="judge a model by a table of its predictions")
-    questions = evaluate.add_subparsers(dest="question", required=True, metavar="QUESTION")
-    skew = questions.add_parser(
-        "skewsize", help="bias: how the mistakes of each class depend on groups, and how unevenly"
-    )
-    skew.add_argument("table", metavar="FILE", help="a .parquet, .csv or .jsonl file with a row for each example")
-    skew.add_argument("--prediction", required=True, metavar="COLUMN")
-    skew.add_argument("--label", required=True, metavar="COLUMN")
-    skew.add_argument(
-        "--group", required=True, action="append", metavar="COLUMN", help="again for more, and their pairs"
-    )
-    skew.add_argument(
-        "--words", action="store_true", help="predictions are free texts, which may be a class in other words"
-    )
-    skew.add_argument("--rare", type=int, default=0, metavar="N", help="predictions of a class rarer than N are one")
-    skew.add_argument("--plain", action="store_true", help="Cramér's V without the correction of its bias")
-    skew.add_argument("--min-examples", type=int, default=10, metavar="N", help="of a class (default: %(default)d)")
-    skew.add_argument("--permutations", type=int, default=1000, metavar="N", help="for chance (default: %(default)d)")
-    skew.add_argument("--bootstraps", type=int, default=1000, metavar="N", help="for intervals (default: %(default)d)")
-    skew.add_argument("--top", type=int, default=5, metavar="N", help="classes to explain (default: %(default)d)")
-    skew.add_argument("--out", metavar="FILE", help="keep all of it as JSON")
-    skew.add_argument("--picture", metavar="FILE", help="a PNG file: effect sizes beside accuracy and gap")
+    _add_evaluate(commands)
     verify = commands.add_parser("verify", help="read and hash every file of the checkpoints and datasets of a folder")
     verify.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
     gc = commands.add_parser("gc", help="delete what no commit holds, as killed processes leave it")
@@ -127,6 +107,32 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _add_evaluate(commands: Any) -> None:
+    """The options of `rayproj evaluate`."""
+    evaluate = commands.add_parser("evaluate", help="judge a model by a table of its predictions")
+    questions = evaluate.add_subparsers(dest="question", required=True, metavar="QUESTION")
+    skew = questions.add_parser(
+        "skewsize", help="bias: how the mistakes of each class depend on groups, and how unevenly"
+    )
+    skew.add_argument("table", metavar="FILE", help="a .parquet, .csv or .jsonl file with a row for each example")
+    skew.add_argument("--prediction", required=True, metavar="COLUMN")
+    skew.add_argument("--label", required=True, metavar="COLUMN")
+    skew.add_argument(
+        "--group", required=True, action="append", metavar="COLUMN", help="again for more, and their pairs"
+    )
+    skew.add_argument(
+        "--words", action="store_true", help="predictions are free texts, which may be a class in other words"
+    )
+    skew.add_argument("--rare", type=int, default=0, metavar="N", help="predictions of a class rarer than N are one")
+    skew.add_argument("--plain", action="store_true", help="Cramér's V without the correction of its bias")
+    skew.add_argument("--min-examples", type=int, default=10, metavar="N", help="of a class (default: %(default)d)")
+    skew.add_argument("--permutations", type=int, default=1000, metavar="N", help="for chance (default: %(default)d)")
+    skew.add_argument("--bootstraps", type=int, default=1000, metavar="N", help="for intervals (default: %(default)d)")
+    skew.add_argument("--top", type=int, default=5, metavar="N", help="classes to explain (default: %(default)d)")
+    skew.add_argument("--out", metavar="FILE", help="keep all of it as JSON")
+    skew.add_argument("--picture", metavar="FILE", help="a PNG file: effect sizes beside accuracy and gap")
 
 
 def _run(arguments: argparse.Namespace) -> int:

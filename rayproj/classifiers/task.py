@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,8 +11,7 @@ from rayproj.classifiers.model import ClassifierConfig, ConvNet, weights_of
 from rayproj.classifiers.objective import Objective, ObjectiveConfig
 from rayproj.data.dataset import Header
 from rayproj.engine.engine import load_flat
-from rayproj.engine.task import Batch
-from rayproj.errors import UserError
+from rayproj.engine.task import Batch, train_only
 
 
 class ClassificationTask:
@@ -54,11 +51,7 @@ class ClassificationTask:
         model = ConvNet(self.config, self.image_channels, self.num_classes)
         if init:
             load_flat(model, weights_of(init))
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(bool(re.search(self.trainable, name)))
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            names = ", ".join(name for name, _ in model.named_parameters())
-            raise UserError(f"trainable='{self.trainable}' is found in no parameter's name; there are {names}.")
+        train_only(model, self.trainable, "trainable")
         self.objective.prepare(model)
         return model
 

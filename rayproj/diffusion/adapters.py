@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rayproj.diffusion.others import planned
+from rayproj.engine.task import pattern_problems
 from rayproj.errors import UserError
 
 
@@ -23,11 +24,10 @@ class LoraConfig:
     layers: str = r"\.to_(q|k|v|out\.0)$"  # regular expression, found in the names of the layers that have adapters
 
     def problems(self) -> list[str]:
-        try:
-            re.compile(self.layers)
-        except re.error as error:
-            return [f"lora.layers='{self.layers}' is no regular expression ({error})."]
-        return [f"lora.{n} must not be negative." for n in ("rank", "alpha") if getattr(self, n) < 0]
+        found = pattern_problems(self.layers, "lora.layers")
+        return found + [f"lora.{n} must not be negative." for n in ("rank", "alpha") if getattr(self, n) < 0]
+            f"lora.{n} must not be negative." for n in ("rank", "alpha") if getattr(self, n) < 0
+        ]
 
 
 def adapt(model: nn.Module, config: LoraConfig, seed: int) -> None:

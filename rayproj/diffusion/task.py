@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,7 @@ from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.engine.checkpoint import Commit, load_ema
 from rayproj.engine.compiling import need_compiler
 from rayproj.engine.engine import load_flat
-from rayproj.engine.task import Batch
+from rayproj.engine.task import Batch, pattern_problems, train_only
 from rayproj.engine.training import TrainConfig
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
@@ -69,10 +68,8 @@ class DiffusionConfig:
         return self.conditions or {LABEL: ConditionConfig()}
 
     def problems(self) -> list[str]:
-        try:
-            re.compile(self.trainable)
-        except re.error as error:
-            return [f"diffusion.trainable='{self.trainable}' is no regular expression ({error})."]
+        if wrong := pattern_problems(self.trainable, "diffusion.trainable"):
+            return wrong
         if self.lora.rank and (self.trainable or not self.init):
             return ["diffusion.lora.rank goes with diffusion.init, and not with diffusion.trainable."]
         if (self.time_density is TimeDensity.mixture) != bool(self.time_mixture):
@@ -176,14 +173,7 @@ class DiffusionTask:
         if self.config.lora.rank:
             adapt(model, self.config.lora, self.seed)
             return model
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(bool(re.search(self.config.trainable, name)) and name not in model.kept)
-        if not any(p.requires_grad for p in model.parameters()):
-            names = ", ".join(sorted({n.rsplit(".", 2)[0] for n, _ in model.named_parameters()})[:8])
-            raise UserError(
-                f"diffusion.trainable='{self.config.trainable}' is found in no parameter's name, so nothing would be "
-                f"trained; there are {names}, ..."
-            )
+        train_only(model, self.config.trainable, "diffusion.trainable", model.kept)
         return model
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
+
+from rayproj.errors import UserError
 
 Batch = dict[str, Tensor]
 """Fields of a dataset, stacked: [B, ...]. "row" is int64 [B, 3], (global sample index, step, view): the key of all
@@ -35,3 +39,27 @@ class Validated(Protocol):
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Measures on held-out examples, by names that begin with "val_"; nothing where there are none."""
         ...
+
+
+def train_only(model: nn.Module, pattern: str, option: str, kept: Collection[str] = ()) -> None:
+    """Freeze the parameters in whose names a regular expression is not found, and those that are to be kept.
+
+    Raises:
+        UserError: that leaves none to be trained; it names the option.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(re.search(pattern, name)) and name not in kept)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        names = ", ".join(sorted({n.rsplit(".", 2)[0] for n, _ in model.named_parameters()})[:8])
+        raise UserError(
+            f"{option}='{pattern}' is found in no parameter's name, so nothing would be trained; there are {names}, ..."
+        )
+
+
+def pattern_problems(pattern: str, option: str) -> list[str]:
+    """What is wrong with a regular expression of a config."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{option}='{pattern}' is no regular expression ({error})."]
+    return []
