@@ -26,8 +26,6 @@ class LoraConfig:
     def problems(self) -> list[str]:
         found = pattern_problems(self.layers, "lora.layers")
         return found + [f"lora.{n} must not be negative." for n in ("rank", "alpha") if getattr(self, n) < 0]
-            f"lora.{n} must not be negative." for n in ("rank", "alpha") if getattr(self, n) < 0
-        ]
 
 
 def adapt(model: nn.Module, config: LoraConfig, seed: int) -> None:
