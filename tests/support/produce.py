@@ -16,9 +16,10 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     connect()
     with Run.open("produce", RunOnly(run=RunConfig(dir=str(folder / "run")))) as run:
-        header, values = images.header(), {"log": str(folder / "made.log")}
+        header, values, pool = images.header(), {"log": str(folder / "made.log")}, PoolConfig()
         if sys.argv[2:]:
             header, values["pause"] = images.header(int(sys.argv[2]), 2), sys.argv[3]
+            pool.cpus_per_actor = 1  # a node of one CPU has room for one
         dataset = Dataset.create(str(folder / "data"), header)
-        made = produce(run, dataset, "tests.support.entries:Maker", PoolConfig(), values)
+        made = produce(run, dataset, "tests.support.entries:Maker", pool, values)
         run.finish(made)
