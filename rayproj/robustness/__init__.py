@@ -1,0 +1,1 @@
+"""Robustness: attacks within ℓp balls, and what they say of a classifier."""

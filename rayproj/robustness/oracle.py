@@ -1,0 +1,79 @@
+"""What an attack may ask of a classifier, and what it has asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayproj.robustness.losses import Loss
+
+Model = Callable[[Tensor], Tensor]
+"""Images fp32 [B, C, H, W] in [0, 1] to logits [B, K]."""
+
+
+class Oracle:
+    """Logits and gradients of a model, averaged over draws where it is random (expectation over transformation, Athalye et
+    al. 2018).
+
+    Args:
+        draws: of a random model, for each answer.
+
+    Attributes:
+        forwards, backwards: examples that went through the model so far.
+    """
+
+    def __init__(self, model: Model, draws: int = 1) -> None:
+        self.model, self.draws = model, draws
+        self.forwards = self.backwards = 0
+
+    def logits(self, x: Tensor) -> Tensor:
+        """fp32 [B, K]."""
+        with torch.no_grad():
+            return torch.stack([self._ask(x) for _ in range(self.draws)]).mean(0)
+
+    def ask(self, x: Tensor, label: Tensor, target: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses [B], their gradients by `x`, and logits [B, K], each the mean over the draws."""
+        totals: list[Tensor] = []
+        for _ in range(self.draws):
+            with torch.enable_grad():
+                point = x.detach().requires_grad_()
+                logits = self._ask(point)
+                losses = loss(logits, label, target)
+                (gradient,) = torch.autograd.grad(losses.sum(), point)
+            self.backwards += len(x)
+            found = [losses.detach(), gradient, logits.detach()]
+            totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
+        losses, gradient, logits = (total / self.draws if self.draws > 1 else total for total in totals)
+        return losses, gradient, logits
+
+    def _ask(self, x: Tensor) -> Tensor:
+        self.forwards += len(x)
+        return self.model(x).float()
+
+
+@dataclass
+class Attacked:
+    """What an attack came to.
+
+    Attributes:
+        images: fp32 [B, C, H, W]: misclassified where it succeeded, else those of the highest loss.
+        broken: bool [B].
+    """
+
+    images: Tensor
+    broken: Tensor
+
+
+def straight_through(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A step without a useful gradient, such as a purifier, as one that counts as the identity backwards (BPDA, Athalye et
+    al. 2018)."""
+
+    def through(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            moved = step(x) - x
+        return x + moved
+
+    return through

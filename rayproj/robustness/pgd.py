@@ -1,0 +1,55 @@
+"""Fast gradient sign and projected gradient descent, for training and as a baseline."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rayproj.robustness.losses import Loss, cross_entropy
+from rayproj.robustness.oracle import Attacked, Oracle
+from rayproj.robustness.threats import Norm, Threat, size, wide
+
+
+def fgsm(oracle: Oracle, x: Tensor, label: Tensor, threat: Threat, loss: Loss = cross_entropy) -> Attacked:
+    """One step of the whole radius (Goodfellow et al. 2015)."""
+    return pgd(oracle, x, label, None, threat, steps=1, step=1.0, loss=loss)
+
+
+def pgd(
+    oracle: Oracle,
+    x: Tensor,
+    label: Tensor,
+    row: Tensor | None,
+    threat: Threat,
+    steps: int = 10,
+    step: float = 0.25,
+    loss: Loss = cross_entropy,
+    seed: int = 0,
+) -> Attacked:
+    """Steepest ascent of the loss with projections (Madry et al. 2018); the last point.
+
+    Args:
+        x: fp32 [B, C, H, W] in [0, 1].
+        row: int64 [B, 3], the keys of random starts; None starts at the images.
+        step: length of each in radii.
+    """
+    point = x if row is None else threat.start(x, row, seed)
+    for _ in range(steps):
+        _, gradient, _ = oracle.ask(point, label, label, loss)
+        point = threat.project(x, point + threat.eps * step * steepest(gradient, threat.norm))
+    return Attacked(point, oracle.logits(point).argmax(1) != label)
+
+
+def steepest(gradient: Tensor, norm: Norm, share: float | Tensor = 0.05) -> Tensor:
+    """Unit steps of steepest ascent; for ℓ1 the signs of the largest `share` of the values (of each example, if a tensor
+    [B]), because the single largest alone hardly moves."""
+    if norm is Norm.linf:
+        return gradient.sign()
+    if norm is Norm.l2:
+        return gradient / wide(size(gradient, Norm.l2), gradient).clamp(min=1e-12)
+    flat = gradient.flatten(1).abs()
+    count = torch.as_tensor(share, device=flat.device).expand(len(flat)) * flat.shape[1]
+    rank = (count.long().clamp(1, flat.shape[1]) - 1)[:, None]
+    threshold = flat.sort(1, descending=True).values.gather(1, rank)
+    signs = torch.where(flat >= threshold, gradient.flatten(1).sign(), 0.0).view_as(gradient)
+    return signs / wide(size(signs, Norm.l1), signs).clamp(min=1)
