@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj import config as configuration
+from rayproj.classifiers.adversary import AdversaryConfig
 from rayproj.classifiers.augment import AugmentConfig
-from rayproj.classifiers.model import ClassifierConfig
+from rayproj.classifiers.model import StartConfig
+from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.classifiers.objective import Balance, Objective, ObjectiveConfig
 from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.cells import Cells, cells_of
@@ -36,10 +38,11 @@ class Config:
     mix: dict[str, float] = field(default_factory=dict)  # further ones, such as the real images -> share of every batch
     consumer: str = ""  # read the first epoch as it is written, under this name; "": the dataset is complete
     wait_seconds: float = 600.0  # for the dataset, and for each next shard of it
-    init: str = ""  # run dir of a classifier to start from, such as one of synthetic images
+    start: StartConfig = field(default_factory=StartConfig)  # such as a classifier of synthetic images
     trainable: str = ""  # regular expression: parameters so named are trained, such as ^head; the others stay
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -60,7 +63,7 @@ def task_of(config: Config, header: Header, cells: Cells | None = None) -> Class
     # Without cells, as for a plan, the objective is one that needs none.
     objective = Objective(config.objective if cells else ObjectiveConfig(), cells)
     common = (config.classifier, header, config.run.seed, config.augment)
-    return ClassificationTask(*common, objective, config.init, config.trainable)
+    return ClassificationTask(*common, objective, config.start, config.trainable, config.adversary)
 
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from rayproj.runtime.run import Run
 from rayproj.storage.store import Store, to_json
 
 ROUNDS, THREADS = 3, 2
-SAMPLES, BATCH, STEPS = 1024, 64, 16  # drawn, at once, and steps of the sampler
+SAMPLES, BATCH, STEPS = 512, 64, 16  # drawn, at once, and steps of the sampler
 SIDE, IMAGES, SHARD = 64, 8192, 256  # of the images that are read
 SHARDS = (1_000, 10_000, 100_000, 1_000_000)  # planned and committed in memory
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +73,7 @@ def _in_turns(ways: list[Callable[[], float]]) -> list[float]:
     for number in range(ROUNDS):
         for k in range(len(ways)) if number % 2 else reversed(range(len(ways))):
             found[k].append(ways[k]())
+        print(f"round {number + 1}: " + " ".join(f"{values[-1]:.4g}" for values in found), file=sys.stderr, flush=True)
     return [statistics.median(values) for values in found]
 
 

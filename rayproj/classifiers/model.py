@@ -1,63 +1,22 @@
-"""Image classifiers."""
+"""Trained classifiers by their run dirs, and mixtures of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from rayproj import config as configuration
+from rayproj.classifiers.adapters import Adapted
+from rayproj.classifiers.networks import ClassifierConfig, build
 from rayproj.classifiers.objective import GROUP_WEIGHTS
-from rayproj.data.dataset import Dataset
+from rayproj.classifiers.soups import soup
+from rayproj.data.dataset import Dataset, Header
 from rayproj.engine.checkpoint import load_ema
 from rayproj.engine.engine import load_flat
 from rayproj.errors import UserError
 from rayproj.storage.store import Store
-
-
-@dataclass
-class ClassifierConfig:
-    """A small convolutional network; every stage halves height and width."""
-
-    channels: tuple[int, ...] = (32, 64, 128)
-    norm_groups: int = 8
-    dropout: float = 0.1
-
-    def problems(self) -> list[str]:
-        return [
-            f"classifier.channels: {c} is not a multiple of classifier.norm_groups={self.norm_groups}."
-            for c in self.channels
-            if c % self.norm_groups
-        ]
-
-
-class ConvNet(nn.Module):
-    """Logits [B, num_classes] of uint8 images [B, C, H, W]."""
-
-    def __init__(self, config: ClassifierConfig, image_channels: int, num_classes: int) -> None:
-        super().__init__()
-        stages: list[nn.Module] = []
-        inputs = image_channels
-        for channels in config.channels:
-            stages += [
-                nn.Conv2d(inputs, channels, 3, stride=2, padding=1),
-                nn.GroupNorm(config.norm_groups, channels),
-                nn.SiLU(),
-                nn.Conv2d(channels, channels, 3, padding=1),
-                nn.GroupNorm(config.norm_groups, channels),
-                nn.SiLU(),
-            ]
-            inputs = channels
-        self.features = nn.Sequential(*stages)
-        self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(inputs, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = (images.float() / 127.5 - 1).to(self.head.weight.dtype)
-        pooled = F.adaptive_avg_pool2d(self.features(x), 1).flatten(1)
-        return self.head(self.dropout(pooled)).float()
 
 
 def weights_of(run_dir: str) -> dict[str, torch.Tensor]:
@@ -72,19 +31,79 @@ def weights_of(run_dir: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in load_ema(store)[0].items() if name != GROUP_WEIGHTS}
 
 
+def network_for(config: ClassifierConfig, images: Header) -> nn.Module:
+    """An untrained network for the images of a dataset."""
+    channels, side, _ = images.fields["image"].shape
+    return build(config, channels, side, len(images.classes))
+
+
+def of_run(run_dir: str, images: Header) -> nn.Module:
+    """The network of a run, for such images, with its averaged weights.
+
+    Raises:
+        UserError: the run has no commit, or is for other images.
+    """
+    weights = weights_of(run_dir)
+    model = network_for(
+        configuration.section(ClassifierConfig, Store(run_dir).read("config.yaml"), "classifier"), images
+    )
+    load_flat(model, weights)
+    return model
+
+
 def load(run_dir: str, device: str) -> nn.Module:
     """The averaged weights of a classifier run, in eval mode.
 
     Raises:
         UserError: the run has no commit, or its data are gone.
     """
-    weights, text = weights_of(run_dir), Store(run_dir).read("config.yaml")
-    header = Dataset.open(configuration.value(text, "data")).header
-    model = ConvNet(
-        configuration.section(ClassifierConfig, text, "classifier"),
-        header.fields["image"].shape[0],
-        len(header.classes),
-    )
-    load_flat(model, weights)
-    model.to(torch.device(device)).eval().requires_grad_(False)
-    return model
+    weights_of(run_dir)  # says what is amiss before the data do
+    header = Dataset.open(configuration.value(Store(run_dir).read("config.yaml"), "data")).header
+    return of_run(run_dir, header).to(torch.device(device)).eval().requires_grad_(False)
+
+
+@dataclass
+class StartConfig:
+    """What a classifier starts from in place of random weights; with train.steps=0 it is that."""
+
+    run: str = ""  # run dir of a classifier of the same size
+    soup: dict[str, float] = field(default_factory=dict)  # run dirs -> their weights in a mixture, which sum to 1
+    # Of a start with adapters: the weights of the clean and of the adversarial branch, which become one network.
+    mix: list[float] = field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        found = ["start: give run or soup, not both."] if self.run and self.soup else []
+        if self.soup and abs(sum(self.soup.values()) - 1) > 1e-6:
+            found.append(f"start.soup: the weights sum to {sum(self.soup.values()):g}, and should to 1.")
+        if self.mix and len(self.mix) != 2:
+            found.append("start.mix has two weights: of the clean and of the adversarial branch.")
+        return found if self or not self.mix else [*found, "start.mix needs start.run or start.soup."]
+
+    def __bool__(self) -> bool:
+        return bool(self.run or self.soup)
+
+    def network(self, config: ClassifierConfig, images: Header) -> nn.Module:
+        """A network of this config with these weights; with adapters, if the start had none, its two branches are equal.
+
+        Raises:
+            UserError: the start is not there, or is another kind of network.
+        """
+        members = list(self.soup) or [self.run]
+        found = of_run(members[0], images)
+        if self.soup:
+            found.load_state_dict(soup([of_run(run, images).state_dict() for run in members], list(self.soup.values())))
+        if self.mix:
+            if not isinstance(found, Adapted):
+                raise UserError(f"start.mix: '{members[0]}' has no adapters to mix.")
+            found = found.merged(torch.tensor(self.mix))
+        if config.adapters and not isinstance(found, Adapted):
+            found = Adapted(found, config.adapters)
+        wanted, given = network_for(config, images), found.state_dict()
+        state = wanted.state_dict()
+        wrong = sorted(set(state) ^ set(given)) or [n for n in state if state[n].shape != given[n].shape]
+        if wrong:
+            raise UserError(
+                f"'{members[0]}' is another network than `classifier` describes (first difference: {wrong[0]})."
+            )
+        wanted.load_state_dict(given)
+        return wanted

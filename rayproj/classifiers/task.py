@@ -6,20 +6,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rayproj.classifiers import adversary as adversaries
+from rayproj.classifiers.adversary import AdversaryConfig, Training
 from rayproj.classifiers.augment import AugmentConfig, augmented
-from rayproj.classifiers.model import ClassifierConfig, ConvNet, weights_of
+from rayproj.classifiers.model import StartConfig, network_for
+from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.classifiers.objective import Objective, ObjectiveConfig
 from rayproj.data.dataset import Header
-from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch, train_only
 
 
 class ClassificationTask:
-    """The objective's losses of keyed random changes of the images.
+    """The objective's losses of keyed random changes of the images, and of what an adversary makes of them.
 
     Args:
         images: the header of a dataset with the fields "image" and "label".
-        init: run dir of a classifier of the same size to start from.
+        start: what to start from.
         trainable: regular expression: parameters in whose names it is found are trained, the others stay.
     """
 
@@ -30,34 +32,41 @@ class ClassificationTask:
         seed: int,
         augment: AugmentConfig | None = None,
         objective: Objective | None = None,
-        init: str = "",
+        start: StartConfig | None = None,
         trainable: str = "",
+        adversary: AdversaryConfig | None = None,
     ) -> None:
-        self.config, self.seed, self.augment = config, seed, augment or AugmentConfig()
+        self.config, self.images, self.seed = config, images, seed
+        self.augment, self.adversary = augment or AugmentConfig(), adversary or AdversaryConfig()
         self.objective = objective or Objective(ObjectiveConfig())
-        self.init, self.trainable, self.starts_trained = init, trainable, bool(init)
-        self.image_channels = images.fields["image"].shape[0]
-        self.num_classes = len(images.classes)
+        self.start, self.trainable = start or StartConfig(), trainable
+        self.starts_trained = bool(self.start)
 
     def build(self) -> nn.Module:
-        return self._network(self.init)
+        torch.manual_seed(self.seed)
+        start = self.start
+        return self._ready(start.network(self.config, self.images) if start else network_for(self.config, self.images))
 
     def network(self) -> nn.Module:
         """The model with no regard to what it starts from, which may not be there yet."""
-        return self._network("")
-
-    def _network(self, init: str) -> nn.Module:
         torch.manual_seed(self.seed)
-        model = ConvNet(self.config, self.image_channels, self.num_classes)
-        if init:
-            load_flat(model, weights_of(init))
+        return self._ready(network_for(self.config, self.images))
+
+    def _ready(self, model: nn.Module) -> nn.Module:
         train_only(model, self.trainable, "trainable")
         self.objective.prepare(model)
         return model
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        images = augmented(batch["image"], batch["row"], self.seed, self.augment)
-        return self.objective(model, model(images), batch["label"], batch["row"])
+        label, row = batch["label"], batch["row"]
+        images = augmented(batch["image"], row, self.seed, self.augment)
+
+        def objective(logits: Tensor) -> Tensor:
+            return self.objective(model, logits, label, row)
+
+        if self.adversary.training is Training.none:
+            return objective(model(images))
+        return adversaries.losses(model, images, label, row, objective, self.adversary, self.seed)
 
     def preview(self, model: nn.Module) -> np.ndarray | None:
         return None

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from rayproj import classifiers
 from rayproj import config as configuration
-from rayproj.classifiers.model import ClassifierConfig
+from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.data.dataset import Dataset
 from rayproj.engine.checkpoint import load_ema
 from rayproj.engine.engine import load_flat

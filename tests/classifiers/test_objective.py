@@ -137,7 +137,7 @@ def train_arms(world: World, folder: str) -> None:
             "run": {"dir": f"{folder}/{name}"},
         }
         train_one(world, values)
-    values |= {"init": f"{folder}/plain", "trainable": "^head", "run": {"dir": f"{folder}/last"}}
+    values |= {"start": {"run": f"{folder}/plain"}, "trainable": "^head", "run": {"dir": f"{folder}/last"}}
     values |= {"objective": ARMS["oversample"]}
     train_one(world, values)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rayproj import keyed
-from rayproj.classifiers.model import ClassifierConfig
+from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.dataset import Field, Header
 from rayproj.diffusion.adapters import LoraConfig, merge

@@ -10,7 +10,7 @@ import torch
 
 from rayproj import config as configuration
 from rayproj.classifiers.augment import AugmentConfig
-from rayproj.classifiers.model import ClassifierConfig
+from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.loader import Batches

@@ -1,0 +1,218 @@
+"""The networks of classifiers: logits [B, num_classes] of images [B, C, H, W] with values from 0 to 255, uint8 or float.
+
+None looks at more than one example at a time (group and layer norm, no batch norm), so that what an image is taken for does
+not depend on the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rayproj.errors import UserError
+
+
+class Network(Enum):
+    conv = "conv"  # small; every stage halves height and width
+    wide_resnet = "wide_resnet"  # Zagoruyko and Komodakis 2016, with group norm
+    vit = "vit"  # of transformers (Dosovitskiy et al. 2021)
+
+
+@dataclass
+class ClassifierConfig:
+    """A network, and what of it there is twice."""
+
+    network: Network = Network.conv
+    channels: tuple[int, ...] = (32, 64, 128)  # conv: of each stage
+    norm_groups: int = 8  # conv, wide_resnet
+    dropout: float = 0.1
+    depth: int = 28  # wide_resnet: 6 n + 4
+    width: int = 10  # wide_resnet: times 16 channels
+    layers: int = 4  # vit
+    dim: int = 96  # vit
+    heads: int = 3  # vit
+    patch: int = 4  # vit: side
+    weights: str = ""  # vit: folder of a ViTForImageClassification of transformers, in place of the five above
+    # Of a model for clean and for adversarial images: what each has of its own (`adapters`), of token, positions, norms,
+    # patches, head; token and positions are of a vit alone. []: one model for both.
+    adapters: list[str] = field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        found = [
+            f"classifier.channels: {c} is not a multiple of classifier.norm_groups={self.norm_groups}."
+            for c in self.channels
+            if self.network is Network.conv and c % self.norm_groups
+        ]
+        if self.network is Network.wide_resnet and ((self.depth - 4) % 6 or self.depth < 10):
+            found.append(f"classifier.depth={self.depth} is not 6 n + 4, such as 16 or 28.")
+        if self.network is Network.vit and self.dim % self.heads:
+            found.append(f"classifier.dim={self.dim} does not divide over {self.heads} heads.")
+        if self.weights and self.network is not Network.vit:
+            found.append("classifier.weights are for classifier.network=vit.")
+        known = KINDS if self.network is Network.vit else KINDS[2:]
+        wrong = [kind for kind in self.adapters if kind not in known]
+        if wrong:
+            found.append(f"classifier.adapters: '{wrong[0]}' is none of {', '.join(known)} for {self.network.value}.")
+        return found
+
+
+KINDS = ("token", "positions", "norms", "patches", "head")
+
+
+class ConvNet(nn.Module):
+    def __init__(self, config: ClassifierConfig, image_channels: int, num_classes: int) -> None:
+        super().__init__()
+        stages: list[nn.Module] = []
+        inputs = image_channels
+        for channels in config.channels:
+            stages += [
+                nn.Conv2d(inputs, channels, 3, stride=2, padding=1),
+                nn.GroupNorm(config.norm_groups, channels),
+                nn.SiLU(),
+                nn.Conv2d(channels, channels, 3, padding=1),
+                nn.GroupNorm(config.norm_groups, channels),
+                nn.SiLU(),
+            ]
+            inputs = channels
+        self.features = nn.Sequential(*stages)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(inputs, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = centred(images, next(self.parameters()).dtype)
+        pooled = F.adaptive_avg_pool2d(self.features(x), 1).flatten(1)
+        return self.head(self.dropout(pooled)).float()
+
+
+def centred(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values from 0 to 255 as values from -1 to 1."""
+    return (images.float() / 127.5 - 1).to(dtype)
+
+
+class _Block(nn.Module):
+    """Norm, activation and convolution, twice, beside a shortcut (He et al. 2016, "Identity mappings")."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, groups: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(groups, inputs), nn.GroupNorm(groups, outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.silu(self.norm1(x))
+        skipped = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(active)
+        return skipped + self.conv2(self.dropout(F.silu(self.norm2(self.conv1(active)))))
+
+
+class WideResNet(nn.Module):
+    """Three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times `width` channels."""
+
+    def __init__(self, config: ClassifierConfig, image_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(image_channels, 16, 3, 1, 1, bias=False)
+        blocks, inputs = list[nn.Module](), 16
+        for stage in range(3):
+            for number in range((config.depth - 4) // 6):
+                outputs = 16 * 2**stage * config.width
+                stride = 2 if stage and not number else 1
+                blocks.append(_Block(inputs, outputs, stride, config.norm_groups, config.dropout))
+                inputs = outputs
+        self.blocks, self.norm = nn.Sequential(*blocks), nn.GroupNorm(config.norm_groups, inputs)
+        self.head = nn.Linear(inputs, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.blocks(self.stem(centred(images, next(self.parameters()).dtype)))
+        return self.head(F.silu(self.norm(x)).mean((2, 3))).float()
+
+
+class VisionTransformer(nn.Module):
+    """A ViTForImageClassification of transformers that takes images as the others do.
+
+    Attributes:
+        net: the model of transformers.
+        mean, std: of its inputs, which are in [0, 1] before.
+    """
+
+    def __init__(self, net: Any, mean: float | list[float] = 0.5, std: float | list[float] = 0.5) -> None:
+        super().__init__()
+        self.net = net
+        self.mean, self.std = (torch.tensor(v).flatten()[:, None, None] for v in (mean, std))
+
+    @property
+    def head(self) -> nn.Module:
+        return self.net.classifier  # type: ignore[no-any-return]
+
+    def forward(self, images: Tensor, token: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """Logits; with other class tokens [B or 1, 1, dim] or position embeddings [B or 1, 1 + patches, dim] if given."""
+        net, known = self.net.vit, self.net.vit.embeddings
+        x = (images.float() / 255 - self.mean.to(images.device)) / self.std.to(images.device)
+        patches = known.patch_embeddings(x.to(next(self.parameters()).dtype))
+        token = known.cls_token if token is None else token
+        positions = known.position_embeddings if positions is None else positions
+        hidden = known.dropout(torch.cat([token.expand(len(x), -1, -1), patches], 1) + positions)
+        for layer in net.layers:
+            hidden = layer(hidden, None)
+        return self.net.classifier(net.layernorm(hidden)[:, 0]).float()  # type: ignore[no-any-return]
+
+
+def _vision_transformer(config: ClassifierConfig, channels: int, side: int, classes: int) -> VisionTransformer:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    if not config.weights:
+        if side % config.patch:
+            raise UserError(f"classifier.patch={config.patch} does not divide the images' side of {side}.")
+        known = ViTConfig(  # type: ignore[call-arg]
+            hidden_size=config.dim,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.dim,
+            image_size=side,
+            patch_size=config.patch,
+            num_channels=channels,
+            num_labels=classes,
+            hidden_dropout_prob=config.dropout,
+        )
+        return VisionTransformer(ViTForImageClassification(known))
+    folder = Path(config.weights)
+    if not (folder / "config.json").exists():
+        raise UserError(f"There is no model of transformers at '{config.weights}'; give a folder with a config.json.")
+    net = ViTForImageClassification.from_pretrained(folder, num_labels=classes, ignore_mismatched_sizes=True)
+    if net.config.num_channels != channels or net.config.image_size != side:
+        raise UserError(
+            f"'{config.weights}' takes images of {net.config.num_channels} channels and a side of {net.config.image_size}, "
+            f"and these have {channels} and {side}; import them with source.channels and source.image_size accordingly."
+        )
+    return VisionTransformer(net, *_normalisation(folder))
+
+
+def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
+    """Mean and deviation by the checkpoint's own preprocessing."""
+    import json
+
+    path = folder / "preprocessor_config.json"
+    said = json.loads(path.read_text()) if path.exists() else {}
+    return said.get("image_mean", [0.5]), said.get("image_std", [0.5])
+
+
+def build(config: ClassifierConfig, channels: int, side: int, classes: int) -> nn.Module:
+    """The network of a config, with adapters where it has some.
+
+    Raises:
+        UserError: the weights are not there, or not for such images.
+    """
+    from rayproj.classifiers.adapters import Adapted
+
+    if config.network is Network.vit:
+        network: nn.Module = _vision_transformer(config, channels, side, classes)
+    else:
+        network = (ConvNet if config.network is Network.conv else WideResNet)(config, channels, classes)
+    return Adapted(network, config.adapters) if config.adapters else network

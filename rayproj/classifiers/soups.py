@@ -1,0 +1,135 @@
+"""Linear combinations of the weights of networks that were trained from one start (Wortsman et al. 2022, "Model soups";
+Croce et al. 2023, "Seasoning model soups for robustness to adversarial and natural distribution shifts")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rayproj.errors import UserError
+
+State = Mapping[str, Tensor]
+
+
+def soup(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Σ_i w_i θ_i, summed in double precision; what is not floating point is taken from the first.
+
+    Weights may be negative, and those of the paper sum to 1.
+
+    Raises:
+        UserError: the states are not of one kind of network; it names the difference.
+    """
+    assert len(states) == len(weights) > 0
+    first = states[0]
+    for other in states[1:]:
+        wrong = sorted(set(first) ^ set(other)) or [n for n in first if first[n].shape != other[n].shape]
+        if wrong:
+            raise UserError(f"Networks of different kinds cannot be mixed: '{wrong[0]}' is not the same in all.")
+    found = {}
+    for name, tensor in first.items():
+        if not tensor.is_floating_point():
+            found[name] = tensor.clone()
+        elif 1.0 in weights and sum(map(bool, weights)) == 1:  # one alone, to the last bit
+            found[name] = states[list(weights).index(1.0)][name].clone()
+        else:
+            mixed = sum(w * state[name].double() for state, w in zip(states, weights, strict=True))
+            found[name] = mixed.to(tensor.dtype)  # type: ignore[union-attr]
+    return found
+
+
+def grid(members: int, parts: int, beyond: float = 0.0) -> np.ndarray:
+    """Weights [n, members] that sum to 1, in steps of 1 / parts, each at least -beyond and at most 1 + beyond.
+
+    Without `beyond` these are the C(parts + members - 1, members - 1) points of a simplex.
+    """
+    low, high = -math.floor(beyond * parts + 1e-9), parts + math.floor(beyond * parts + 1e-9)
+    points = [
+        (*some, parts - sum(some))
+        for some in product(range(low, high + 1), repeat=members - 1)
+        if low <= parts - sum(some) <= high
+    ]
+    return np.array(sorted(points, reverse=True), float) / parts
+
+
+class Stack:
+    """Many soups of one network, evaluated together on the same images by `torch.func`.
+
+    Args:
+        network: gives the form.
+        states: of the members.
+        weights: [candidates, members].
+    """
+
+    def __init__(self, network: nn.Module, states: Sequence[State], weights: np.ndarray) -> None:
+        self.network, self.count = network, len(weights)
+        soups = [soup(states, list(map(float, row))) for row in weights]
+        self.stacked = {name: torch.stack([one[name] for one in soups]) for name in soups[0]}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [candidates, B, K] of images [B, ...] that all see, or [candidates, B, ...], to each its own."""
+        own = images.dim() == 5
+
+        def one(state: dict[str, Tensor], x: Tensor) -> Tensor:
+            return torch.func.functional_call(self.network, state, (x,))
+
+        return torch.func.vmap(one, in_dims=(0, 0 if own else None), randomness="error")(self.stacked, images)
+
+    def flat(self, images: Tensor) -> Tensor:
+        """The same for [candidates · B, ...], as attacks have them: logits [candidates · B, K]."""
+        return self(images.unflatten(0, (self.count, -1))).flatten(0, 1)
+
+
+Score = Callable[[Sequence[float]], float]
+"""How good a soup of these weights is."""
+
+
+def greedy(alone: Sequence[float], score: Score) -> list[float]:
+    """Weights of the greedy soup (Wortsman et al. 2022, recipe 1): the members from the best alone on, each kept where the
+    even mixture is not worse for it.
+
+    Args:
+        alone: the score of each member.
+    """
+    order = np.argsort(-np.asarray(alone), kind="stable").tolist()
+    kept, best = [order[0]], alone[order[0]]
+    for member in order[1:]:
+        reached = score(_even([*kept, member], len(alone)))
+        if reached >= best:
+            kept, best = [*kept, member], reached
+    return _even(kept, len(alone))
+
+
+def _even(kept: Sequence[int], members: int) -> list[float]:
+    return [kept.count(i) / len(kept) for i in range(members)]
+
+
+def barrier(values: Sequence[float]) -> float:
+    """How far the loss along a line of soups rises above the straight line between its ends (Frankle et al. 2020)."""
+    ends = np.linspace(values[0], values[-1], len(values))
+    return float((np.asarray(values) - ends).max())
+
+
+def few_shot(correct: np.ndarray, shots: int, draws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """What choosing a soup by a few labelled images comes to.
+
+    Args:
+        correct: bool [candidates, images] of a shifted set.
+        shots: images that the choice sees.
+        draws: how often others are drawn.
+
+    Returns:
+        Of each draw the candidate chosen, and its accuracy on the images that the choice did not see.
+    """
+    chosen, reached = [], []
+    for _ in range(draws):
+        seen = rng.choice(correct.shape[1], shots, replace=False)
+        rest = np.setdiff1d(np.arange(correct.shape[1]), seen)
+        best = int(correct[:, seen].mean(1).argmax())
+        chosen.append(best)
+        reached.append(float(correct[best, rest].mean()))
+    return np.array(chosen), np.array(reached)

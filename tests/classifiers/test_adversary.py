@@ -1,0 +1,104 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rayproj.classifiers.adapters import Adapted
+from rayproj.classifiers.adversary import AdversaryConfig, ThreatConfig, Training, drawn, losses
+from rayproj.classifiers.networks import ClassifierConfig, Network, build
+from rayproj.robustness.oracle import Oracle
+from rayproj.robustness.pgd import pgd
+from rayproj.robustness.threats import Norm, Threat
+
+PLAIN = ClassifierConfig(Network.vit, layers=1, dim=16, heads=2, patch=4, dropout=0.2)
+BRANCHED = ClassifierConfig(Network.vit, layers=1, dim=16, heads=2, patch=4, dropout=0.2, adapters=["token", "norms"])
+LINF = ThreatConfig(Norm.linf, 0.1)
+
+
+def batch(count: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    row = torch.stack([torch.arange(count) + 7, torch.full((count,), 3), torch.zeros(count).long()], 1)
+    return torch.randint(0, 256, (count, 1, 8, 8), generator=g, dtype=torch.uint8), torch.arange(count) % 4, row
+
+
+def network(config: ClassifierConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = build(config, 1, 8, 4)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()  # without dropout, so that losses can be compared
+
+
+def found(model: torch.nn.Module, config: AdversaryConfig, label: torch.Tensor | None = None) -> torch.Tensor:
+    images, own, row = batch()
+    label = own if label is None else label
+    return losses(model, images, label, row, lambda z: F.cross_entropy(z, label, reduction="none"), config, seed=5)
+
+
+def attacked(model, config: AdversaryConfig, mix: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    images, label, row = batch()
+    told = {} if mix is None else {"mix": mix}
+    oracle = Oracle(lambda z: model(255 * z, **told))
+    return pgd(oracle, images / 255, label, row, LINF.threat, config.steps, config.step, seed=5).images
+
+
+def test_adversarial_training_is_the_loss_of_what_pgd_finds() -> None:
+    model, config = network(PLAIN), AdversaryConfig(Training.adversarial, [LINF])
+    z = attacked(model, config)
+    assert LINF.threat.holds(batch()[0] / 255, z).all()
+    torch.testing.assert_close(found(model, config), F.cross_entropy(model(255 * z), batch()[1], reduction="none"))
+    assert (found(model, config) > F.cross_entropy(model(batch()[0]), batch()[1], reduction="none")).all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("config", [PLAIN, BRANCHED], ids=["one network", "two branches"])
+def test_together_is_the_sum_of_two_passes(config: ClassifierConfig, alpha: float) -> None:
+    model, images, label = network(config), batch()[0], batch()[1]
+    first, second = ({"mix": torch.eye(2)[k].expand(6, 2)} if isinstance(model, Adapted) else {} for k in (0, 1))
+    adversary = AdversaryConfig(Training.together, [LINF], alpha=alpha)
+    z = attacked(model, adversary, second.get("mix"))
+    clean = F.cross_entropy(model(images, **first), label, reduction="none")
+    hard = F.cross_entropy(model(255 * z, **second), label, reduction="none")
+    torch.testing.assert_close(found(model, adversary), alpha * clean + (1 - alpha) * hard, rtol=1e-5, atol=1e-6)
+
+
+def test_trades_is_the_cross_entropy_and_beta_times_the_divergence() -> None:
+    model, images, label = network(PLAIN), batch()[0], batch()[1]
+    clean = F.cross_entropy(model(images), label, reduction="none")
+    one, six = (found(model, AdversaryConfig(Training.trades, [LINF], beta=b)) for b in (1.0, 6.0))
+    divergence = one - clean
+    assert (divergence > 0).all()
+    torch.testing.assert_close(six, clean + 6 * divergence, rtol=1e-4, atol=1e-5)
+    # What is attacked is the prediction: labels have no part in it.
+    others = found(model, AdversaryConfig(Training.trades, [LINF], beta=1.0), label=(label + 1) % 4)
+    clean = F.cross_entropy(model(images), (label + 1) % 4, reduction="none")
+    torch.testing.assert_close(others - clean, divergence, rtol=1e-4, atol=1e-5)
+
+
+def test_an_attack_leaves_the_model_as_it_was_but_for_the_gradient_of_the_loss() -> None:
+    model = network(BRANCHED).train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    loss = found(model, AdversaryConfig(Training.together, [LINF], steps=4))
+    assert model.training and all(m.training for m in model.modules())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    torch.set_rng_state(generator)  # dropout drew once for both passes, and not in the attack
+    again = found(model, AdversaryConfig(Training.together, [LINF], steps=1))
+    assert loss.shape == again.shape
+    loss.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_each_step_draws_one_of_several_threats_evenly() -> None:
+    config = AdversaryConfig(Training.adversarial, [LINF, ThreatConfig(Norm.l2, 0.5), ThreatConfig(Norm.l1, 5.0)])
+    rows = [torch.tensor([[9, step, 0], [10, step, 0]]) for step in range(600)]
+    counts = {threat: 0 for threat in (t.threat for t in config.threats)}
+    for row in rows:
+        counts[drawn(config, row, 0)] += 1
+        assert drawn(config, row[1:], 0) == drawn(config, row[:1], 0)  # whoever has which part of the batch
+    assert min(counts.values()) > 160 and isinstance(next(iter(counts)), Threat)
+
+
+def test_what_a_config_cannot_be() -> None:
+    bad = AdversaryConfig(Training.together, [], steps=0, alpha=2)
+    assert len(bad.problems()) == 3

@@ -1,0 +1,109 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rayproj.classifiers.soups import Stack, barrier, few_shot, greedy, grid, soup
+from rayproj.errors import UserError
+from rayproj.robustness.apgd import apgd
+from rayproj.robustness.losses import cross_entropy
+from rayproj.robustness.oracle import Oracle
+from rayproj.robustness.threats import Norm, Threat
+from tests.support.linear import digits, small_network
+
+
+def states(count: int = 3) -> list[dict[str, torch.Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    found = [{"w": torch.randn(4, 3, generator=g), "b": torch.randn(4, generator=g)} for _ in range(count)]
+    return [{**state, "steps": torch.tensor(i)} for i, state in enumerate(found)]
+
+
+def test_a_soup_of_one_and_of_copies_is_it_to_the_last_bit() -> None:
+    some = states()
+    assert all(torch.equal(v, some[1][n]) for n, v in soup(some, [0, 1.0, 0]).items() if n != "steps")
+    copies = soup([some[0]] * 4, [0.25] * 4)
+    assert all(torch.equal(v, some[0][n]) for n, v in copies.items())
+    assert soup(some, [0.2, 0.3, 0.5])["steps"] == 0  # integers are the first's
+
+
+def test_soups_of_soups_are_soups() -> None:
+    a, b, c = states()
+    twice = soup([soup([a, b], [0.25, 0.75]), c], [0.4, 0.6])
+    once = soup([a, b, c], [0.1, 0.3, 0.6])
+    for name in ("w", "b"):
+        torch.testing.assert_close(twice[name], once[name], rtol=0, atol=1e-6)
+
+
+def test_of_linear_networks_the_soup_is_the_ensemble() -> None:
+    layers, x, weights = [nn.Linear(3, 4) for _ in range(3)], torch.randn(5, 3), [0.7, -0.2, 0.5]
+    mixed = nn.Linear(3, 4)
+    mixed.load_state_dict(soup([layer.state_dict() for layer in layers], weights))
+    expected = sum(w * layer(x) for w, layer in zip(weights, layers, strict=True))
+    torch.testing.assert_close(mixed(x), expected)
+
+
+def test_networks_of_different_kinds() -> None:
+    with pytest.raises(UserError, match="'b' is not the same in all"):
+        soup([states()[0], {**states()[1], "b": torch.zeros(5)}], [0.5, 0.5])
+
+
+@pytest.mark.parametrize(("members", "parts"), [(2, 10), (3, 5), (4, 5)])
+def test_a_grid_has_every_point_of_the_simplex_once(members: int, parts: int) -> None:
+    found = grid(members, parts)
+    assert len(found) == math.comb(parts + members - 1, members - 1) == len({tuple(row) for row in found})
+    np.testing.assert_allclose(found.sum(1), 1)
+    assert found.min() == 0 and found.max() == 1
+    wider = grid(members, parts, beyond=0.4)
+    np.testing.assert_allclose(wider.sum(1), 1)
+    assert wider.min() == pytest.approx(-0.4) and wider.max() == pytest.approx(1.4) and len(wider) > len(found)
+
+
+def test_candidates_together_are_those_one_by_one_attacked_too() -> None:
+    x, label = digits()
+    first = small_network(x[:600], label[:600])
+    torch.manual_seed(1)
+    second = {n: p + 0.05 * torch.randn_like(p) for n, p in first.state_dict().items()}
+    members, weights = [first.state_dict(), second], grid(2, 4, 0.5)
+    stack = Stack(first, members, weights)
+    x, label = x[600:640], label[600:640]
+    logits = stack(x)
+    assert logits.shape == (len(weights), 40, 10)
+    threat, row = (
+        Threat(Norm.linf, 0.05),
+        torch.stack([torch.arange(40), torch.zeros(40).long(), torch.zeros(40).long()], 1),
+    )
+    many = [t.repeat(len(weights), *[1] * (t.dim() - 1)) for t in (x, label, row)]
+    attacked = apgd(Oracle(stack.flat), *many, threat, cross_entropy, 10, go_on=True)
+    for k, weight in enumerate(weights):
+        one = small_network(x[:2], label[:2])
+        one.load_state_dict(soup(members, weight.tolist()))
+        torch.testing.assert_close(logits[k], one(x), rtol=1e-4, atol=1e-4)
+        alone = apgd(Oracle(one), x, label, row, threat, cross_entropy, 10, go_on=True)
+        assert (alone.broken != attacked.broken.view(len(weights), 40)[k]).sum() <= 1  # but for rounding
+
+
+def test_the_greedy_soup_takes_what_does_not_hurt() -> None:
+    good = {0, 2}
+
+    def score(weights: object) -> float:
+        kept = [i for i, w in enumerate(weights) if w > 0]  # type: ignore[arg-type, var-annotated]
+        return 0.5 + 0.1 * len(good & set(kept)) - 0.2 * len(set(kept) - good)
+
+    assert greedy([0.6, 0.3, 0.55], score) == [0.5, 0.0, 0.5]
+
+
+def test_a_barrier_is_what_rises_above_the_line() -> None:
+    assert barrier([1.0, 2.5, 2.0, 3.0]) == pytest.approx(2.5 - (1 + 2 / 3))
+    assert barrier([1.0, 2.0, 3.0]) == pytest.approx(0)
+
+
+def test_a_choice_by_few_images_never_sees_those_it_is_judged_by() -> None:
+    rng = np.random.default_rng(0)
+    correct = np.stack([rng.random(400) < p for p in (0.5, 0.6, 0.8)])
+    chosen, reached = few_shot(correct, 100, 50, rng)
+    assert (chosen == 2).mean() > 0.9 and reached[chosen == 2].mean() == pytest.approx(0.8, abs=0.03)
+    # On pure noise, where the choice has nothing to go by, the rest is at chance: no image counts for both.
+    noise = rng.random((200, 60)) < 0.5
+    assert few_shot(noise, 10, 300, rng)[1].mean() == pytest.approx(0.5, abs=0.03)
