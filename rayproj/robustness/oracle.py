@@ -42,7 +42,7 @@ class Oracle:
                 point = x.detach().requires_grad_()
                 logits = self._ask(point)
                 losses = loss(logits, label, target)
-                (gradient,) = torch.autograd.grad(losses.sum(), point)
+                gradient = _gradient(losses, point)
             self.backwards += len(x)
             found = [losses.detach(), gradient, logits.detach()]
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
@@ -52,6 +52,14 @@ class Oracle:
     def _ask(self, x: Tensor) -> Tensor:
         self.forwards += len(x)
         return self.model(x).float()
+
+
+def _gradient(losses: Tensor, point: Tensor) -> Tensor:
+    """Zero where the model has cut what leads to the images."""
+    if not losses.requires_grad:
+        return torch.zeros_like(point)
+    (found,) = torch.autograd.grad(losses.sum(), point, allow_unused=True)
+    return torch.zeros_like(point) if found is None else found
 
 
 @dataclass

@@ -1,0 +1,223 @@
+"""What an adaptive test-time defence is worth, by the procedure of Croce et al. 2022 ("Evaluating the adversarial
+robustness of adaptive test-time defenses", section 4): attacked in every way, and compared with the base under the same
+attacks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from rayproj.robustness.apgd import apgd
+from rayproj.robustness.autoattack import AttackConfig, autoattack, ranked
+from rayproj.robustness.defences import Defence
+from rayproj.robustness.losses import Loss, cross_entropy, margin, targeted
+from rayproj.robustness.oracle import Model, Oracle
+from rayproj.robustness.square import square
+from rayproj.robustness.threats import Threat, wide
+
+STATIC = ("clean", "static")  # columns of the base itself
+
+
+@dataclass
+class AdaptiveConfig:
+    """How hard is tried."""
+
+    steps: int = 100  # of every ascent
+    draws: int = 4  # of a random defence, for each gradient (EoT)
+    votes: int = 5  # of a random defence: an image is right if more than half of so many answers are
+    queries: int = 1000  # of the search by scores
+    repeats: int = 3  # evaluations of a random defence, for the deviation
+
+    def problems(self) -> list[str]:
+        names = ("steps", "draws", "votes", "queries", "repeats")
+        return [f"adaptive.{name} must be positive." for name in names if getattr(self, name) <= 0]
+
+
+@dataclass
+class Verdict:
+    """Whether each example is right after each attack.
+
+    Attributes:
+        correct: column -> bool [B]. "clean" and "static" are of the base: without an attack, and under AutoAttack.
+            "defended" is the defence without an attack; the rest are attacks on it.
+        images: fp32 [B, C, H, W]: of each example that an attack broke, what the first made of it; else as it was.
+        deviation: of the share of these images that are right, over evaluations; 0 of a defence that draws nothing.
+        passes: forward and backward passes through the base for one answer of the defence.
+        seconds: for an answer of the base, and of the defence, per image.
+    """
+
+    correct: dict[str, Tensor]
+    images: Tensor
+    deviation: float
+    passes: tuple[float, float]
+    seconds: tuple[float, float]
+
+    @property
+    def worst(self) -> Tensor:
+        """bool [B]: right in every column of the defence."""
+        return torch.stack([right for name, right in self.correct.items() if name not in STATIC]).all(0)
+
+
+def evaluate(
+    defence: Callable[[Model], Defence], base: Model, x: Tensor, label: Tensor, ids: Tensor, threat: Threat,
+    attack: AttackConfig, config: AdaptiveConfig, seed: int = 0,
+) -> Verdict:  # fmt: skip
+    """Attack a defence.
+
+    Args:
+        defence: builds it around a base.
+        x: fp32 [B, C, H, W] in [0, 1].
+        label, ids: int64 [B]; ids are the keys of what is random.
+        attack: of the static base.
+    """
+    defended = defence(base)
+    votes = config.votes if defended.random else 1
+    static = autoattack(base, x, label, ids, threat, attack, seed)
+    correct = {"clean": base(x).argmax(1) == label, "static": static.robust.to(x.device)}
+    correct["defended"] = right(defended, x, label, votes)
+    found, broken = x.clone(), ~correct["defended"]
+    for name, points in _attacks(defended, base, x, label, ids, threat, config, seed, static.images):
+        held = correct["defended"].clone()
+        for point in points:
+            assert threat.holds(x, point).all(), f"{name} left the ball"
+            held &= right(defended, point, label, votes)
+            found = torch.where(wide(~held & ~broken, x), point, found)
+            broken |= ~held
+        correct[name] = held
+    again = [
+        right(defended, found, label, votes).float().mean() for _ in range(config.repeats if defended.random else 1)
+    ]
+    deviation = torch.stack(again).std(unbiased=False).item()
+    return Verdict(correct, found, deviation, _passes(defence, base, x), (_seconds(base, x), _seconds(defended, x)))
+
+
+def right(model: Model, x: Tensor, label: Tensor, votes: int) -> Tensor:
+    """bool [B]: taken for what it is in more than half of so many answers."""
+    with torch.no_grad():
+        answers = torch.stack([model(x).argmax(1) == label for _ in range(votes)])
+    return answers.float().mean(0) > 0.5
+
+
+def _attacks(
+    defence: Defence, base: Model, x: Tensor, label: Tensor, ids: Tensor, threat: Threat, config: AdaptiveConfig, seed: int,
+    static: Tensor,
+) -> Iterator[tuple[str, list[Tensor]]]:  # fmt: skip
+    """The points of each column."""
+    logits, draws = base(x).detach(), config.draws if defence.random else 1
+    to_second = targeted(logits.shape[1])
+
+    def ascended(model: Model, loss: Loss, number: int, draws: int, go_on: bool = False) -> Tensor:
+        row = torch.stack([ids, torch.full_like(ids, number), torch.full_like(ids, 50)], 1)
+        target, oracle = ranked(logits, label, 1), Oracle(model, draws)
+        return apgd(oracle, x, label, row, threat, loss, config.steps, seed, target=target, go_on=go_on).images
+
+    # Of images that the base gets right all the same, the points of its highest loss.
+    yield "transfer", [static, *(ascended(base, loss, k, 1, True) for k, loss in enumerate((cross_entropy, to_second)))]
+    for name, model in (("direct", defence), ("around", defence.surrogate)):
+        yield name, [ascended(model, loss, k, draws) for k, loss in enumerate((cross_entropy, margin, to_second))]
+    row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 51)], 1)
+    yield "scores", [square(Oracle(defence), x, label, row, threat, config.queries, seed).images]
+
+
+class _Counted:
+    """A model that counts the examples that go through it, forward and backward."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.forwards, self.backwards = model, 0, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.forwards += len(x)
+        found = self.model(x)
+        if found.requires_grad:
+            found.register_hook(self._back)
+        return found
+
+    def _back(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
+
+
+def _passes(defence: Callable[[Model], Defence], base: Model, x: Tensor) -> tuple[float, float]:
+    """Passes through the base for one answer; (nan, nan) of a defence that does not call it as it is."""
+    counted = _Counted(base)
+    with torch.no_grad():
+        defence(counted)(x)
+    if not counted.forwards:
+        return float("nan"), float("nan")
+    return counted.forwards / len(x), counted.backwards / len(x)
+
+
+def _seconds(model: Model, x: Tensor) -> float:
+    began = time.perf_counter()
+    with torch.no_grad():
+        model(x)
+    return (time.perf_counter() - began) / len(x)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One item of the checklist.
+
+    Attributes:
+        item: what is asked of an evaluation, or of the defence.
+        passed: whether it holds.
+        evidence: a sentence with the numbers.
+    """
+
+    item: str
+    passed: bool
+    evidence: str
+
+
+def checklist(correct: Mapping[str, np.ndarray], deviation: float, seconds: tuple[float, float]) -> list[Check]:
+    """What Croce et al. 2022 (section 5) ask of a defence and of its evaluation, from the columns of a `Verdict` over all
+    examples."""
+    share = {name: float(np.mean(right)) for name, right in correct.items()}
+    worst = np.stack([right for name, right in correct.items() if name not in STATIC]).all(0)
+    on_it = min(share["direct"], share["around"])
+    better, worse = int((worst & ~correct["static"]).sum()), int((~worst & correct["static"]).sum())
+    p = binomtest(better, better + worse, 0.5, alternative="greater").pvalue if better + worse else 1.0
+    return [
+        Check(
+            "Attacks on the defence find more than those on its base do",
+            on_it <= share["transfer"] + 0.01,
+            f"{on_it:.1%} stay right under attacks on the defence itself, {share['transfer']:.1%} under those on its base.",
+        ),
+        Check(
+            "Gradients find more than scores do",
+            on_it <= share["scores"] + 0.01,
+            f"{on_it:.1%} stay right under gradients, {share['scores']:.1%} under a search by scores.",
+        ),
+        Check(
+            "The gradient of the code is not masked",
+            share["direct"] <= share["around"] + 0.02,
+            f"{share['direct']:.1%} stay right where the code's own gradient is followed, {share['around']:.1%} around it.",
+        ),
+        Check(
+            "It is no worse than its base without an attack",
+            share["defended"] >= share["clean"] - 0.01,
+            f"{share['defended']:.1%} are right with the defence, {share['clean']:.1%} without.",
+        ),
+        Check(
+            "It is more robust than its base",
+            p < 0.05,
+            f"In the worst case {worst.mean():.1%} stay right, of the base {share['static']:.1%}: {better} images better, "
+            f"{worse} worse (sign test, p = {p:.2g}).",
+        ),
+        Check(
+            "Another evaluation would say the same",
+            deviation <= 0.01,
+            f"Evaluated again the share of right images moved by {deviation:.2%} (standard deviation).",
+        ),
+        Check(
+            "It costs less than ten times its base",
+            seconds[1] < 10 * seconds[0],
+            f"An answer takes {seconds[1] / max(seconds[0], 1e-12):.1f} times as long as the base's.",
+        ),
+    ]

@@ -1,0 +1,233 @@
+"""Classifiers that do something at test time, one of each kind that Croce et al. 2022 ("Evaluating the adversarial
+robustness of adaptive test-time defenses", section 3) tell apart: they purify the input by optimisation, by an auxiliary
+network, by noise or by a generative model, or adapt the classifier's parameters.
+
+Each works on an example by itself, and draws, if it does, by a generator of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rayproj.robustness.oracle import Model, straight_through
+
+
+class Defence:
+    """A base classifier behind something.
+
+    Args:
+        base: logits [B, K] of images fp32 [B, C, H, W] in [0, 1].
+
+    Attributes:
+        random: whether the same image may be taken for different things.
+    """
+
+    random = False
+
+    def __init__(self, base: Model) -> None:
+        self.base = base
+
+    def purify(self, x: Tensor) -> Tensor:
+        """What the base is shown in place of `x`."""
+        return x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits as deployed, with whatever gradient the code happens to have."""
+        return self.base(self.purify(x))
+
+    def surrogate(self, x: Tensor) -> Tensor:
+        """Logits for an attacker, whose gradient goes around what has none of use (BPDA)."""
+        return self.base(straight_through(self.purify)(x))
+
+
+class AntiAdversary(Defence):
+    """Moves the input by a few steps towards more confidence in what it is taken for anyway (Alfarra et al. 2022,
+    "Combating adversaries with anti-adversaries", algorithm 1)."""
+
+    def __init__(self, base: Model, steps: int = 2, step: float = 0.15) -> None:
+        super().__init__(base)
+        self.steps, self.step = steps, step
+
+    def purify(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            taken_for = self.base(x).argmax(1)
+        moved = torch.zeros_like(x)
+        for _ in range(self.steps):
+            gradient = _gradient(lambda z: F.cross_entropy(self.base(z), taken_for, reduction="none"), x + moved)
+            moved = moved - self.step * gradient.sign()
+        return x + moved
+
+
+class Hedge(Defence):
+    """Climbs the sum of the losses of all classes, from a random point nearby (Wu et al. 2021, "Attacking adversarial
+    attacks as a defense", algorithm 1)."""
+
+    random = True
+
+    def __init__(
+        self, base: Model, eps: float = 8 / 255, steps: int = 20, step: float = 4 / 255, seed: int = 0
+    ) -> None:
+        super().__init__(base)
+        self.eps, self.steps, self.step = eps, steps, step
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def purify(self, x: Tensor) -> Tensor:
+        start = x + self.eps * (2 * torch.rand(x.shape, generator=self.generator).to(x) - 1)
+        point = start.clamp(0, 1)
+        for _ in range(self.steps):
+            gradient = _gradient(lambda z: -self.base(z).log_softmax(1).sum(1), point)
+            point = point + self.step * gradient.sign()
+            point = torch.minimum(torch.maximum(point, x - self.eps), x + self.eps).clamp(0, 1)
+        return point
+
+
+class AuxiliaryPurifier(Defence):
+    """Moves the input to where a discriminator sees nothing adversarial (Hwang et al. 2021, "AID-Purifier").
+
+    Args:
+        discriminator: logits [B] of images: how adversarial they look.
+    """
+
+    def __init__(
+        self, base: Model, discriminator: Model, eps: float = 8 / 255, steps: int = 10, step: float = 2 / 255
+    ) -> None:
+        super().__init__(base)
+        self.discriminator, self.eps, self.steps, self.step = discriminator, eps, steps, step
+
+    def purify(self, x: Tensor) -> Tensor:
+        point = x
+        for _ in range(self.steps):
+            point = point - self.step * _gradient(self.discriminator, point).sign()
+            point = torch.minimum(torch.maximum(point, x - self.eps), x + self.eps).clamp(0, 1)
+        return point
+
+
+class SmallDiscriminator(nn.Module):
+    """How adversarial images look, [B]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        stages = [nn.Conv2d(channels, 16, 3, 2, 1), nn.SiLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.SiLU()]
+        self.features, self.head = nn.Sequential(*stages), nn.Linear(32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))[:, 0]  # type: ignore[no-any-return]
+
+
+def trained_discriminator(clean: Tensor, attacked: Tensor, steps: int = 200, seed: int = 0) -> SmallDiscriminator:
+    """Tells images [n, C, H, W] in [0, 1] from what an attack made of them."""
+    torch.manual_seed(seed)
+    found = SmallDiscriminator(clean.shape[1]).to(clean.device)
+    x, is_attacked = torch.cat([clean, attacked]), torch.cat([torch.zeros(len(clean)), torch.ones(len(attacked))])
+    optimiser = torch.optim.Adam(found.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad():
+        for _ in range(steps):
+            batch = torch.randint(len(x), (128,), generator=generator)
+            loss = F.binary_cross_entropy_with_logits(found(x[batch]), is_attacked[batch].to(x))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return found.eval().requires_grad_(False)
+
+
+class EntropyAdaptation(Defence):
+    """Adapts scale and shift of the norms to each input, by steps that lessen the entropy of the prediction (Wang et al.
+    2021, "Fighting gradients with gradients: dynamic defenses against adversarial attacks", with an episode for each
+    example).
+
+    Args:
+        network: the base, as a module of images in [0, 1].
+    """
+
+    def __init__(self, network: nn.Module, steps: int = 6, lr: float = 0.1) -> None:
+        super().__init__(network)
+        self.network, self.steps, self.lr = copy.deepcopy(network).eval(), steps, lr
+        norms = [n for n, m in self.network.named_modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)]
+        known = {name: p.detach() for name, p in self.network.named_parameters()}
+        self.adapted = {n: p for n, p in known.items() if n.rpartition(".")[0] in norms}
+        self.fixed = {n: p for n, p in known.items() if n not in self.adapted}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        def logits(own: dict[str, Tensor], image: Tensor) -> Tensor:
+            return torch.func.functional_call(self.network, {**self.fixed, **own}, (image[None],))[0]
+
+        def entropy(own: dict[str, Tensor], image: Tensor) -> Tensor:
+            p = logits(own, image).log_softmax(0)
+            return -(p.exp() * p).sum()
+
+        own = {name: tensor.expand(len(x), *tensor.shape) for name, tensor in self.adapted.items()}
+        for _ in range(self.steps):
+            gradient = torch.func.vmap(torch.func.grad(entropy))(own, x)
+            own = {name: tensor - self.lr * gradient[name] for name, tensor in own.items()}
+        return torch.func.vmap(logits)(own, x)
+
+    def surrogate(self, x: Tensor) -> Tensor:
+        return self.base(x)
+
+
+class RandomNoise(Defence):
+    """Takes the mean prediction over noisy copies (Cohen et al. 2019, "Certified adversarial robustness via randomized
+    smoothing", without its certificate)."""
+
+    random = True
+
+    def __init__(self, base: Model, sigma: float = 0.1, copies: int = 4, seed: int = 0) -> None:
+        super().__init__(base)
+        self.sigma, self.copies = sigma, copies
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        found = [
+            self.base(x + self.sigma * torch.randn(x.shape, generator=self.generator).to(x)).log_softmax(1)
+            for _ in range(self.copies)
+        ]
+        return torch.stack(found).logsumexp(0)
+
+    def surrogate(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+class GenerativePurifier(Defence):
+    """Shows the base what a generative model makes of the noised input (Nie et al. 2022, "Diffusion models for adversarial
+    purification", eq. 4).
+
+    Args:
+        redrawn: images [B, C, H, W] in [0, 1] and a seed to images; of our own diffusion models `redraw` of
+            `rayproj.synthesis.purifier`.
+    """
+
+    random = True
+
+    def __init__(self, base: Model, redrawn: Callable[[Tensor, int], Tensor], seed: int = 0) -> None:
+        super().__init__(base)
+        self.redrawn, self.seed = redrawn, seed
+
+    def purify(self, x: Tensor) -> Tensor:
+        self.seed += 1
+        with torch.no_grad():
+            return self.redrawn(x, self.seed)
+
+
+class Quantiser(Defence):
+    """Rounds the input to a few levels: without a gradient, and without effect once that is gone around."""
+
+    def __init__(self, base: Model, levels: int = 8) -> None:
+        super().__init__(base)
+        self.levels = levels
+
+    def purify(self, x: Tensor) -> Tensor:
+        return (x * (self.levels - 1)).round() / (self.levels - 1)
+
+
+def _gradient(losses: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Of losses [B] by the images, as a constant."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(losses(point).sum(), point)
+    return found

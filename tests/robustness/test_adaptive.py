@@ -1,0 +1,153 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rayproj.robustness.adaptive import AdaptiveConfig, Verdict, checklist, evaluate, right
+from rayproj.robustness.autoattack import Attack, AttackConfig, autoattack
+from rayproj.robustness.defences import (
+    AntiAdversary,
+    AuxiliaryPurifier,
+    Defence,
+    EntropyAdaptation,
+    GenerativePurifier,
+    Hedge,
+    Quantiser,
+    RandomNoise,
+    trained_discriminator,
+)
+from rayproj.robustness.threats import Norm, Threat
+from tests.support.linear import digits, trained
+
+THREAT = Threat(Norm.linf, 0.09)
+STATIC, QUICK = (
+    AttackConfig([Attack.apgd_ce, Attack.apgd_t], steps=30, targets=4),
+    AdaptiveConfig(steps=20, queries=150),
+)
+
+
+@pytest.fixture(scope="module")
+def data():  # type: ignore[no-untyped-def]
+    x, label = digits()
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10))
+    return trained(network, x[:600], label[:600], 120), x[600:680], label[600:680]
+
+
+def verdict(data, defence, config: AdaptiveConfig = QUICK) -> Verdict:  # type: ignore[no-untyped-def]
+    base, x, label = data
+    return evaluate(defence, base, x, label, torch.arange(len(x)), THREAT, STATIC, config)
+
+
+def failed(found: Verdict) -> set[str]:
+    columns = {name: r.numpy() for name, r in found.correct.items()}
+    return {check.item for check in checklist(columns, found.deviation, found.seconds) if not check.passed}
+
+
+def test_doing_nothing_gives_exactly_the_base(data) -> None:  # type: ignore[no-untyped-def]
+    found, (base, x, label) = verdict(data, Defence), data
+    expected = autoattack(base, x, label, torch.arange(len(x)), THREAT, STATIC).robust
+    assert torch.equal(found.correct["static"], expected) and torch.equal(
+        found.correct["defended"], found.correct["clean"]
+    )
+    # The static points are among those that are transferred, and the other attacks find nearly the same.
+    assert not (found.worst & ~expected).any() and (expected & ~found.worst).sum() <= 2
+    assert 0.05 < expected.float().mean() < 0.9
+    assert found.passes == (1, 0) and found.deviation == 0
+    assert "It is more robust than its base" in failed(found)
+    for right_now in found.correct.values():
+        assert not (found.worst & ~right_now).any() or right_now is found.correct["static"]
+
+
+@pytest.mark.parametrize("levels", [4])
+def test_one_that_hides_its_gradient_looks_robust_and_is_shown_not_to_be(data, levels: int) -> None:  # type: ignore[no-untyped-def]
+    found = verdict(data, lambda base: Quantiser(base, levels))
+    share = {name: r.float().mean().item() for name, r in found.correct.items()}
+    assert share["direct"] > share["around"] + 0.1  # the code's own gradient is zero
+    assert found.worst.float().mean() <= share["around"]
+    assert "The gradient of the code is not masked" in failed(found)
+
+
+def test_the_anti_adversary_fails_as_it_did_in_the_paper(data) -> None:  # type: ignore[no-untyped-def]
+    """Attacked directly it gains, and what is transferred from its base shows that it does not."""
+    found = verdict(data, lambda base: AntiAdversary(base, steps=4))
+    share = {name: r.float().mean().item() for name, r in found.correct.items()}
+    assert share["direct"] > share["static"] + 0.1
+    assert share["transfer"] <= share["static"] + 0.03
+    amiss = {"It is more robust than its base", "Attacks on the defence find more than those on its base do"}
+    assert amiss <= failed(found)
+    assert found.passes == (6, 4)  # what it is taken for, four steps there and back, the answer
+
+
+def test_noise_is_averaged_out_and_judged_by_votes(data) -> None:  # type: ignore[no-untyped-def]
+    found = verdict(data, lambda base: RandomNoise(base, 0.1, copies=2), AdaptiveConfig(steps=15, queries=50))
+    share = {name: r.float().mean().item() for name, r in found.correct.items()}
+    assert share["around"] < share["defended"] - 0.1 and found.deviation < 0.1
+    assert found.passes == (2, 0)
+
+
+def test_an_answer_is_that_of_more_than_half() -> None:
+    answers = iter([0, 1, 1, 0, 1, 0, 0])
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.eye(2)[[next(answers)]]
+
+    assert right(model, torch.zeros(1, 1), torch.tensor([1]), 5).tolist() == [True]  # 0 1 1 0 1
+    assert right(model, torch.zeros(1, 1), torch.tensor([0]), 2).tolist() == [True]
+
+
+def test_entropy_is_lessened_for_each_example_by_itself(data) -> None:  # type: ignore[no-untyped-def]
+    base, x, _ = data
+    defence = EntropyAdaptation(base, steps=3, lr=0.05)
+
+    def entropy(logits: torch.Tensor) -> torch.Tensor:
+        p = logits.log_softmax(1)
+        return -(p.exp() * p).sum(1)
+
+    before, after = entropy(base(x)), entropy(defence(x))
+    assert (after <= before + 1e-4).float().mean() > 0.95 and after.sum() < 0.8 * before.sum()
+    torch.testing.assert_close(defence(x[3:4]), defence(x)[3:4], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(EntropyAdaptation(base, steps=0)(x), base(x), rtol=1e-4, atol=1e-4)
+    point = x[:4].clone().requires_grad_()  # an attack may go through the steps
+    (gradient,) = torch.autograd.grad(defence(point).sum(), point)
+    assert gradient.abs().sum() > 0
+
+
+def test_a_purifier_climbs_what_it_says_it_climbs(data) -> None:  # type: ignore[no-untyped-def]
+    base, x, _ = data
+    hedge = Hedge(base, steps=5)
+    total = lambda z: -base(z).log_softmax(1).sum(1)  # noqa: E731
+    purified = hedge.purify(x)
+    assert Threat(Norm.linf, 8 / 255).holds(x, purified).all() and total(purified).sum() > total(x).sum()
+    attacked = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).sign()).clamp(0, 1)
+    discriminator = trained_discriminator(x, attacked)
+    assert ((discriminator(attacked) > 0).float().mean() + (discriminator(x) < 0).float().mean()) / 2 > 0.9
+    purified = AuxiliaryPurifier(base, discriminator).purify(attacked)
+    assert discriminator(purified).mean() < discriminator(attacked).mean() - 0.5
+    assert Threat(Norm.linf, 8 / 255).holds(attacked, purified).all()
+
+
+def test_a_generative_purifier_is_attacked_around(data) -> None:  # type: ignore[no-untyped-def]
+    def blurred(z: torch.Tensor, seed: int) -> torch.Tensor:
+        noise = 0.05 * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+        return nn.functional.avg_pool2d(nn.functional.pad(z + noise, (1, 1, 1, 1), "replicate"), 3, 1).clamp(0, 1)
+
+    found = verdict(data, lambda b: GenerativePurifier(b, blurred), AdaptiveConfig(steps=15, queries=50))
+    share = {name: r.float().mean().item() for name, r in found.correct.items()}
+    assert share["direct"] > share["around"] + 0.1  # nothing leads back through it
+    assert "The gradient of the code is not masked" in failed(found)
+
+
+def test_a_better_one_is_told_from_chance() -> None:
+    rng = np.random.default_rng(0)
+    static, better = rng.random(400) < 0.4, rng.random(400) < 0.7
+    columns = {n: better for n in ("defended", "transfer", "direct", "around", "scores")}
+    items = {c.item: c for c in checklist({"clean": better, "static": static, **columns}, 0.0, (1.0, 3.0))}
+    assert all(c.passed for c in items.values())
+    assert "3.0 times as long" in items["It costs less than ten times its base"].evidence
+    columns = {n: static for n in columns}
+    items = {c.item: c for c in checklist({"clean": static, "static": static, **columns}, 0.05, (1.0, 30.0))}
+    assert {n for n, c in items.items() if not c.passed} == {
+        "It is more robust than its base", "Another evaluation would say the same", "It costs less than ten times its base",
+    }  # fmt: skip
