@@ -182,14 +182,16 @@ def corrected(slope: Tensor, ahead: Tensor, hh: float, r: float) -> Tensor:
 
 @torch.no_grad()
 def integrate(network: Network, noise: Tensor, condition: Condition, config: SamplerConfig, process: Process,
-              unguided: Network | None = None) -> Tensor:  # fmt: skip
+              unguided: Network | None = None, x0: Tensor | None = None, begin: float = 1.0) -> Tensor:  # fmt: skip
     """Draw x0 from noise [B, C, h, w].
 
     Args:
         network: of the process's prediction, with guidance.
         unguided: what takes its place outside of the guidance interval.
+        x0: what the noise is added to at the first time, in the place of nothing.
+        begin: the share of the path at which it begins.
     """
-    grid = times(config, process)
+    grid = [begin * t for t in times(config, process)]
     alphas, sigmas = (v.tolist() for v in process.signal(torch.tensor(grid, dtype=torch.float64)))
     # λ = ln(α/σ); at α = 0 and σ = 0 it is infinite, and what is made of it below has the right limit.
     lambdas = [
@@ -203,7 +205,7 @@ def integrate(network: Network, noise: Tensor, condition: Condition, config: Sam
         out = (network if inside or unguided is None else unguided)(process.input_of(x, t), t, condition)
         return process.data_and_noise(x, out, t)
 
-    x = sigmas[0] * noise
+    x = sigmas[0] * noise if x0 is None else alphas[0] * x0 + sigmas[0] * noise
     before: Tensor | None = None  # x0 at the time before
     found = at(x, 0)
     for i, j in pairwise(range(config.steps + 1)):

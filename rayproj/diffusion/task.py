@@ -392,6 +392,17 @@ class TrainedModel:
             self.network, self.codec, condition, ids, self.latent_shape, seed, config, self.process, weak, scales
         )
 
+    def redraw(self, images: Tensor, ids: Tensor, seed: int, config: SamplerConfig, noise: float) -> Tensor:
+        """uint8 images [B, C, H, W] noised up to a share of the path and drawn again from there, without a condition (Meng
+        et al. 2022, "SDEdit"). What is drawn is keyed by (seed, id)."""
+        latents, _ = self.codec.encode(images)
+        row = torch.stack([ids, torch.zeros_like(ids), torch.zeros_like(ids)], dim=1)
+        drawn = keyed.normal(seed, "redraw", row, tuple(latents.shape[1:]))
+        nothing = self.conditions.nothing(len(images), self.device)
+        with remembered(self.network, None):
+            found = sampling.integrate(self.network, drawn, nothing, config, self.process, x0=latents, begin=noise)
+        return self.codec.decode(found)
+
 
 def held_out(config: DiffusionConfig, fields: list[str], device: str) -> Batch:
     """The examples to validate on.

@@ -48,16 +48,10 @@ class Verdict:
         correct: column -> bool [B]. "clean" and "static" are of the base: without an attack, and under AutoAttack.
             "defended" is the defence without an attack; the rest are attacks on it.
         images: fp32 [B, C, H, W]: of each example that an attack broke, what the first made of it; else as it was.
-        deviation: of the share of these images that are right, over evaluations; 0 of a defence that draws nothing.
-        passes: forward and backward passes through the base for one answer of the defence.
-        seconds: for an answer of the base, and of the defence, per image.
     """
 
     correct: dict[str, Tensor]
     images: Tensor
-    deviation: float
-    passes: tuple[float, float]
-    seconds: tuple[float, float]
 
     @property
     def worst(self) -> Tensor:
@@ -91,11 +85,7 @@ def evaluate(
             found = torch.where(wide(~held & ~broken, x), point, found)
             broken |= ~held
         correct[name] = held
-    again = [
-        right(defended, found, label, votes).float().mean() for _ in range(config.repeats if defended.random else 1)
-    ]
-    deviation = torch.stack(again).std(unbiased=False).item()
-    return Verdict(correct, found, deviation, _passes(defence, base, x), (_seconds(base, x), _seconds(defended, x)))
+    return Verdict(correct, found)
 
 
 def right(model: Model, x: Tensor, label: Tensor, votes: int) -> Tensor:
@@ -143,8 +133,16 @@ class _Counted:
         self.backwards += len(gradient)
 
 
-def _passes(defence: Callable[[Model], Defence], base: Model, x: Tensor) -> tuple[float, float]:
-    """Passes through the base for one answer; (nan, nan) of a defence that does not call it as it is."""
+def deviation(defence: Defence, x: Tensor, label: Tensor, config: AdaptiveConfig) -> float:
+    """Of the share of images that are right, over evaluations; 0 of a defence that draws nothing."""
+    if not defence.random:
+        return 0.0
+    again = [right(defence, x, label, config.votes).float().mean() for _ in range(config.repeats)]
+    return torch.stack(again).std(unbiased=False).item()
+
+
+def passes(defence: Callable[[Model], Defence], base: Model, x: Tensor) -> tuple[float, float]:
+    """Forward and backward passes through the base for one answer; (nan, nan) of a defence that does not call it."""
     counted = _Counted(base)
     with torch.no_grad():
         defence(counted)(x)
@@ -153,7 +151,8 @@ def _passes(defence: Callable[[Model], Defence], base: Model, x: Tensor) -> tupl
     return counted.forwards / len(x), counted.backwards / len(x)
 
 
-def _seconds(model: Model, x: Tensor) -> float:
+def seconds(model: Model, x: Tensor) -> float:
+    """For an answer, per image."""
     began = time.perf_counter()
     with torch.no_grad():
         model(x)

@@ -78,8 +78,11 @@ class _Sparse:
     def begin(self, state: State) -> None:
         value, x = state["value"], state["x"]
         state["step"] = torch.full_like(value, self.threat.eps)
-        changed = _changed(state["point"], x) if self.warm else torch.full_like(value, x[0].numel())
-        state["changed"], state["share"] = changed, changed / x[0].numel() / 1.5 if self.warm else 0.2 + 0 * value
+        changed = _changed(state["point"], x) if self.warm else torch.full_like(value, x.shape[1:].numel())
+        state["changed"], state["share"] = (
+            changed,
+            changed / x.shape[1:].numel() / 1.5 if self.warm else 0.2 + 0 * value,
+        )
 
     def step(self, state: State, number: int) -> Tensor:
         direction = steepest(state["gradient"], Norm.l1, state["share"])
@@ -92,7 +95,7 @@ class _Sparse:
         fewer = changed / state["changed"].clamp(min=1) < 0.95
         step = torch.where(fewer, torch.full_like(state["step"], self.threat.eps), state["step"] / 1.5)
         state["step"] = step.clamp(self.threat.eps / 10, self.threat.eps)
-        state["share"], state["changed"] = changed / state["x"][0].numel() / 1.5, changed
+        state["share"], state["changed"] = changed / state["x"].shape[1:].numel() / 1.5, changed
         _restart(state, fewer)
 
 

@@ -14,8 +14,8 @@ OVERSHOOT, BACKWARD, BIAS = 1.05, 0.9, 0.1  # η, β and the largest α
 
 
 def onto_plane(x: Tensor, normal: Tensor, value: Tensor, norm: Norm) -> Tensor:
-    """The smallest moves δ [B, ...] in a norm with value + <normal, δ> = 0 and x + δ in [0, 1]; where the box does not reach
-    the plane, to its corner nearest to it.
+    """The smallest moves δ [B, ...] in a norm with value + <normal, δ> = 0 and x + δ in [0, 1]; where the box does not
+    reach the plane, to its corner nearest to it.
 
     Each value moves by at most the room it has, in the direction that lessens |value|: for ℓ∞ all by the same, for ℓ2 in
     proportion to the normal, for ℓ1 those with the largest |normal| first. How far is found exactly, by sorting.

@@ -79,12 +79,13 @@ def test_the_highest_loss_is_kept_and_more_steps_find_more() -> None:
     assert losses[0] < losses[1] < losses[2]
 
 
-def test_it_stops_asking_about_what_is_broken() -> None:
+@pytest.mark.parametrize("threat", [Threat(Norm.linf, 0.5), Threat(Norm.l2, 5.0), Threat(Norm.l1, 40.0)], ids=str)
+def test_it_stops_asking_about_what_is_broken(threat: Threat) -> None:
     x, label = digits()
     model = small_network(x[:600], label[:600])
     oracle = Oracle(model)
-    found = apgd(oracle, x[600:700], label[600:700], rows(100), Threat(Norm.linf, 0.5), steps=50)
-    assert found.broken.all() and oracle.forwards < 100 * 10
+    found = apgd(oracle, x[600:700], label[600:700], rows(100), threat, steps=50)
+    assert found.broken.sum() >= 98 and oracle.forwards < 100 * 10
 
 
 def test_scaled_logits_do_not_hide_a_model_from_dlr() -> None:

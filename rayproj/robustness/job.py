@@ -1,0 +1,366 @@
+"""Classifiers and defences under attack: every image attacked once, whoever does it, and the tables of what came of it.
+
+What is written is a dataset: of each test image, what broke it under each threat, and the broken image. All measures are
+sums over it, so that none needs the model again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from rayproj import classifiers
+from rayproj import config as configuration
+from rayproj.classifiers.adversary import ThreatConfig
+from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.data.reader import Reader
+from rayproj.engine.checkpoint import commits
+from rayproj.errors import UserError
+from rayproj.robustness import adaptive, defences
+from rayproj.robustness.adaptive import AdaptiveConfig
+from rayproj.robustness.apgd import apgd
+from rayproj.robustness.autoattack import AttackConfig, autoattack
+from rayproj.robustness.defences import Defence
+from rayproj.robustness.losses import cross_entropy
+from rayproj.robustness.masking import signs
+from rayproj.robustness.oracle import Model, Oracle
+from rayproj.robustness.threats import Norm, Threat, size
+from rayproj.storage.store import Store
+
+CHECKED = 64  # images in the search for signs of masked gradients
+COLUMNS = ("clean", "static", "defended", "transfer", "direct", "around", "scores")
+
+
+class Kind(Enum):
+    anti_adversary = "anti_adversary"
+    hedge = "hedge"
+    auxiliary = "auxiliary"
+    entropy = "entropy"
+    noise = "noise"
+    generative = "generative"
+    quantiser = "quantiser"
+
+
+@dataclass
+class DefenceConfig:
+    """A defence around one of the classifiers."""
+
+    base: str = "???"  # name in `classifiers`
+    kind: Kind = Kind.anti_adversary
+    options: dict[str, float] = field(default_factory=dict)  # of its class, such as {steps: 4}
+    model: str = ""  # generative: run dir of a diffusion model
+    images: str = ""  # auxiliary: images that the discriminator learns from
+
+
+@dataclass
+class RobustnessConfig:
+    """What to attack, how."""
+
+    test: str = ""  # images with labels
+    out: str = ""  # where the attacked images go: <out>/<name>
+    classifiers: dict[str, str] = field(default_factory=dict)  # name -> run dir
+    defences: dict[str, DefenceConfig] = field(default_factory=dict)  # name -> which, around what
+    threats: dict[str, ThreatConfig] = field(default_factory=dict)  # {}: linf 8/255, l2 0.5 and l1 12
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    adaptive: AdaptiveConfig = field(default_factory=AdaptiveConfig)  # of defences
+    radii: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0])  # of a threat, by APGD alone
+    examples: int = 1000
+    shard_size: int = 50
+
+    def problems(self) -> list[str]:
+        found = [f"robustness.{n} must be positive." for n in ("examples", "shard_size") if getattr(self, n) <= 0]
+        if self.classifiers and not (self.test and self.out):
+            found.append("robustness.classifiers need robustness.test, and robustness.out for what is found.")
+        unknown = sorted({d.base for d in self.defences.values()} - set(self.classifiers))
+        if unknown:
+            found.append(f"robustness.defences stand on '{unknown[0]}', which robustness.classifiers has not.")
+        twice = sorted(set(self.defences) & set(self.classifiers))
+        return [*found, f"robustness: '{twice[0]}' is a classifier and a defence."] if twice else found
+
+    @property
+    def balls(self) -> dict[str, Threat]:
+        """The threats by name; by default those that are common for images of 32 pixels (Croce and Hein 2021)."""
+        given = {name: threat.threat for name, threat in self.threats.items()}
+        return given or {"linf": Threat(Norm.linf, 8 / 255), "l2": Threat(Norm.l2, 0.5), "l1": Threat(Norm.l1, 12.0)}
+
+    @property
+    def attacked(self) -> dict[str, DefenceConfig | None]:
+        """Everything that is attacked, with its defence."""
+        return {**dict.fromkeys(self.classifiers), **self.defences}
+
+
+def header_of(config: RobustnessConfig, name: str, seed: int) -> Header:
+    """Of the dataset of one classifier's or defence's attacked images.
+
+    Raises:
+        UserError: the classifier has no commit, or the test images none to attack.
+    """
+    test, defence = Dataset.open(config.test).header, config.attacked[name]
+    run = Store(config.classifiers[defence.base if defence else name])
+    done = commits(run)
+    if not done:
+        raise UserError(f"There is no trained classifier at '{run.uri}'; give the run dir of jobs/train_classifier.py.")
+    shape = test.fields["image"].shape
+    fields = {"label": Field("int"), "prediction": Field("int")}
+    for threat in config.balls:
+        fields |= {
+            f"{threat}_image": Field("npy", shape),
+            f"{threat}_by": Field("str"),
+            f"{threat}_size": Field("float"),
+        }
+        names = COLUMNS if defence else [f"at_{k}" for k in range(len(config.radii))]
+        fields |= {f"{threat}_{name}": Field("int") for name in names}
+    values = configuration.to_dict(config)
+    provenance = {
+        "classifier": run.uri,
+        "commit": done[-1].step,
+        "name": name,
+        "seed": seed,
+        "robustness": {k: v for k, v in values.items() if k not in ("classifiers", "out")},
+    }
+    count = min(config.examples, test.num_samples)
+    told: dict[str, Any] = {"licence": test.licence, "attribution": test.attribution, "provenance": provenance}
+    return Header(f"{test.name}, attacked", fields, count, config.shard_size, test.classes, **told)
+
+
+class Attacker:
+    """Attacks the images of one shard, a function of the header and the shard's number. Config key: "out"."""
+
+    def __init__(self, config: dict[str, Any], device: str) -> None:
+        self.dataset, self.device = Dataset.open(config["out"]), device
+        said = self.dataset.header.provenance
+        self.config = configuration.from_dict(RobustnessConfig, said["robustness"])
+        self.seed, self.defence = int(said["seed"]), self.config.defences.get(said["name"])
+        network = classifiers.load(said["classifier"], device)
+        self.model: Model = lambda x: network(255 * x)
+        self.reader = Reader(Dataset.open(self.config.test), ["image", "label"])
+
+    def make(self, shard: int) -> list[dict[str, Any]]:
+        ids = np.array(self.dataset.header.shard_range(shard))
+        batch = self.reader.gather(ids)
+        x = torch.from_numpy(batch["image"]).to(self.device).float() / 255
+        label, number = (torch.from_numpy(v).to(self.device) for v in (batch["label"], ids))
+        found = [{"key": f"{i:08d}", "label": int(y)} for i, y in zip(ids, batch["label"], strict=True)]
+        self._add(found, "prediction", self.model(x).argmax(1))
+        for name, threat in self.config.balls.items():
+            part = self._defended if self.defence else self._plain
+            images = part(found, name, threat, x, label, number)
+            self._add(found, f"{name}_size", size(images - x, threat.norm))
+            self._add(found, f"{name}_image", images)
+        return found
+
+    def _plain(
+        self, found: list[dict[str, Any]], name: str, threat: Threat, x: Tensor, label: Tensor, ids: Tensor
+    ) -> Tensor:
+        result = autoattack(self.model, x, label, ids, threat, self.config.attack, self.seed)
+        for sample, by in zip(found, result.by, strict=True):
+            sample[f"{name}_by"] = by
+        right = self.model(x).argmax(1) == label
+        for k, radius in enumerate(self.config.radii):
+            row = torch.stack([ids, torch.full_like(ids, k), torch.full_like(ids, 60)], 1)
+            there = Threat(threat.norm, radius * threat.eps)
+            steps = self.config.attack.steps
+            broken = apgd(Oracle(self.model), x, label, row, there, cross_entropy, steps, self.seed).broken
+            self._add(found, f"{name}_at_{k}", (right & ~broken).int())
+        return result.images
+
+    def _defended(
+        self, found: list[dict[str, Any]], name: str, threat: Threat, x: Tensor, label: Tensor, ids: Tensor
+    ) -> Tensor:
+        assert self.defence is not None
+        build = builder(self.defence, self.config, self.model, self.device, self.seed)
+        tried = (self.config.attack, self.config.adaptive, self.seed)
+        verdict = adaptive.evaluate(build, self.model, x, label, ids, threat, *tried)
+        for column in COLUMNS:
+            self._add(found, f"{name}_{column}", verdict.correct[column].int())
+        first = [next((c for c in COLUMNS[2:] if not verdict.correct[c][i]), "") for i in range(len(x))]
+        for sample, by in zip(found, first, strict=True):
+            sample[f"{name}_by"] = by
+        return verdict.images
+
+    @staticmethod
+    def _add(found: list[dict[str, Any]], name: str, values: Tensor) -> None:
+        for sample, value in zip(found, values.detach().cpu(), strict=True):
+            sample[name] = value.numpy() if value.dim() else value.item()
+
+
+def builder(
+    defence: DefenceConfig, config: RobustnessConfig, base: Model, device: str, seed: int
+) -> Callable[[Model], Defence]:
+    """What builds a defence around a base.
+
+    Raises:
+        UserError: an option that it has not, or what it needs is not given.
+    """
+    options = dict(defence.options)
+    kinds: dict[Kind, Callable[..., Defence]] = {
+        Kind.anti_adversary: defences.AntiAdversary,
+        Kind.hedge: defences.Hedge,
+        Kind.entropy: defences.EntropyAdaptation,
+        Kind.noise: defences.RandomNoise,
+        Kind.quantiser: defences.Quantiser,
+    }
+    if defence.kind is Kind.generative:
+        if not defence.model:
+            raise UserError(
+                "A generative defence needs robustness.defences.NAME.model: the run dir of a diffusion model."
+            )
+        redraw = Redraw(defence.model, device, float(options.pop("noise", 0.3)), int(options.pop("steps", 8)))
+        return lambda model: defences.GenerativePurifier(model, redraw, seed)
+    if defence.kind is Kind.auxiliary:
+        if not defence.images:
+            raise UserError(
+                "An auxiliary defence needs robustness.defences.NAME.images, for its network to learn from."
+            )
+        told = discriminator(defence.images, base, next(iter(config.balls.values())), device, seed)
+        given = _given(defences.AuxiliaryPurifier, options)
+        return lambda model: defences.AuxiliaryPurifier(model, told, **given)
+    given = _given(kinds[defence.kind], options)
+    return lambda model: kinds[defence.kind](model, **given)
+
+
+def _given(kind: Callable[..., Defence], options: dict[str, float]) -> dict[str, Any]:
+    """Options as the class takes them, whole numbers where it wants some."""
+    import inspect
+
+    parameters = inspect.signature(kind).parameters
+    known = {n: p.default for n, p in parameters.items() if isinstance(p.default, int | float)}
+    if wrong := sorted(set(options) - set(known)):
+        raise UserError(f"A defence of this kind has no option '{wrong[0]}'; it has {', '.join(known)}.")
+    return {name: type(known[name])(value) for name, value in options.items()}
+
+
+def discriminator(images: str, base: Model, threat: Threat, device: str, seed: int, count: int = 512) -> Model:
+    """A small network that tells images from what APGD makes of them for the base."""
+    dataset = Dataset.open(images)
+    batch = Reader(dataset, ["image", "label"]).gather(np.arange(min(count, dataset.header.num_samples)))
+    x, label = torch.from_numpy(batch["image"]).to(device).float() / 255, torch.from_numpy(batch["label"]).to(device)
+    ids = torch.arange(len(x), device=device)
+    row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 70)], 1)
+    attacked = apgd(Oracle(base), x, label, row, threat, cross_entropy, 10, seed, go_on=True).images
+    return defences.trained_discriminator(x, attacked, seed=seed)
+
+
+class Redraw:
+    """Images noised and drawn again by one of our diffusion models, without a condition.
+
+    Args:
+        noise: how far along the path, 1 being noise alone.
+    """
+
+    def __init__(self, run_dir: str, device: str, noise: float, steps: int) -> None:
+        from rayproj.diffusion.sampling import SamplerConfig
+        from rayproj.diffusion.task import TrainedModel
+
+        self.model, self.noise = TrainedModel(run_dir, device), noise
+        self.config = SamplerConfig(steps=steps, guidance=1.0)
+
+    def __call__(self, x: Tensor, seed: int) -> Tensor:
+        images = (255 * x).round().to(torch.uint8)
+        return (
+            self.model.redraw(images, torch.arange(len(x), device=x.device), seed, self.config, self.noise).float()
+            / 255
+        )
+
+
+def summary(dataset: Dataset, cost: Cost | None = None) -> dict[str, Any]:
+    """The tables of one classifier or defence, from its attacked images.
+
+    Args:
+        cost: of a defence.
+
+    Returns:
+        "clean" accuracy; by threat "robust" accuracy, the share broken "by" each attack, and of a classifier the "curve"
+        over the radii, of a defence its "columns" and the checklist; "union": right under all threats. Accuracies have
+        "value", "low" and "high" (95 %, Clopper and Pearson 1934) and "n".
+    """
+    header = dataset.header
+    config = configuration.from_dict(RobustnessConfig, header.provenance["robustness"])
+    defence = config.defences.get(header.provenance["name"])
+    small = [name for name, known in header.fields.items() if not known.array]
+    columns = Reader(dataset, small).gather(np.arange(header.num_samples))
+    found: dict[str, Any] = {"clean": share(columns["prediction"] == columns["label"]), "threats": {}}
+    union = np.ones(header.num_samples, bool)
+    for name, threat in config.balls.items():
+        by = columns[f"{name}_by"].astype(str)
+        union &= by == ""
+        one: dict[str, Any] = {
+            "threat": asdict(threat) | {"norm": threat.norm.value},
+            "robust": share(by == ""),
+            "by": {str(kind): float(np.mean(by == kind)) for kind in np.unique(by[by != ""])},
+        }
+        if defence:
+            right = {c: columns[f"{name}_{c}"].astype(bool) for c in COLUMNS}
+            one["columns"] = {c: share(values) for c, values in right.items()}
+            if cost:
+                checks = adaptive.checklist(right, cost.deviations[name], cost.seconds)
+                one["checklist"] = [asdict(check) for check in checks]
+        else:
+            held = [share(columns[f"{name}_at_{k}"].astype(bool)) for k in range(len(config.radii))]
+            one["curve"] = [{"radius": r * threat.eps, **h} for r, h in zip(config.radii, held, strict=True)]
+        found["threats"][name] = one
+    found["union"] = share(union)
+    return found | ({"cost": asdict(cost)} if cost else {})
+
+
+def share(right: np.ndarray) -> dict[str, float]:
+    """How many are right, with the interval of Clopper and Pearson."""
+    count, n = int(right.sum()), len(right)
+    if not n:
+        return {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+    interval = binomtest(count, n).proportion_ci(0.95)
+    return {"value": count / n, "low": float(interval.low), "high": float(interval.high), "n": n}
+
+
+def masking(config: RobustnessConfig, name: str, device: str, seed: int) -> list[dict[str, Any]]:
+    """The signs of masked gradients of a classifier, on its first images."""
+    network = classifiers.load(config.classifiers[name], device)
+    x, label = _first(Dataset.open(config.test), "image", device)
+    threat = next(iter(config.balls.values()))
+    found = signs(lambda z: network(255 * z), x / 255, label, torch.arange(len(x), device=device), threat, seed=seed)
+    return [asdict(sign) for sign in found]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an answer of a defence costs, measured on some images.
+
+    Attributes:
+        passes: forward and backward, through the base.
+        seconds: of the base and of the defence, per image.
+        deviations: by threat, of the share of its attacked images that are right, over evaluations.
+    """
+
+    passes: tuple[float, float]
+    seconds: tuple[float, float]
+    deviations: dict[str, float]
+
+
+def cost_of(config: RobustnessConfig, name: str, dataset: Dataset, device: str, seed: int) -> Cost:
+    """Of the defence of that name, whose attacked images are in `dataset`."""
+    network = classifiers.load(dataset.header.provenance["classifier"], device)
+
+    def base(z: Tensor) -> Tensor:
+        return network(255 * z)  # type: ignore[no-any-return]
+
+    build, deviations = builder(config.defences[name], config, base, device, seed), {}
+    for threat in config.balls:
+        x, label = _first(dataset, f"{threat}_image", device)
+        deviations[threat] = adaptive.deviation(build(base), x, label, config.adaptive)
+    return Cost(
+        adaptive.passes(build, base, x), (adaptive.seconds(base, x), adaptive.seconds(build(base), x)), deviations
+    )
+
+
+def _first(dataset: Dataset, images: str, device: str) -> tuple[Tensor, Tensor]:
+    """fp32 [CHECKED, C, H, W] and labels."""
+    batch = Reader(dataset, [images, "label"]).gather(np.arange(min(CHECKED, dataset.header.num_samples)))
+    return torch.from_numpy(batch[images]).to(device).float(), torch.from_numpy(batch["label"]).to(device)

@@ -1,0 +1,159 @@
+import numpy as np
+import pytest
+import torch
+from rayproj.jobs.train_classifier import Config, worker
+from scipy.stats import beta
+
+from rayproj import classifiers
+from rayproj import config as configuration
+from rayproj.classifiers.adversary import ThreatConfig
+from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.data.reader import Reader
+from rayproj.data.writer import commit_shard
+from rayproj.errors import UserError
+from rayproj.robustness.adaptive import AdaptiveConfig
+from rayproj.robustness.autoattack import Attack, AttackConfig
+from rayproj.robustness.job import (
+    Attacker,
+    DefenceConfig,
+    Kind,
+    RobustnessConfig,
+    builder,
+    cost_of,
+    header_of,
+    masking,
+    share,
+    summary,
+)
+from rayproj.robustness.threats import Norm
+from rayproj.storage.store import Store
+from tests.support.linear import digits
+from tests.support.ranks import run_ranks
+from tests.support.regression import Recorder
+
+
+def write(uri: str, part: slice) -> None:
+    x, label = digits()
+    images, labels = (255 * x[part]).round().byte().numpy(), label[part].numpy()
+    fields = {"image": Field("png", (1, 8, 8)), "label": Field("int")}
+    dataset = Dataset.create(uri, Header("digits", fields, len(images), 64, tuple("0123456789")))
+    for shard in range(dataset.header.num_shards):
+        samples = [
+            {"key": f"{i}", "image": images[i], "label": int(labels[i])} for i in dataset.header.shard_range(shard)
+        ]
+        commit_shard(dataset, shard, samples, "test", 0.0)
+
+
+def train(world, folder: str) -> None:  # type: ignore[no-untyped-def]
+    values = {
+        "data": f"{folder}/train",
+        "augment": {"shift": 0, "flip": False},
+        "classifier": {"channels": [16, 32], "dropout": 0.0},
+        "train": {"steps": 120, "batch": 64, "engine": {"ema": 0.9, "optimizer": {"lr": 5e-3}}},
+        "run": {"dir": f"{folder}/run"},
+    }
+    config = configuration.from_dict(Config, values)
+    Store(config.run.dir).write("config.yaml", configuration.to_yaml(config).encode())
+    worker(configuration.to_dict(config), world, Recorder("a"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("robustness"))
+    write(f"{path}/train", slice(0, 900))
+    write(f"{path}/test", slice(900, 1000))
+    run_ranks(train, 1, path)
+    return path
+
+
+def config_of(folder: str) -> RobustnessConfig:
+    return RobustnessConfig(
+        test=f"{folder}/test",
+        out=f"{folder}/attacked",
+        classifiers={"plain": f"{folder}/run"},
+        defences={
+            "anti": DefenceConfig("plain", Kind.anti_adversary, {"steps": 2}),
+            "noisy": DefenceConfig("plain", Kind.noise),
+        },
+        threats={"linf": ThreatConfig(Norm.linf, 0.08), "l1": ThreatConfig(Norm.l1, 2.0)},
+        attack=AttackConfig([Attack.apgd_ce, Attack.apgd_t], steps=10, targets=2),
+        adaptive=AdaptiveConfig(steps=5, draws=2, votes=3, queries=20),
+        radii=[0.5, 1.0, 3.0],
+        examples=60,
+        shard_size=20,
+    )
+
+
+def made(config: RobustnessConfig, name: str, shards: range | None = None, out: str = "") -> Dataset:
+    dataset = Dataset.create(out or f"{config.out}/{name}", header_of(config, name, 0))
+    attacker = Attacker({"out": dataset.uri}, "cpu")
+    for shard in shards or range(dataset.header.num_shards):
+        commit_shard(dataset, shard, attacker.make(shard), "test", 0.0)
+    return dataset
+
+
+def test_the_tables_are_what_the_attacked_images_say(folder: str) -> None:
+    config = config_of(folder)
+    dataset = made(config, "plain")
+    found, model = summary(dataset), classifiers.load(f"{folder}/run", "cpu")
+    columns = Reader(dataset).gather(np.arange(60))
+    clean = Reader(Dataset.open(config.test), ["image"]).gather(np.arange(60))["image"]
+    x, label = torch.from_numpy(clean).float() / 255, torch.from_numpy(columns["label"])
+    assert found["clean"]["value"] == (model(255 * x).argmax(1) == label).float().mean().item() > 0.8
+    broken = torch.zeros(60, dtype=torch.bool)
+    for name, threat in config.threats.items():
+        images = torch.from_numpy(columns[f"{name}_image"])
+        assert threat.threat.holds(x, images).all()
+        wrong = model(255 * images).argmax(1) != label
+        assert wrong.tolist() == (columns[f"{name}_by"] != "").tolist()
+        one = found["threats"][name]
+        assert one["robust"]["value"] == pytest.approx(1 - wrong.float().mean().item())
+        assert sum(one["by"].values()) == pytest.approx(wrong.float().mean().item())
+        curve = [point["value"] for point in one["curve"]]
+        assert curve[0] > curve[1] > curve[2] and one["curve"][1]["radius"] == pytest.approx(threat.eps)
+        broken |= wrong
+    assert found["union"]["value"] == pytest.approx(1 - broken.float().mean().item())
+    assert 0 < found["union"]["value"] < found["clean"]["value"]
+
+
+def test_a_shard_is_the_same_whoever_makes_it_and_in_whatever_order(folder: str) -> None:
+    config = config_of(folder)
+    there, again = (made(config, "plain", shards, f"{folder}/{shards}") for shards in (range(3), range(2, 3)))
+    assert again.records()[2].sha256 == there.records()[2].sha256
+
+
+def test_a_defence_is_judged_beside_its_base(folder: str) -> None:
+    config = config_of(folder)
+    for name in ("anti", "noisy"):
+        dataset = made(config, name)
+        found = summary(dataset, cost_of(config, name, dataset, "cpu", 0))
+        one = found["threats"]["linf"]
+        assert one["columns"]["static"]["value"] < one["columns"]["clean"]["value"]
+        held = [c["value"] for n, c in one["columns"].items() if n not in ("clean", "static")]
+        assert one["robust"]["value"] <= min(held)
+        assert len(one["checklist"]) == 7 and all(check["evidence"] for check in one["checklist"])
+        assert found["cost"]["passes"] == ((4, 2) if name == "anti" else (4, 0)) and found["cost"]["seconds"][1] > 0
+        assert (found["cost"]["deviations"]["linf"] == 0) == (name == "anti")
+
+
+def test_signs_of_masked_gradients_are_looked_for(folder: str) -> None:
+    found = masking(config_of(folder), "plain", "cpu", 0)
+    assert len(found) == 7 and not any(sign["seen"] for sign in found)
+
+
+def test_intervals_are_clopper_and_pearsons() -> None:
+    found = share(np.arange(100) < 5)
+    assert (found["low"], found["high"]) == pytest.approx((0.0164319, 0.1128349), abs=1e-6)
+    assert share(np.zeros(100, bool))["high"] == pytest.approx(beta.ppf(0.975, 1, 100))
+
+
+def test_what_cannot_be(folder: str) -> None:
+    config = config_of(folder)
+    config.defences = {"plain": DefenceConfig("other")}
+    assert [p.split(" ")[0] for p in config.problems()] == ["robustness.defences", "robustness:"]
+    with pytest.raises(UserError, match="no option 'stepz'; it has steps, step"):
+        builder(DefenceConfig("plain", options={"stepz": 1}), config, lambda x: x, "cpu", 0)
+    with pytest.raises(UserError, match="A generative defence needs"):
+        builder(DefenceConfig("plain", Kind.generative), config, lambda x: x, "cpu", 0)
+    with pytest.raises(UserError, match="no trained classifier"):
+        header_of(RobustnessConfig(test=f"{folder}/test", classifiers={"a": f"{folder}/nowhere"}), "a", 0)
