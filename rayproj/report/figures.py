@@ -182,6 +182,80 @@ def privacy_and_use(rows: list[dict[str, Any]], real: dict[str, Any] | None) -> 
     return figure
 
 
+def robust_accuracy(found: dict[str, dict[str, Any]]) -> Figure:
+    """Accuracy over the radius of each threat, of every classifier that was attacked at several.
+
+    Args:
+        found: name -> what `rayproj.robustness.job.summary` gives.
+    """
+    curves = {name: one for name, one in found.items() if any("curve" in t for t in one["threats"].values())}
+    threats = list(dict.fromkeys(threat for one in curves.values() for threat in one["threats"]))
+    figure, axes = _panels(len(threats), 3.0, 2.6)
+    for axis, threat in zip(axes, threats, strict=False):
+        for colour, (name, one) in zip(cycle(SERIES), curves.items()):
+            points = [{"radius": 0.0, **one["clean"]}, *one["threats"][threat]["curve"]]
+            x = [point["radius"] for point in points]
+            axis.plot(x, [point["value"] for point in points], color=colour, marker="o", markersize=3, label=name)
+            axis.fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=colour, alpha=0.15)
+            axis.plot(
+                [one["threats"][threat]["threat"]["eps"]], [one["threats"][threat]["robust"]["value"]], color=colour, marker="x"
+            )
+        axis.set_ylim(0, 1)
+        axis.set_xlabel(f"{threat} radius")
+        axis.set_ylabel("right under attack")
+    if threats:
+        axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def robustness_and_cost(found: dict[str, dict[str, Any]]) -> Figure:
+    """Worst-case accuracy of defences over what an answer of theirs costs, with their bases at a cost of one."""
+    costs = {name: one for name, one in found.items() if "cost" in one}
+    threats = list(next(iter(costs.values()))["threats"]) if costs else []
+    figure, axes = _panels(max(1, len(threats)), 3.0, 2.6)
+    for axis, threat in zip(axes, threats, strict=False):
+        for colour, (name, one) in zip(cycle(SERIES), costs.items()):
+            base, own = one["threats"][threat]["columns"]["static"], one["threats"][threat]["robust"]
+            times = max(1.0, one["cost"]["seconds"][1] / one["cost"]["seconds"][0])
+            for x, point, marker in ((1.0, base, "s"), (times, own, "o")):
+                error = [[point["value"] - point["low"]], [point["high"] - point["value"]]]
+                label = name if marker == "o" else None
+                axis.errorbar([x], [point["value"]], yerr=error, color=colour, marker=marker, capsize=3, label=label)
+            axis.plot([1, times], [base["value"], own["value"]], color=colour, linewidth=0.8, linestyle=":")
+        axis.set_xscale("log")
+        axis.set_ylim(0, 1)
+        axis.set_xlabel("time of an answer, times its base's")
+        axis.set_ylabel(f"right in the worst case, {threat}")
+        axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def perturbed(rows: dict[str, tuple[np.ndarray, np.ndarray, list[str]]]) -> Figure:
+    """Images, what an attack made of them, and the difference, magnified until its largest value is at the edge.
+
+    Args:
+        rows: title -> images and attacked images, fp32 [n, C, H, W] in [0, 1], and what each is taken for.
+    """
+    count = max((len(clean) for clean, _, _ in rows.values()), default=1)
+    figure, axes = plt.subplots(
+        3 * len(rows), count, figsize=(0.9 * count + 1.2, 2.9 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for number, (title, (clean, attacked, taken)) in enumerate(rows.items()):
+        for k, (before, after, name) in enumerate(zip(clean, attacked, taken, strict=True)):
+            moved = after - before
+            largest = max(float(np.abs(moved).max()), 1e-12)
+            shown = (before, after, 0.5 + 0.5 * moved / largest)
+            for row, image in enumerate(shown):
+                axis = axes[3 * number + row, k]
+                axis.imshow(np.moveaxis(image, 0, -1).squeeze(), cmap="gray", vmin=0, vmax=1)
+            axes[3 * number + 1, k].set_title(name, fontsize=7, pad=2)
+            axes[3 * number + 2, k].set_title(f"× {0.5 / largest:.0f}", fontsize=7, pad=2)
+        axes[3 * number, 0].set_title(title, fontsize=8, loc="left")
+    return figure
+
+
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
     """As many axes, at most PANELS in a row."""
     columns = min(PANELS, count)
