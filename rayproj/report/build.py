@@ -110,11 +110,14 @@ def gather(stages: Stages) -> dict[str, Any]:
         named = {"real": "accuracy_real", "public": "accuracy_synthetic", "private": "accuracy_private"}
         report["classifier"] = {named.get(n, f"accuracy_{n}"): v["value"] for n, v in found["accuracy"].items()}
         report["classifier"]["intervals"] = found["accuracy"]
-        report["quality"] = {
-            **found["quality"],
-            "frechet_distance": found["quality"]["frechet_distance"].get("public"),
-            "frechet_distances": found["quality"]["frechet_distance"],
-        }
+        if found["quality"]["measures"]:
+            report["quality"] = {
+                **found["quality"],
+                "frechet_distance": found["quality"]["frechet_distance"].get("public"),
+                "frechet_distances": found["quality"]["frechet_distance"],
+            }
+        if found.get("tests"):
+            report["tests"] = {name: test["accuracy"] for name, test in found["tests"].items()}
         if found.get("skewsize"):
             report["skewsize"] = found["skewsize"]
         if found.get("fairness"):
