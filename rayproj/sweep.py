@@ -40,7 +40,7 @@ class GridConfig:
 
     template: str = "???"  # a YAML file: a chain, whose paths are below its ${root}, or the config of `job`
     job: str = ""  # the job of the template, such as train_classifier; "": a chain
-    set: list[str] = field(default_factory=list)  # overrides of the template for all points
+    set: list[str] = field(default_factory=list)  # overrides of the template for all its points
     axes: Axes = field(default_factory=dict)
 
     def problems(self) -> list[str]:
@@ -57,6 +57,7 @@ class SweepConfig:
     """Which points, and where they are kept."""
 
     out: str = "???"  # a point's run dir is <out>/<point>; of a chain it is the root
+    set: list[str] = field(default_factory=list)  # overrides of the templates for all points
     grids: dict[str, GridConfig] = field(default_factory=dict)  # points that several have are run once
 
     def problems(self) -> list[str]:
@@ -114,7 +115,7 @@ def points(config: SweepConfig) -> list[Point]:
             name = ",".join(f"{axis}={value}" for axis, value in axes.items()) or grid
             if set(name) & set("/\\ ") or name.startswith("."):
                 raise UserError(f"sweep.grids.{grid}: '{name}' names a folder; use no blanks and slashes in names.")
-            stages = _stages(one, f"{config.out}/{name}", [*one.set, *overrides])
+            stages = _stages(one, f"{config.out}/{name}", [*config.set, *one.set, *overrides])
             there = found.get(name)
             if there and there.stages != stages:
                 raise UserError(
