@@ -92,11 +92,15 @@ class Point:
     axes: dict[str, str]
     stages: list[list[tuple[str, str, dict[str, Any]]]]
 
+    def runs(self) -> dict[str, str]:
+        """The run dir of each stage, by its name."""
+        return {name: config["run"]["dir"] for together in self.stages for name, _, config in together}
+
     def results(self) -> dict[str, dict[str, Any]] | None:
         """What each stage found, by its name; None if the point is not done."""
         found = {}
-        for name, _, config in (stage for together in self.stages for stage in together):
-            store = Store(config["run"]["dir"])
+        for name, folder in self.runs().items():
+            store = Store(folder)
             if not store.exists("result.json"):
                 return None
             found[name] = from_json(store.read("result.json"))
@@ -162,7 +166,10 @@ def sweep(config: SweepConfig, room: RoomConfig, run: Run) -> dict[str, Any]:
     run.tracker.event({"type": "total", "steps": len(every)})
     run.store.delete_tree("failed")
     failed = _run(every, room, run)
-    rows = [{"point": p.name, "grids": list(p.grids), "axes": p.axes, "results": p.results()} for p in every]
+    rows = [
+        {"point": p.name, "grids": list(p.grids), "axes": p.axes, "runs": p.runs(), "results": p.results()}
+        for p in every
+    ]
     rows = [row for row in rows if row["results"] is not None]
     run.store.write("table.json", to_json(rows))
     if rows:

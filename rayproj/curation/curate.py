@@ -62,7 +62,7 @@ class CurateConfig:
     # Further captions: name of the field -> a text with the sample's fields in braces, such as "a {style} of {caption}".
     captions: dict[str, str] = field(default_factory=dict)
     shard_size: int = 0  # 0: as of the images
-    cells: list[str] = field(default_factory=list)  # fields by which together it is counted what stays, such as label and tone
+    cells: list[str] = field(default_factory=list)  # fields, such as label and tone, by which what stays is counted
     batch: int = 256
 
     def problems(self) -> list[str]:
@@ -121,7 +121,8 @@ def curate(config: CurateConfig, report: Callable[[dict[str, Any]], None], devic
     return {
         "samples": total,
         "kept": len(kept),
-        "cells": cells and {
+        "cells": cells
+        and {
             name: {"samples": int(count), "kept": int((cells.numbers[kept] == number).sum())}
             for number, (name, count) in enumerate(zip(cells.names, cells.counts, strict=True))
         },
