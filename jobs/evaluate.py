@@ -16,6 +16,7 @@ from rayproj.runtime.command import command
 from rayproj.runtime.group import GroupConfig
 from rayproj.runtime.run import Run, RunConfig
 from rayproj.runtime.supervisor import fit
+from rayproj.storage.store import Store
 from rayproj.tracking.tracker import TrackingConfig
 
 
@@ -28,7 +29,8 @@ class Config:
 
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
-    return evaluate(configuration.from_dict(Config, values).evaluate, world, link)
+    config = configuration.from_dict(Config, values)
+    return evaluate(config.evaluate, world, link, Store(config.run.dir))
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -35,7 +35,9 @@ from rayproj.tracking.tracker import TrackingConfig
 @dataclass
 class Config:
     data: str = "???"  # a dataset with the fields "image" and "label"
-    mix: dict[str, float] = field(default_factory=dict)  # further ones, such as the real images -> share of every batch
+    mix: dict[str, float] = field(
+        default_factory=dict
+    )  # further ones, such as real images -> share of every batch, or 0
     consumer: str = ""  # read the first epoch as it is written, under this name; "": the dataset is complete
     wait_seconds: float = 600.0  # for the dataset, and for each next shard of it
     start: StartConfig = field(default_factory=StartConfig)  # such as a classifier of synthetic images
@@ -50,8 +52,8 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def problems(self) -> list[str]:
-        sound = all(share > 0 for share in self.mix.values()) and sum(self.mix.values()) < 1
-        found = [] if sound else ["mix: shares are positive and leave something for data: together less than 1."]
+        sound = all(share >= 0 for share in self.mix.values()) and sum(self.mix.values()) < 1
+        found = [] if sound else ["mix: shares are not negative and leave something for data: together less than 1."]
         if self.consumer and self.objective.needs_cells:
             found.append(
                 "objective: groups are counted before the training, so the dataset must be complete: consumer=''."
@@ -68,6 +70,7 @@ def task_of(config: Config, header: Header, cells: Cells | None = None) -> Class
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     config = configuration.from_dict(Config, values)
+    config.mix = {uri: share for uri, share in config.mix.items() if share > 0}
     dataset = Dataset.open(config.data, config.wait_seconds, link.stop_requested)
     header = dataset.header
     batch, seed = config.train.batch, config.run.seed

@@ -73,8 +73,13 @@ def stages_of(config: Config) -> list[list[Stage]]:
 
 def main(config: Config) -> dict[str, Any]:
     """Run what is not done yet; returns the last stage's result."""
+    return run(stages_of(config))
+
+
+def run(stages: list[list[Stage]]) -> dict[str, Any]:
+    """As `main`, of stages that are there."""
     result: dict[str, Any] = {}
-    for together in stages_of(config):
+    for together in stages:
         with ThreadPoolExecutor(len(together)) as pool:
             running = [pool.submit(job, stage) for job, stage in together]
             done, _ = wait(running, return_when=FIRST_EXCEPTION)

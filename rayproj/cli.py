@@ -1,5 +1,5 @@
-"""The `rayproj` command: demo, chain, submit, plan, status, logs, stop, resume, privacy, export, dataset, grid, evaluate,
-verify, gc, doctor."""
+"""The `rayproj` command: demo, chain, sweep, submit, plan, status, logs, stop, resume, privacy, export, dataset, grid,
+evaluate, verify, gc, doctor."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     chain = commands.add_parser("chain", help="the jobs that a file names, one after the other, as the demo's")
     chain.add_argument("config", help="a YAML file with 'stages:', such as configs/demo.yaml")
     chain.add_argument("overrides", nargs="*", metavar="key=value")
+    sweep = commands.add_parser("sweep", help="a grid of overrides over a job or chain; again goes on with it")
+    sweep.add_argument("config", help="a YAML file, such as configs/sweep.yaml")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value")
     submit = commands.add_parser("submit", help="submit a job to a Ray cluster")
     submit.add_argument("job", help="a script, such as jobs/train_diffusion.py")
     submit.add_argument("config", help="a YAML file below the current folder")
@@ -141,6 +144,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return run_chain(config_path("demo.yaml"), arguments.overrides)
     if arguments.command == "chain":
         return run_chain(Path(arguments.config), arguments.overrides)
+    if arguments.command == "sweep":
+        return run_sweep(Path(arguments.config), arguments.overrides)
     if arguments.command == "submit":
         from rayproj.runtime import submit
 
@@ -210,6 +215,15 @@ def run_chain(path: Path, overrides: list[str]) -> int:
         return result
 
     return run_guarded(lambda: chain.load(path, overrides), main)
+
+
+def run_sweep(path: Path, overrides: list[str]) -> int:
+    """The points of a sweep."""
+    from rayproj import config
+    from rayproj.jobs import sweep  # type: ignore[attr-defined]
+    from rayproj.runtime.command import run_guarded
+
+    return run_guarded(lambda: config.load(sweep.Config, path, overrides), sweep.main)
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

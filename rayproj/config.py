@@ -130,9 +130,12 @@ def _set(config: DictConfig, key: str, value: Any) -> str | None:
         walked.append(name)
         node = node._get_node(name) if name in known else None
     try:
-        element = node._metadata.element_type if isinstance(node, DictConfig) else None
-        if isinstance(value, dict) and dataclasses.is_dataclass(element):  # a section for each name
-            value = {name: OmegaConf.merge(OmegaConf.structured(element), given) for name, given in value.items()}
+        element = node._metadata.element_type if isinstance(node, (DictConfig, ListConfig)) else None
+        if dataclasses.is_dataclass(element):  # a section for each name, or for each entry
+            if isinstance(value, dict):
+                value = {name: OmegaConf.merge(OmegaConf.structured(element), given) for name, given in value.items()}
+            elif isinstance(value, list):
+                value = [OmegaConf.merge(OmegaConf.structured(element), given) for given in value]
         OmegaConf.update(config, key, value, merge=False)
     except OmegaConfBaseException as error:
         return f"'{key}' cannot be {value!r}: {_first_line(error)}."

@@ -117,7 +117,7 @@ def plan(module: ModuleType, config: Any, assumed: Assumed = Assumed()) -> Plan:
     gpus = 0 if os.environ.get("RAY_ADDRESS") else torch.cuda.device_count()
     if hasattr(config, "cluster"):
         cluster = config.cluster
-        found.bundles = [_bundle(cluster.cpus_per_rank, cluster.gpus_per_rank, gpus)] * cluster.ranks
+        found.bundles = [_bundle(cluster.cpus_per_rank, cluster.gpus_per_rank, gpus)] * max(1, cluster.ranks)
     if hasattr(config, "pool"):
         pool = config.pool
         found.bundles = [_bundle(pool.cpus_per_actor, pool.gpus_per_actor, gpus)] * pool.actors
@@ -145,7 +145,7 @@ def _bundle(cpus: float, gpus: float | None, there: int) -> dict[str, float]:
 def _plan_training(found: Plan, module: ModuleType, config: Any, inputs: Inputs, assumed: Assumed) -> None:
     train: TrainConfig = config.train
     privacy: PrivacyConfig | None = getattr(config, "privacy", None)
-    ranks = config.cluster.ranks
+    ranks = max(1, config.cluster.ranks)
     found.steps, found.zero_stage, found.commits = train.steps, train.engine.zero_stage, kept_commits(train)
     micro_batches = 1
     if privacy is None:

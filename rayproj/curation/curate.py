@@ -21,6 +21,7 @@ import torch
 
 from rayproj.curation.duplicates import clusters, difference_hash, weights
 from rayproj.curation.scorers import Columns, Nearest, RuleConfig, Score, Scorer, scorer
+from rayproj.data.cells import cells_of
 from rayproj.data.dataset import WEIGHTS, Dataset, Field, Header
 from rayproj.data.encodings import ENCODINGS
 from rayproj.data.reader import Reader
@@ -61,6 +62,7 @@ class CurateConfig:
     # Further captions: name of the field -> a text with the sample's fields in braces, such as "a {style} of {caption}".
     captions: dict[str, str] = field(default_factory=dict)
     shard_size: int = 0  # 0: as of the images
+    cells: list[str] = field(default_factory=list)  # fields, such as label and tone, by which what stays is counted
     batch: int = 256
 
     def problems(self) -> list[str]:
@@ -115,9 +117,15 @@ def curate(config: CurateConfig, report: Callable[[dict[str, Any]], None], devic
              if isinstance(judge, Nearest)}  # fmt: skip
     _write(config, reader, dataset, kept, weight, lambda done: report({"type": "metrics", "step": total + done}))
     sizes = Counter(np.bincount(groups).tolist()) if len(groups) else Counter[int]()
+    cells = cells_of([source], config.cells) if config.cells else None
     return {
         "samples": total,
         "kept": len(kept),
+        "cells": cells
+        and {
+            name: {"samples": int(count), "kept": int((cells.numbers[kept] == number).sum())}
+            for number, (name, count) in enumerate(zip(cells.names, cells.counts, strict=True))
+        },
         "rejected": int(rejected.sum()),
         "reasons": {name: int(outside.sum()) for name, outside in broken.items()},
         "clusters": {str(size): count for size, count in sorted(sizes.items())},

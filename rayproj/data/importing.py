@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from glob import glob
 from typing import Any
 
 from rayproj.data.dataset import Dataset, Field, Header, Inputs
+from rayproj.data.parts import KeepConfig, hashed, keep, shuffle
 from rayproj.data.sources import Source, SourceConfig, open_source
 from rayproj.data.split import assign
 from rayproj.data.writer import Sample, commit_shard
@@ -25,6 +25,9 @@ class ImportConfig:
     fractions: dict[str, float] = field(default_factory=dict)  # of what the source calls "train"; {}: keep its splits
     # part -> the classes whose samples it keeps, the others being left out; {}: all. Labels mean the same in every part.
     classes: dict[str, list[str]] = field(default_factory=dict)
+    no_label: list[str] = field(default_factory=list)  # classes of the source that mean that a sample has none
+    keep: list[KeepConfig] = field(default_factory=list)  # parts of chosen samples; []: as they were split
+    shuffle: dict[str, list[str]] = field(default_factory=dict)  # part -> attributes dealt out anew, as a control
     shard_size: int = 256
     seed: int = 0
 
@@ -51,7 +54,7 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
     report({"type": "total", "steps": total})
     done, began, written = 0, time.time(), 0
     for part, dataset in datasets.items():
-        ordered = sorted(parts[part], key=lambda sample: _position(sample["key"], config.seed))
+        ordered = sorted(parts[part], key=lambda sample: hashed("order", sample["key"], config.seed))
         for shard in range(dataset.header.num_shards):
             if dataset.record(shard) is None:
                 start = time.time()
@@ -88,37 +91,59 @@ def headers(config: ImportConfig, inputs: Inputs) -> dict[str, Header]:
 
 def _read(config: ImportConfig) -> tuple[Source, dict[str, list[Sample]]]:
     """The samples of each part."""
-    source = open_source(config.source)
+    source = _without_label(open_source(config.source), config.no_label)
     kept = {part: _labels(source.classes, names) for part, names in config.classes.items()}
     parts: dict[str, list[Sample]] = {}
     for sample in source.samples():
         split, group = sample.pop("split"), sample.pop("group")
         part = assign(group, config.fractions, config.seed) if config.fractions and split == "train" else split
         if part not in kept or sample["label"] in kept[part]:
-            shape = "/{1}x{2}".format(*sample["image"].shape) if config.source.buckets else ""
-            parts.setdefault(f"{part}{shape}", []).append(sample)
-    missing = sorted({*config.fractions, *kept} - {name.partition("/")[0] for name in parts})
+            parts.setdefault(part, []).append(sample)
+    missing = sorted({*config.fractions, *kept} - parts.keys())
     if missing:
         raise UserError(
             f"The part '{missing[0]}' got no sample; the source is too small for data.fractions and data.classes, or has "
             f"no such part: there are {', '.join(sorted(parts))}."
         )
-    return source, parts
+    parts = keep(parts, config.keep, source.classes, config.seed)
+    for part, attributes in config.shuffle.items():
+        if part not in parts:
+            raise UserError(f"data.shuffle has the part '{part}'; there are {', '.join(sorted(parts))}.")
+        parts[part] = shuffle(parts[part], attributes, config.seed)
+    return source, _by_shape(parts) if config.source.buckets else parts
 
 
-def _labels(known: tuple[str, ...], names: list[str]) -> set[int]:
+def _by_shape(parts: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
+    """<part>/<height>x<width> -> its samples."""
+    found: dict[str, list[Sample]] = {}
+    for part, samples in parts.items():
+        for sample in samples:
+            found.setdefault("{0}/{2}x{3}".format(part, *sample["image"].shape), []).append(sample)
+    return found
+
+
+def _without_label(source: Source, names: list[str]) -> Source:
+    """The source with samples of these classes as ones that have no label."""
+    gone, classes = _labels(source.classes, names, "data.no_label"), [c for c in source.classes if c not in names]
+    number = [-1 if k in gone else classes.index(name) for k, name in enumerate(source.classes)]
+
+    def rows() -> Iterator[Sample]:
+        for sample in source.samples():
+            yield {**sample, "label": number[sample["label"]]}
+
+    return replace(source, classes=tuple(classes), rows=rows) if names else source
+
+
+def _labels(known: tuple[str, ...], names: list[str], given: str = "data.classes") -> set[int]:
     wrong = sorted(set(names) - set(known))
     if wrong:
-        raise UserError(f"data.classes has '{wrong[0]}', and the source has {', '.join(known)}.")
+        raise UserError(f"{given} has '{wrong[0]}', and the source has {', '.join(known)}.")
     return {known.index(name) for name in names}
-
-
-def _position(key: str, seed: int) -> bytes:
-    return hashlib.blake2b(f"order/{seed}/{key}".encode(), digest_size=16).digest()
 
 
 def _header(source: Source, part: str, samples: list[Sample], config: ImportConfig) -> Header:
     base = part.partition("/")[0]  # without its bucket
+    rules = [rule for rule in config.keep if rule.part == base]
     scalars = {"label": Field("int"), **{name: Field("str") for name in source.attributes}}
     return Header(
         name=f"{source.name} ({part})",
@@ -134,6 +159,8 @@ def _header(source: Source, part: str, samples: list[Sample], config: ImportConf
             "fractions": config.fractions,
             "seed": config.seed,
             **({"classes": config.classes[base]} if base in config.classes else {}),
+            **({"keep": [asdict(rule) for rule in rules]} if rules else {}),
+            **({"shuffle": config.shuffle[base]} if base in config.shuffle else {}),
         },
     )
 

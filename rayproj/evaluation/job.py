@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
+from pyarrow import parquet
+from torch import nn
 
 from rayproj import classifiers
 from rayproj.data.dataset import Dataset
@@ -23,7 +27,10 @@ from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.quality import memorisation, quality
 from rayproj.evaluation.skewsize import skewsize, variables
 from rayproj.evaluation.watermark import key_name, read_key, survival
+from rayproj.storage.store import Store
 
+Name = TypeVar("Name")
+MAIN = "test"  # the name of the first test set
 MARKED = 200  # images in which the watermark is looked for
 CHANCE = 1e-3  # bound on an image without one that seems to have it
 
@@ -33,7 +40,10 @@ class EvaluateConfig:
     """What to judge, on what."""
 
     test: str = "???"  # real images with labels that no training has seen
-    reference: str = "???"  # real images that synthetic ones are compared with
+    tests: dict[str, str] = field(
+        default_factory=dict
+    )  # further ones of the same classes, such as from elsewhere, by name
+    reference: str = ""  # real images that synthetic ones are compared with; "": no measures of quality
     classifiers: dict[str, str] = field(default_factory=dict)  # name -> run dir
     synthetic: dict[str, str] = field(default_factory=dict)  # name -> dataset
     # name in `synthetic` -> the real images that its model learned from: how many of the set are near copies of them. Of
@@ -52,41 +62,133 @@ class EvaluateConfig:
         default_factory=list
     )  # classes that must not be missed: how often they are seen, by group
     group_examples: int = 30  # groups with fewer are left out of the measures by group
+    bootstraps: int = 200  # for the intervals of gaps, some 15 s for each classifier, test set and variable; 0: none
+    predictions: bool = False  # keep what is said of each test image, in predictions.parquet
 
     def problems(self) -> list[str]:
         unknown = sorted(set(self.learned_from) - set(self.synthetic))
-        return [f"evaluate.learned_from has '{name}', which evaluate.synthetic has not." for name in unknown]
+        found = [f"evaluate.learned_from has '{name}', which evaluate.synthetic has not." for name in unknown]
+        if MAIN in self.tests:
+            found.append(f"evaluate.tests: '{MAIN}' is the name of evaluate.test; give the set another.")
+        if not self.reference and (self.synthetic or self.clip or self.watermark_key):
+            found.append(
+                "evaluate.reference must name real images, with which those of evaluate.synthetic are compared."
+            )
+        return found
 
 
-def evaluate(config: EvaluateConfig, world: World, link: Link) -> dict[str, Any]:
-    """Accuracy and confusion of each classifier, the measures of quality of each synthetic set; ranks share the images.
+def evaluate(config: EvaluateConfig, world: World, link: Link, store: Store | None = None) -> dict[str, Any]:
+    """Accuracy and confusion of each classifier on each test set, the measures of quality of each synthetic set; ranks share
+    the images.
 
     The test images, as a set beside the reference, are given as "real": no generator can be expected to be nearer at this
     number of samples.
 
+    Args:
+        store: where predictions are kept.
+
     Raises:
         UserError: a run or dataset is not there, or too small.
     """
-    tasks = len(config.classifiers) + len(config.synthetic) + 3
+    tasks = len(config.classifiers) + (len(config.synthetic) + 3 if config.reference else 0)
     if world.rank == 0:
         link.report({"type": "total", "steps": tasks})
     progress = _Progress(world, link)
-    test = Dataset.open(config.test)
-    if unknown := sorted(set(config.high_risk) - set(test.header.classes)):
-        raise UserError(f"evaluate.high_risk has '{unknown[0]}'; the classes are {', '.join(test.header.classes)}.")
-    risky = tuple(map(test.header.classes.index, config.high_risk))
-    confusion, groups, fair = {}, {}, {}
+    classes = Dataset.open(config.test).header.classes
+    judged, groups = _judged(config, world, progress)
+    if config.predictions and store and world.rank == 0:
+        store.write("predictions.parquet", _table(judged, groups))
+    of = {test: _measured(config, classes, found, groups[test], world) for test, found in judged.items()}
+    if world.rank == 0 and config.classifiers:
+        rows = [[test, name, *v.values()] for test, found in of.items() for name, v in found["accuracy"].items()]
+        columns = ["test", "classifier", *next(iter(of[MAIN]["accuracy"].values()))]
+        link.report({"type": "table", "name": "accuracy", "columns": columns, "rows": rows})
+    measures, marked, extractor = _quality(config, world, progress) if config.reference else ({}, None, "")
+    return {
+        "classes": list(classes),
+        **of.pop(MAIN),
+        "tests": of,
+        "quality": {
+            "feature_extractor": extractor,
+            "samples": config.samples,
+            "frechet_distance": {name: found["frechet_distance"] for name, found in measures.items()},
+            "measures": measures,
+        },
+        "watermark": marked,
+    }
+
+
+Attributes = dict[str, np.ndarray]
+"""Grouping variable -> text [n] of the test images."""
+
+
+def _judged(
+    config: EvaluateConfig, world: World, progress: _Progress
+) -> tuple[dict[str, dict[str, Judged]], dict[str, Attributes]]:
+    """What each classifier says of each test set, by set and classifier, and the sets' grouping variables; on every rank."""
+    sets = {name: Dataset.open(uri) for name, uri in {MAIN: config.test, **config.tests}.items()}
+    classes = sets[MAIN].header.classes
+    if unknown := sorted(set(config.high_risk) - set(classes)):
+        raise UserError(f"evaluate.high_risk has '{unknown[0]}'; the classes are {', '.join(classes)}.")
+    if other := [name for name, test in sets.items() if test.header.classes != classes]:
+        raise UserError(
+            f"The classes of evaluate.tests.{other[0]} are not those of evaluate.test: {', '.join(classes)}."
+        )
+    risky = tuple(map(classes.index, config.high_risk))
+    found: dict[str, dict[str, Judged]] = {name: {} for name in sets}
+    groups: dict[str, Attributes] = {name: {} for name in sets}
     for name, run in config.classifiers.items():
-        labels, probabilities, attributes = _predict(config, test, run, world)
-        judged = Judged(labels, probabilities, risky)
-        confusion[name] = confusion_matrix(labels, judged.predictions, len(test.header.classes))
-        by = variables(attributes)
-        groups[name] = {
-            variable: skewsize(labels, judged.predictions, np.array(values, object), test.header.classes)
-            for variable, values in by.items()
-        }
-        fair[name] = {variable: fairness(judged, values, config.group_examples) for variable, values in by.items()}
-        progress.add(**{f"accuracy/{name}": accuracy(confusion[name])["value"]})
+        model = classifiers.load(run, world.device)
+        for place, test in sets.items():
+            labels, probabilities, groups[place] = _predict(config, test, model, world)
+            found[place][name] = Judged(labels, probabilities, risky)
+        right = found[MAIN][name].predictions == found[MAIN][name].labels
+        progress.add(**{f"accuracy/{name}": float(right.mean())})
+    return found, groups
+
+
+def _table(judged: dict[str, dict[str, Judged]], groups: dict[str, Attributes]) -> bytes:
+    """A Parquet file with a row for each classifier and test image, in the order of the set."""
+    tables = []
+    for test, found in judged.items():
+        for name, one in found.items():
+            columns = {"test": [test] * len(one.labels), "classifier": [name] * len(one.labels), "label": one.labels}
+            said = {"prediction": one.predictions, "probabilities": list(one.probabilities.astype(np.float32))}
+            tables.append(pa.table({**columns, **said, **groups[test]}))
+    sink = io.BytesIO()
+    parquet.write_table(pa.concat_tables(tables), sink)
+    return sink.getvalue()
+
+
+def _measured(
+    config: EvaluateConfig, classes: tuple[str, ...], judged: dict[str, Judged], attributes: Attributes, world: World
+) -> dict[str, Any]:
+    """Of one test set, by classifier; each rank works out some of the measures by group."""
+    confusion = {name: confusion_matrix(one.labels, one.predictions, len(classes)) for name, one in judged.items()}
+    by = variables(attributes)
+    mine: dict[tuple[str, str], Any] = {}
+    pairs = [(name, variable) for name in judged for variable in by]
+    for name, variable in pairs[world.rank :: world.world_size]:
+        one, values = judged[name], by[variable]
+        skew = skewsize(one.labels, one.predictions, np.array(values, object), classes)
+        mine[name, variable] = skew, fairness(one, values, config.group_examples, config.bootstraps)
+    found = _from_all(mine, pairs, world)
+
+    def named(k: int) -> dict[str, dict[str, Any]] | None:
+        return {name: {v: found[name, v][k] for v in by} for name in judged} if config.groups else None
+
+    return {
+        "accuracy": {name: accuracy(matrix) for name, matrix in confusion.items()},
+        "confusion": {name: matrix.tolist() for name, matrix in confusion.items()},
+        "skewsize": named(0),
+        "fairness": named(1),
+    }
+
+
+def _quality(
+    config: EvaluateConfig, world: World, progress: _Progress
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None, str]:
+    """The measures of each set of images, what is left of the watermark, and the network whose features were compared."""
     extractor = EfficientNetLite0Features(config.feature_size, world.device)
     reference, real = (_features(config, uri, extractor, world) for uri in (config.reference, config.test))
     progress.add()
@@ -108,25 +210,7 @@ def evaluate(config: EvaluateConfig, world: World, link: Link) -> dict[str, Any]
     marked = _marks(config, sets) if config.watermark_key else None
     shown = {f"{key}/{name}": v for name, found in measures.items() for key, v in found.items() if v is not None}
     progress.add(**shown)
-    found = {name: accuracy(matrix) for name, matrix in confusion.items()}
-    if world.rank == 0:
-        rows = [[name, *values.values()] for name, values in found.items()]
-        columns = ["classifier", *next(iter(found.values()), {})]
-        link.report({"type": "table", "name": "accuracy", "columns": columns, "rows": rows})
-    return {
-        "classes": list(test.header.classes),
-        "accuracy": found,
-        "confusion": {name: matrix.tolist() for name, matrix in confusion.items()},
-        "quality": {
-            "feature_extractor": extractor.name,
-            "samples": config.samples,
-            "frechet_distance": {name: found["frechet_distance"] for name, found in measures.items()},
-            "measures": measures,
-        },
-        "skewsize": groups if config.groups else None,
-        "fairness": fair if config.groups else None,
-        "watermark": marked,
-    }
+    return measures, marked, extractor.name
 
 
 class _Progress:
@@ -141,10 +225,9 @@ class _Progress:
 
 @torch.no_grad()
 def _predict(
-    config: EvaluateConfig, test: Dataset, run: str, world: World
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    config: EvaluateConfig, test: Dataset, model: nn.Module, world: World
+) -> tuple[np.ndarray, np.ndarray, Attributes]:
     """Labels, probabilities [n, classes] and groups by variable of all test images, on every rank."""
-    model = classifiers.load(run, world.device)
     if missing := [name for name in config.groups if name not in test.header.fields]:
         raise UserError(f"{test.uri} has no attribute '{missing[0]}'; it has {', '.join(test.header.fields)}.")
     reader = Reader(test, fields=["image", "label", *config.groups])
@@ -160,7 +243,7 @@ def _predict(
     return labels, probabilities, dict(zip(config.groups, attributes, strict=True))
 
 
-def _from_all(mine: dict[str, Any], names: Iterable[str], world: World) -> dict[str, Any]:
+def _from_all(mine: dict[Name, Any], names: Iterable[Name], world: World) -> dict[Name, Any]:
     """What each rank has of the names, together and in their order, on every rank."""
     everything: list[Any] = [None] * world.world_size
     dist.all_gather_object(everything, mine)

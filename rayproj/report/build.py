@@ -110,11 +110,14 @@ def gather(stages: Stages) -> dict[str, Any]:
         named = {"real": "accuracy_real", "public": "accuracy_synthetic", "private": "accuracy_private"}
         report["classifier"] = {named.get(n, f"accuracy_{n}"): v["value"] for n, v in found["accuracy"].items()}
         report["classifier"]["intervals"] = found["accuracy"]
-        report["quality"] = {
-            **found["quality"],
-            "frechet_distance": found["quality"]["frechet_distance"].get("public"),
-            "frechet_distances": found["quality"]["frechet_distance"],
-        }
+        if found["quality"]["measures"]:
+            report["quality"] = {
+                **found["quality"],
+                "frechet_distance": found["quality"]["frechet_distance"].get("public"),
+                "frechet_distances": found["quality"]["frechet_distance"],
+            }
+        if found.get("tests"):
+            report["tests"] = {name: test["accuracy"] for name, test in found["tests"].items()}
         if found.get("skewsize"):
             report["skewsize"] = found["skewsize"]
         if found.get("fairness"):
@@ -219,14 +222,14 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     columns, classes = sample_columns(stages, 6 if len(stages.of("generate")) < 4 else 3)
     if columns:
-        found["samples"] = _uri(figures.png(figures.samples(columns, classes)), "png")
+        found["samples"] = data_uri(figures.png(figures.samples(columns, classes)), "png")
     series = {}
     for name in [name for job in TRAINED for name in stages.of(job)]:
         rows = [row for row in stages.lines(name, "metrics.jsonl") if "loss" in row]
         if rows:
             series[MODELS.get(name, name)] = ([row["step"] for row in rows], [row["loss"] for row in rows])
     if series:
-        found["losses"] = _uri(figures.svg(figures.curves(series, "loss")), "svg+xml")
+        found["losses"] = data_uri(figures.svg(figures.curves(series, "loss")), "svg+xml")
     spent = {}
     for name in stages.of("finetune_private"):
         rows = [row for row in stages.lines(name, "metrics.jsonl") if "epsilon" in row]
@@ -234,20 +237,20 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
             title = MODELS.get(name, name)
             spent[title] = ([row["step"] for row in rows], [row["epsilon"] for row in rows])
     if spent:
-        found["epsilon"] = _uri(figures.svg(figures.curves(spent, "ε spent")), "svg+xml")
+        found["epsilon"] = data_uri(figures.svg(figures.curves(spent, "ε spent")), "svg+xml")
     rows = report.get("privacy_and_use", [])
     if len([row for row in rows if row["epsilon"] and row["accuracy"]]) > 1:
         real = report["classifier"]["intervals"].get("real")
-        found["privacy_and_use"] = _uri(figures.svg(figures.privacy_and_use(rows, real)), "svg+xml")
+        found["privacy_and_use"] = data_uri(figures.svg(figures.privacy_and_use(rows, real)), "svg+xml")
     if "evaluate" in stages.results:
         result = stages.results["evaluate"]
         chance = 1 / len(result["classes"])
-        found["accuracy"] = _uri(figures.svg(figures.accuracy_bars(result["accuracy"], chance, TITLES)), "svg+xml")
+        found["accuracy"] = data_uri(figures.svg(figures.accuracy_bars(result["accuracy"], chance, TITLES)), "svg+xml")
         matrices = figures.confusions(result["confusion"], result["classes"], TITLES)
-        found["confusion"] = _uri(figures.svg(matrices), "svg+xml")
+        found["confusion"] = data_uri(figures.svg(matrices), "svg+xml")
     spans = [{"stage": name, **span} for name in stages.stores for span in stages.lines(name, "timeline.jsonl")]
     if spans:
-        found["timeline"] = _uri(figures.svg(figures.timeline(spans)), "svg+xml")
+        found["timeline"] = data_uri(figures.svg(figures.timeline(spans)), "svg+xml")
     return found
 
 
@@ -258,19 +261,28 @@ def build(root: str, places: dict[str, str]) -> tuple[dict[str, Any], str]:
         root: where the runs and datasets lie.
         places: stage name -> run dir; {} takes every finished run right below `root`.
     """
-    from jinja2 import Environment
-
     stages = Stages(Store(root), places)
     report = gather(stages)
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("rayproj.report").joinpath("template.html").read_text()
-    )
     imported = stages.results.get("import_data", {})
     configs = {name: stages.config(name) for name in report["stages"]}
-    html = template.render(
-        report=report, pictures=pictures(stages, report), imported=imported, configs=configs, titles=TITLES
-    )
+    shown = pictures(stages, report)
+    html = page("template.html", report=report, pictures=shown, imported=imported, configs=configs, titles=TITLES)
     return report, html
+
+
+def page(template: str, **values: Any) -> str:
+    """One of the templates beside this file with its values, as text that needs no other file."""
+    from jinja2 import Environment, FunctionLoader
+
+    def read(name: str) -> str:
+        return files("rayproj.report").joinpath(name).read_text()
+
+    loader = FunctionLoader(read)
+    return (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
+        .get_template(template)
+        .render(values)
+    )
 
 
 def readme_picture(root: str) -> bytes:
@@ -286,5 +298,5 @@ def _ordered(by_name: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _uri(data: bytes, kind: str) -> str:
+def data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

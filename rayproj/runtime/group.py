@@ -31,7 +31,7 @@ FATE_SECONDS = 60.0  # Ray takes a node for dead after 5 to 30 seconds without a
 class GroupConfig:
     """How many ranks, and what each of them gets."""
 
-    ranks: int = 1
+    ranks: int = 1  # 0: one, in the driver's own process, for a run that is over sooner than processes start
     cpus_per_rank: float = 1.0
     gpus_per_rank: float | None = None  # None: one where the cluster has GPUs, else none
     start_timeout: float = 300.0  # seconds to wait for the cluster to have room
@@ -41,7 +41,7 @@ class GroupConfig:
     retry: RetryConfig = field(default_factory=RetryConfig)
 
     def problems(self) -> list[str]:
-        found = [] if self.ranks >= 1 else [f"cluster.ranks must be at least 1, not {self.ranks}."]
+        found = [] if self.ranks >= 0 else [f"cluster.ranks must not be negative, not {self.ranks}."]
         return found if self.min_ranks <= self.ranks else [*found, "cluster.min_ranks must not exceed cluster.ranks."]
 
 

@@ -11,6 +11,7 @@ import ray
 
 from rayproj.errors import Interrupted, UserError
 from rayproj.runtime import interrupt
+from rayproj.runtime.alone import fit_alone
 from rayproj.runtime.cluster import draining_nodes, free_resources, lost_nodes, silent_nodes
 from rayproj.runtime.group import GroupConfig, RankGroup
 from rayproj.runtime.placement import Placed, bundle, place, shortage
@@ -53,11 +54,15 @@ def fit(run: Run, entry: str, config: GroupConfig, worlds: Iterable[int] | None 
     Returns:
         What rank 0 returned.
 
+    With no ranks the entry runs here (`fit_alone`).
+
     Raises:
         UserError, NonFiniteLoss: from a rank; retrying would give the same.
         Interrupted: a stop was asked for, and the ranks have committed.
         RuntimeError: a retry budget is used up.
     """
+    if config.ranks == 0:
+        return fit_alone(run, entry, config)
     budgets = Budgets(config.retry)
     need = bundle(config.cpus_per_rank, config.gpus_per_rank)
     used: set[str] = set()  # nodes that ranks have been on

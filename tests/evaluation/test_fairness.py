@@ -10,12 +10,15 @@ from sklearn import metrics
 
 from rayproj.evaluation.fairness import (
     Judged,
+    adjusted,
     balanced_accuracy,
     calibration_error,
     equalized_odds,
     fairness,
     macro_auc,
     paired,
+    paired_over_seeds,
+    replicates,
     sensitivity,
 )
 
@@ -127,3 +130,52 @@ def test_two_classifiers_on_the_same_images() -> None:
     assert 0 < low < difference < high
     same = paired(better, better, groups, "accuracy", bootstraps=50)
     assert same["overall"] == {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0}
+
+
+def replicated(seeds: int = 4, n: int = 240, gain: float = 0.0, seed: int = 0) -> np.ndarray:
+    """bool [seeds, n]: right in 60 % of the cases of group a and 80 % of the others, and `gain` more often on a."""
+    rng = np.random.default_rng(seed)
+    rate = np.where(np.arange(n) % 3 == 0, 0.6 + gain, 0.8)
+    return rng.random((seeds, n)) < rate
+
+
+GROUPS = [str("abc"[i % 3]) for i in range(240)]
+
+
+def test_accuracy_gap_and_worst_group_of_replicates_written_out() -> None:
+    right, weight = replicated(), np.arange(240) % 4
+    found = replicates(right, GROUPS, weight.astype(float))
+    repeated = np.repeat(np.arange(240), weight)
+    for run in range(4):
+        by = [right[run][[i for i in repeated if GROUPS[i] == g]].mean() for g in "abc"]
+        assert found["gap"][run] == pytest.approx(max(by) - min(by)) and found["worst"][run] == pytest.approx(min(by))
+        assert found["accuracy"][run] == pytest.approx(right[run][repeated].mean())
+    assert replicates(right, GROUPS)["accuracy"] == pytest.approx(right.mean(1))
+
+
+def test_a_planted_gain_is_found_and_none_is_not() -> None:
+    better, base = replicated(gain=0.2, seed=1), replicated(seed=2)
+    found = paired_over_seeds(better, base, GROUPS, bootstraps=400)
+    difference = replicates(better, GROUPS)["gap"].mean() - replicates(base, GROUPS)["gap"].mean()
+    assert found["gap"]["difference"] == pytest.approx(difference) and found["gap"]["interval"][1] < 0
+    assert found["worst"]["p"] < 0.02 and found["accuracy"]["interval"][0] < 0.2 / 3 < found["accuracy"]["interval"][1]
+    same = paired_over_seeds(base, base, GROUPS, bootstraps=50)
+    assert same["gap"] == {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0}
+
+
+def test_false_alarms_over_seeds_are_as_rare_as_promised_with_and_without_clusters() -> None:
+    """Forty comparisons of equals at 5 %; with near duplicates only clusters hold that."""
+    alarms = {True: 0, False: 0}
+    for trial in range(40):
+        few = [np.tile(replicated(1, 60, seed=1000 * side + trial), (4, 1)) for side in (1, 2)]  # seeds that agree
+        one, other = (np.repeat(side, 4, axis=1) for side in few)  # four near duplicates of each
+        groups, clusters = np.repeat([str("abc"[i % 3]) for i in range(60)], 4), np.repeat(np.arange(60), 4)
+        for clustered in alarms:
+            found = paired_over_seeds(one, other, groups, clusters if clustered else None, bootstraps=200, seed=trial)
+            alarms[clustered] += found["accuracy"]["p"] < 0.05
+    assert alarms[True] <= 7 < alarms[False]
+
+
+def test_adjusted_p_values_are_holms() -> None:
+    assert adjusted([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert adjusted([0.6, 0.7]) == [1.0, 1.0] and adjusted([]) == []

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from sklearn import metrics
 
 from rayproj import config as configuration
 from rayproj.classifiers.augment import AugmentConfig
@@ -37,6 +39,11 @@ SMALL = ClassifierConfig(channels=(8, 16), dropout=0.0)
 class _Run:
     data: str = "???"
     classifier: ClassifierConfig = field(default_factory=lambda: SMALL)
+
+
+@dataclass
+class _Evaluate:
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 def write_bars(uri: str, seed: int, size: int = 400) -> Dataset:
@@ -94,7 +101,11 @@ def train_and_evaluate(world: World, root: str) -> dict[str, Any]:
 
 
 def evaluate_only(world: World, root: str) -> dict[str, Any]:
-    return evaluate(config(root), world, regression.Recorder("b"))
+    whole = evaluate(config(root), world, regression.Recorder("b"), Store(f"{root}/evaluate"))
+    few = replace(config(root), reference="", synthetic={}, learned_from={}, watermark_key="", bootstraps=0)
+    alone = evaluate(few, world, regression.Recorder("c"))
+    assert alone["accuracy"] == whole["accuracy"] and alone["quality"]["measures"] == {} and alone["watermark"] is None
+    return whole
 
 
 def config(root: str) -> EvaluateConfig:
@@ -109,6 +120,9 @@ def config(root: str) -> EvaluateConfig:
         feature_size=32,
         batch=50,
         groups=["tone"],
+        tests={"again": f"{root}/test", "seen": f"{root}/train"},
+        bootstraps=20,
+        predictions=True,
     )
 
 
@@ -137,9 +151,28 @@ def test_ranks_share_the_work_and_the_planted_bias_is_found(tmp_path: Path) -> N
     assert bias["value"] > 0
     fair = alone["fairness"]["real"]["tone"]["measures"]["accuracy"]
     assert fair["worst_group"] == "dark" and fair["gap"] == pytest.approx(bias["accuracy_gap"])
+    again, seen = alone["tests"]["again"], alone["tests"]["seen"]
+    assert again == {key: alone[key] for key in ("accuracy", "confusion", "skewsize", "fairness")}
+    assert shared[0]["tests"] == shared[1]["tests"] == alone["tests"] and seen["accuracy"] != again["accuracy"]
+    kept = pd.read_parquet(tmp_path / "evaluate" / "predictions.parquet")
+    for test, found in alone["tests"].items():
+        table = kept[kept.test == test]
+        assert len(table) == 400
+        assert metrics.confusion_matrix(table.label, table.prediction).tolist() == found["confusion"]["real"]
+        dark = table[table.tone == "dark"]
+        by = found["fairness"]["real"]["tone"]["measures"]["accuracy"]["by_group"]
+        assert metrics.accuracy_score(dark.label, dark.prediction) == pytest.approx(by["dark"])
+        assert [np.argmax(p) for p in table.probabilities] == table.prediction.tolist()
+
+
+def test_a_config_that_cannot_be_evaluated_is_refused() -> None:
+    with pytest.raises(UserError, match=r"evaluate.reference must name real images"):
+        configuration.load(_Evaluate, None, ["evaluate.synthetic={a: b}", "evaluate.test=t"])
+    with pytest.raises(UserError, match=r"'test' is the name of evaluate.test"):
+        configuration.load(_Evaluate, None, ["evaluate.tests={test: b}", "evaluate.test=t"])
 
 
 def test_what_cannot_be_evaluated_is_said(tmp_path: Path) -> None:
     write_bars(f"{tmp_path}/test", 1, 40)
     with pytest.raises(UserError, match="There is no run at"):
-        evaluate(config(str(tmp_path)), World(0, 1, 0, "cpu"), regression.Recorder("c"))
+        evaluate(replace(config(str(tmp_path)), tests={}), World(0, 1, 0, "cpu"), regression.Recorder("c"))
