@@ -1,6 +1,7 @@
-"""Evaluate classifiers on real test images, and synthetic datasets against real ones.
+"""Evaluate classifiers on real test images and under attack, and synthetic datasets against real ones.
 
 python jobs/evaluate.py configs/evaluate.yaml key=value ...
+python jobs/evaluate.py configs/evaluate/robustness.yaml key=value ...
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj import config as configuration
+from rayproj.data.dataset import Dataset
 from rayproj.engine.training import Link
 from rayproj.engine.world import World
 from rayproj.evaluation.job import EvaluateConfig, evaluate
+from rayproj.robustness.job import RobustnessConfig, cost_of, header_of, masking, summary
 from rayproj.runtime.command import command
 from rayproj.runtime.group import GroupConfig
+from rayproj.runtime.producer import PoolConfig, produce
 from rayproj.runtime.run import Run, RunConfig
 from rayproj.runtime.supervisor import fit
 from rayproj.storage.store import Store
@@ -23,9 +27,15 @@ from rayproj.tracking.tracker import TrackingConfig
 @dataclass
 class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)  # who attacks
     run: RunConfig = field(default_factory=RunConfig)
     cluster: GroupConfig = field(default_factory=GroupConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def problems(self) -> list[str]:
+        some = self.evaluate.test or self.robustness.classifiers
+        return [] if some else ["There is nothing to evaluate: give evaluate.test, or robustness.classifiers."]
 
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
@@ -35,7 +45,25 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
 
 def main(config: Config) -> dict[str, Any]:
     with Run.open("evaluate", config) as run:
-        return run.result or run.finish(fit(run, "rayproj.jobs.evaluate:worker", config.cluster))
+        if run.result:
+            return run.result
+        found = fit(run, "rayproj.jobs.evaluate:worker", config.cluster) if config.evaluate.test else {}
+        if config.robustness.classifiers:
+            found["robustness"] = under_attack(run, config)
+        return run.finish(found)
+
+
+def under_attack(run: Run, config: Config) -> dict[str, Any]:
+    """Attack everything that is to be attacked, each image once; name -> its tables."""
+    wanted, found = config.robustness, {}
+    for name in wanted.attacked:
+        dataset = Dataset.create(f"{wanted.out}/{name}", header_of(wanted, name, config.run.seed))
+        produce(run, dataset, "rayproj.robustness.job:Attacker", config.pool, {"out": dataset.uri})
+        cost = cost_of(wanted, name, dataset, "cpu", config.run.seed) if name in wanted.defences else None
+        found[name] = summary(dataset, cost)
+        if name in wanted.classifiers:
+            found[name]["masking"] = masking(wanted, name, "cpu", config.run.seed)
+    return found
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ CHANCE = 1e-3  # bound on an image without one that seems to have it
 class EvaluateConfig:
     """What to judge, on what."""
 
-    test: str = "???"  # real images with labels that no training has seen
+    test: str = ""  # real images with labels that no training has seen
     tests: dict[str, str] = field(
         default_factory=dict
     )  # further ones of the same classes, such as from elsewhere, by name

@@ -51,7 +51,7 @@ class Stages:
         self.stores = {name: Store(uri) for name, uri in places.items()}
         self.results = {n: from_json(s.read("result.json")) for n, s in self.stores.items() if s.exists("result.json")}
 
-        if "evaluate" in self.results:
+        if "accuracy" in self.results.get("evaluate", {}):
             found = self.results["evaluate"]
             named = [(found, "accuracy"), (found, "confusion")]
             for holder, key in [*named, (found["quality"], "frechet_distance"), (found["quality"], "measures")]:
@@ -105,7 +105,9 @@ def gather(stages: Stages) -> dict[str, Any]:
     for name, key in (("generate_private", "synthesis_private"), ("generate_public", "synthesis")):
         if name in done:
             report[key] = {k: done[name][k] for k in ("samples", "shards", "images_per_second", "manifest")}
-    if "evaluate" in done:
+    if under_attack := {k: v for name in stages.of("evaluate") for k, v in done[name].get("robustness", {}).items()}:
+        report["robustness"] = under_attack
+    if "accuracy" in done.get("evaluate", {}):
         found = done["evaluate"]
         named = {"real": "accuracy_real", "public": "accuracy_synthetic", "private": "accuracy_private"}
         report["classifier"] = {named.get(n, f"accuracy_{n}"): v["value"] for n, v in found["accuracy"].items()}
@@ -242,7 +244,14 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
     if len([row for row in rows if row["epsilon"] and row["accuracy"]]) > 1:
         real = report["classifier"]["intervals"].get("real")
         found["privacy_and_use"] = data_uri(figures.svg(figures.privacy_and_use(rows, real)), "svg+xml")
-    if "evaluate" in stages.results:
+    if "robustness" in report:
+        found["robust_accuracy"] = data_uri(figures.svg(figures.robust_accuracy(report["robustness"])), "svg+xml")
+        if any("cost" in one for one in report["robustness"].values()):
+            cost = figures.robustness_and_cost(report["robustness"])
+            found["robustness_and_cost"] = data_uri(figures.svg(cost), "svg+xml")
+        if rows := attacked_images(stages, 8):
+            found["perturbed"] = data_uri(figures.png(figures.perturbed(rows)), "png")
+    if "accuracy" in stages.results.get("evaluate", {}):
         result = stages.results["evaluate"]
         chance = 1 / len(result["classes"])
         found["accuracy"] = data_uri(figures.svg(figures.accuracy_bars(result["accuracy"], chance, TITLES)), "svg+xml")
@@ -251,6 +260,24 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
     spans = [{"stage": name, **span} for name in stages.stores for span in stages.lines(name, "timeline.jsonl")]
     if spans:
         found["timeline"] = data_uri(figures.svg(figures.timeline(spans)), "svg+xml")
+    return found
+
+
+def attacked_images(stages: Stages, count: int) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
+    """The first images that were broken, by classifier and threat, for `figures.perturbed`."""
+    found = {}
+    for stage in stages.of("evaluate"):
+        given = _values(stages.stores[stage])["robustness"]
+        for name, one in stages.results[stage].get("robustness", {}).items():
+            dataset, test = Dataset.open(f"{given['out']}/{name}"), Dataset.open(given["test"])
+            for threat in one["threats"] if "cost" not in one else []:
+                by = Reader(dataset, [f"{threat}_by"]).gather(np.arange(dataset.header.num_samples))[f"{threat}_by"]
+                first = np.flatnonzero((by != "") & (by != "clean"))[:count]
+                if len(first):
+                    attacked = Reader(dataset, [f"{threat}_image", "label"]).gather(first)
+                    clean = Reader(test, ["image"]).gather(first)["image"].astype(np.float32) / 255
+                    names = [dataset.header.classes[label] for label in attacked["label"]]
+                    found[f"{name}, {threat}"] = (clean, attacked[f"{threat}_image"], names)
     return found
 
 

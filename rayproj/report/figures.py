@@ -266,7 +266,10 @@ def robust_accuracy(found: dict[str, dict[str, Any]]) -> Figure:
             axis.plot(x, [point["value"] for point in points], color=colour, marker="o", markersize=3, label=name)
             axis.fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=colour, alpha=0.15)
             axis.plot(
-                [one["threats"][threat]["threat"]["eps"]], [one["threats"][threat]["robust"]["value"]], color=colour, marker="x"
+                [one["threats"][threat]["threat"]["eps"]],
+                [one["threats"][threat]["robust"]["value"]],
+                color=colour,
+                marker="x",
             )
         axis.set_ylim(0, 1)
         axis.set_xlabel(f"{threat} radius")
@@ -302,7 +305,7 @@ def perturbed(rows: dict[str, tuple[np.ndarray, np.ndarray, list[str]]]) -> Figu
     """Images, what an attack made of them, and the difference, magnified until its largest value is at the edge.
 
     Args:
-        rows: title -> images and attacked images, fp32 [n, C, H, W] in [0, 1], and what each is taken for.
+        rows: title -> images and attacked images, fp32 [n, C, H, W] in [0, 1], and the images' classes.
     """
     count = max((len(clean) for clean, _, _ in rows.values()), default=1)
     figure, axes = plt.subplots(
