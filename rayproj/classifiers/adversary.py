@@ -82,17 +82,19 @@ def losses(
     x = images.float() / 255
 
     def attacked_branch(z: Tensor) -> Tensor:
-        return model(255 * z, **branch(ADVERSARIAL))  # type: ignore[no-any-return]
+        # Not through DeepSpeed's engine, which takes every gradient for one of the parameters.
+        return _bare(model)(255 * z, **branch(ADVERSARIAL))  # type: ignore[no-any-return]
 
     if config.training is Training.adversarial:
-        return objective(attacked_branch(_attacked(model, attacked_branch, x, label, row, config, seed)))
+        z = _attacked(model, attacked_branch, x, label, row, config, seed)
+        return objective(model(255 * z, **branch(ADVERSARIAL)))
     if config.training is Training.trades:
         clean = model(255 * x, **branch(CLEAN))
         fixed = clean.detach().softmax(1)
         z = _attacked(
             model, attacked_branch, x, label, row, config, seed, lambda logits, *_: _divergence(logits, fixed)
         )
-        return objective(clean) + config.beta * _divergence(attacked_branch(z), clean.softmax(1))
+        return objective(clean) + config.beta * _divergence(model(255 * z, **branch(ADVERSARIAL)), clean.softmax(1))
     z = _attacked(model, attacked_branch, x, label, row, config, seed)
     both = {"mix": torch.cat([branch(CLEAN)["mix"], branch(ADVERSARIAL)["mix"]])} if adapted else {}
     first, second = model(255 * torch.cat([x, z]), **both).chunk(2)

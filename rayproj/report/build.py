@@ -249,8 +249,8 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
         if any("cost" in one for one in report["robustness"].values()):
             cost = figures.robustness_and_cost(report["robustness"])
             found["robustness_and_cost"] = data_uri(figures.svg(cost), "svg+xml")
-        if rows := attacked_images(stages, 8):
-            found["perturbed"] = data_uri(figures.png(figures.perturbed(rows)), "png")
+        if attacked := attacked_images(stages, 8):
+            found["perturbed"] = data_uri(figures.png(figures.perturbed(attacked)), "png")
     if "accuracy" in stages.results.get("evaluate", {}):
         result = stages.results["evaluate"]
         chance = 1 / len(result["classes"])

@@ -1,13 +1,22 @@
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from rayproj.jobs.train_classifier import Config, worker
 
+from rayproj import config as configuration
 from rayproj.classifiers.adapters import Adapted
 from rayproj.classifiers.adversary import AdversaryConfig, ThreatConfig, Training, drawn, losses
+from rayproj.classifiers.model import weights_of
 from rayproj.classifiers.networks import ClassifierConfig, Network, build
 from rayproj.robustness.oracle import Oracle
 from rayproj.robustness.pgd import pgd
 from rayproj.robustness.threats import Norm, Threat
+from rayproj.storage.store import Store
+from tests.robustness.test_job import write
+from tests.support.ranks import run_ranks
+from tests.support.regression import Recorder
 
 PLAIN = ClassifierConfig(Network.vit, layers=1, dim=16, heads=2, patch=4, dropout=0.2)
 BRANCHED = ClassifierConfig(Network.vit, layers=1, dim=16, heads=2, patch=4, dropout=0.2, adapters=["token", "norms"])
@@ -102,3 +111,30 @@ def test_each_step_draws_one_of_several_threats_evenly() -> None:
 def test_what_a_config_cannot_be() -> None:
     bad = AdversaryConfig(Training.together, [], steps=0, alpha=2)
     assert len(bad.problems()) == 3
+
+
+def train_by_stages(world, folder: str) -> dict[int, dict[str, torch.Tensor]]:  # type: ignore[no-untyped-def]
+    found = {}
+    for stage in (0, 1, 2, 3):
+        values = {
+            "data": f"{folder}/data",
+            "augment": {"shift": 0, "flip": False},
+            "classifier": {"network": "vit", "layers": 1, "dim": 16, "heads": 2, "dropout": 0.0, "adapters": ["token"]},
+            "adversary": {"training": "together", "threats": [{"norm": "linf", "eps": 0.1}], "steps": 2},
+            "train": {"steps": 5, "batch": 16, "engine": {"zero_stage": stage, "ema": 0.5, "optimizer": {"lr": 1e-3}}},
+            "run": {"dir": f"{folder}/stage{stage}"},
+        }
+        config = configuration.from_dict(Config, values)
+        if world.rank == 0:
+            Store(config.run.dir).write("config.yaml", configuration.to_yaml(config).encode())
+        worker(configuration.to_dict(config), world, Recorder("a"))
+        found[stage] = weights_of(config.run.dir)
+    return found
+
+
+def test_it_is_the_same_at_every_zero_stage(tmp_path: Path) -> None:
+    write(f"{tmp_path}/data", slice(0, 64))
+    (found,) = run_ranks(train_by_stages, 1, str(tmp_path))
+    for stage in (1, 2, 3):
+        for name, tensor in found[stage].items():
+            torch.testing.assert_close(tensor, found[0][name], rtol=0, atol=2e-4)

@@ -99,7 +99,7 @@ def test_the_tables_are_what_the_attacked_images_say(folder: str) -> None:
     columns = Reader(dataset).gather(np.arange(60))
     clean = Reader(Dataset.open(config.test), ["image"]).gather(np.arange(60))["image"]
     x, label = torch.from_numpy(clean).float() / 255, torch.from_numpy(columns["label"])
-    assert found["clean"]["value"] == (model(255 * x).argmax(1) == label).float().mean().item() > 0.8
+    assert found["clean"]["value"] == (model(255 * x).argmax(1) == label).double().mean().item() > 0.8
     broken = torch.zeros(60, dtype=torch.bool)
     for name, threat in config.threats.items():
         images = torch.from_numpy(columns[f"{name}_image"])

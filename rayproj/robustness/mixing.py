@@ -1,0 +1,257 @@
+"""Soups of classifiers: every candidate mixture judged on the same images, without an attack and under each threat.
+
+What is written is a dataset: of each image one digit for each candidate, 1 where that is right. Whatever is to be chosen or
+plotted follows from these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from rayproj import config as configuration
+from rayproj.classifiers.adapters import Adapted
+from rayproj.classifiers.adversary import ThreatConfig
+from rayproj.classifiers.model import of_run
+from rayproj.classifiers.networks import VisionTransformer
+from rayproj.classifiers.soups import Stack, barrier, few_shot, greedy, grid
+from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.data.reader import Reader
+from rayproj.engine.checkpoint import commits
+from rayproj.errors import UserError
+from rayproj.robustness.apgd import apgd
+from rayproj.robustness.job import share
+from rayproj.robustness.losses import cross_entropy, targeted
+from rayproj.robustness.oracle import Oracle
+from rayproj.storage.store import Store
+
+CLEAN = "clean"
+MOST = 6  # members of which every even mixture is a candidate too
+
+
+@dataclass
+class SoupConfig:
+    """Which classifiers to mix, on a grid of weights, and on what to judge them."""
+
+    members: dict[str, str] = field(
+        default_factory=dict
+    )  # name -> run dir; one with adapters is two: name:clean, name:adversarial
+    test: str = "???"  # images with labels
+    out: str = "???"  # where what is found goes: <out>/<set>
+    shifts: dict[str, str] = field(
+        default_factory=dict
+    )  # other images of these classes -> for the choice by few of them
+    threats: dict[str, ThreatConfig] = field(default_factory=dict)
+    parts: int = 10  # weights are multiples of one over so many
+    beyond: float = 0.0  # how far weights may leave [0, 1]
+    steps: int = 20  # of APGD on the cross-entropy, and of one towards the likeliest other class
+    shots: list[int] = field(default_factory=lambda: [10, 50, 200])
+    examples: int = 500
+    shard_size: int = 25
+
+    def problems(self) -> list[str]:
+        names = ("parts", "steps", "examples", "shard_size")
+        found = [f"soup.{name} must be positive." for name in names if getattr(self, name) <= 0]
+        if not self.members:
+            found.append("soup.members is empty.")
+        return found if self.beyond >= 0 else [*found, f"soup.beyond must not be negative, not {self.beyond:g}."]
+
+
+def members_of(config: SoupConfig, images: Header) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
+    """A network, and its weights in each member, in the order of the names.
+
+    Raises:
+        UserError: a run is not there, or they are not of one kind.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    network: nn.Module | None = None
+    for name, run in sorted(config.members.items()):
+        one = of_run(run, images)
+        if isinstance(one, Adapted):
+            ends = {"clean": [1.0, 0.0], "adversarial": [0.0, 1.0]}
+            parts = {f"{name}:{end}": one.merged(torch.tensor(mix)) for end, mix in ends.items()}
+        else:
+            parts = {name: one}
+        for part, module in parts.items():
+            network, states[part] = module, module.state_dict()
+    assert network is not None
+    first = next(iter(states))
+    for name, state in states.items():
+        if set(state) != set(states[first]) or any(state[n].shape != states[first][n].shape for n in state):
+            raise UserError(f"soup.members: '{name}' is another network than '{first}'; soups are of copies of one.")
+    if isinstance(network, VisionTransformer):
+        network.net.set_attn_implementation("eager")  # torch.func.vmap would go through the other one image by image
+    return network.eval().requires_grad_(False), states
+
+
+def candidates(config: SoupConfig, count: int) -> np.ndarray:
+    """Weights [n, count]: each member alone, even mixtures of few members, and the grid."""
+    even = [
+        [(i in some) / size for i in range(count)]
+        for size in range(1, count + 1)
+        for some in combinations(range(count), size)
+        if size == 1 or count <= MOST
+    ]
+    found = np.concatenate([np.array(even, float), grid(count, config.parts, config.beyond)])
+    _, first = np.unique(found.round(9), axis=0, return_index=True)
+    return found[np.sort(first)]
+
+
+def header_of(config: SoupConfig, uri: str, seed: int) -> Header:
+    """Of what is found on one set of images.
+
+    Raises:
+        UserError: there are no such images or classifiers.
+    """
+    images = Dataset.open(uri).header
+    _, states = members_of(config, images)
+    weights = candidates(config, len(states))
+    threats = [CLEAN, *(config.threats if uri == config.test else ())]
+    done = {run: commits(Store(run))[-1].step for run in config.members.values()}
+    values = {k: v for k, v in configuration.to_dict(config).items() if k not in ("shifts", "out", "shots")}
+    said = {"soup": values, "images": Store(uri).uri, "seed": seed, "commits": done, "threats": threats}
+    fields = {"label": Field("int"), **{name: Field("str") for name in threats}}
+    count = min(config.examples, images.num_samples)
+    provenance = {**said, "members": list(states), "weights": weights.tolist()}
+    return Header(f"soups on {images.name}", fields, count, config.shard_size, images.classes, provenance=provenance)
+
+
+class Judge:
+    """Judges all candidates on the images of one shard. Config key: "out"."""
+
+    def __init__(self, config: dict[str, Any], device: str) -> None:
+        self.dataset, self.device = Dataset.open(config["out"]), device
+        said = self.dataset.header.provenance
+        self.config = configuration.from_dict(SoupConfig, {**said["soup"], "out": config["out"]})
+        images = Dataset.open(said["images"])
+        network, states = members_of(self.config, images.header)
+        weights, self.seed = np.array(said["weights"]), int(said["seed"])
+        self.stack, self.count = (
+            Stack(network.to(device), [_on(s, device) for s in states.values()], weights),
+            len(weights),
+        )
+        self.threats = [name for name in said["threats"] if name != CLEAN]
+        self.reader = Reader(images, ["image", "label"])
+
+    def make(self, shard: int) -> list[dict[str, Any]]:
+        ids = np.array(self.dataset.header.shard_range(shard))
+        batch = self.reader.gather(ids)
+        x = torch.from_numpy(batch["image"]).to(self.device).float() / 255
+        label, number = (torch.from_numpy(v).to(self.device) for v in (batch["label"], ids))
+        logits = self.stack(255 * x)
+        right = {CLEAN: logits.argmax(2) == label}
+        for name in self.threats:
+            right[name] = right[CLEAN] & self._held(name, x, label, number, logits)
+        bits = {
+            name: ["".join("01"[int(v)] for v in column) for column in found.T.tolist()]
+            for name, found in right.items()
+        }
+        return [
+            {"key": f"{i:08d}", "label": int(y), **{name: column[k] for name, column in bits.items()}}
+            for k, (i, y) in enumerate(zip(ids, batch["label"], strict=True))
+        ]
+
+    def _held(self, name: str, x: Tensor, label: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+        """bool [candidates, B]: right after an ascent of the cross-entropy, and one towards the likeliest other class."""
+        flat = [t.repeat(self.count, *[1] * (t.dim() - 1)) for t in (x, label, ids)]
+        many, labels = flat[0], flat[1]
+        row = torch.stack([flat[2], torch.zeros_like(labels), torch.full_like(labels, 80)], 1)
+        target = logits.flatten(0, 1).scatter(1, labels[:, None], -torch.inf).argmax(1)
+        threat, oracle = self.config.threats[name].threat, Oracle(lambda z: self.stack.flat(255 * z))
+        held = torch.ones(len(many), dtype=torch.bool, device=x.device)
+        for loss in (cross_entropy, targeted(logits.shape[2])):
+            # All go on to the end, because the candidates are one batch.
+            steps, seed = self.config.steps, self.seed
+            held &= ~apgd(oracle, many, labels, row, threat, loss, steps, seed, target=target, go_on=True).broken
+        return held.view(self.count, -1)
+
+
+def _on(state: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in state.items()}
+
+
+def matrix(dataset: Dataset) -> dict[str, np.ndarray]:
+    """CLEAN or a threat -> bool [candidates, images]."""
+    header = dataset.header
+    threats = header.provenance["threats"]
+    columns = Reader(dataset, threats).gather(np.arange(header.num_samples))
+    return {name: np.array([[c == "1" for c in text] for text in columns[name]]).T for name in threats}
+
+
+def summary(config: SoupConfig, test: Dataset, shifts: dict[str, Dataset], seed: int) -> dict[str, Any]:
+    """The table of all candidates and what follows from it.
+
+    Returns:
+        "members"; "soups": of each candidate its weights and, by CLEAN, threat and "union", its accuracy; "best": by these
+        the number of the best in that list; "greedy": that of the greedy soup for the union; "beats_specialist" and
+        "barriers", see below; "few_shot": by shift what choosing by few images comes to, beside the best member and soup.
+    """
+    right, weights = matrix(test), np.array(test.header.provenance["weights"])
+    names = list(test.header.provenance["members"])
+    right["union"] = np.logical_and.reduce(list(right.values()))
+    accuracy = {name: found.mean(1) for name, found in right.items()}
+    alone = [_number(weights, row) for row in np.eye(len(names))]
+    found: dict[str, Any] = {
+        "members": names,
+        "soups": [{"weights": w.tolist(), **{n: share(r[k]) for n, r in right.items()}} for k, w in enumerate(weights)],
+        "best": {name: int(values.argmax()) for name, values in accuracy.items()},
+        "beats_specialist": {name: _compared(r, weights, alone, names) for name, r in right.items()},
+        "barriers": _barriers(1 - accuracy[CLEAN], weights, names),
+        "few_shot": {name: _few_shot(config.shots, dataset, alone, seed) for name, dataset in shifts.items()},
+    }
+    if len(names) <= MOST:
+        union = accuracy["union"]
+        found["greedy"] = _number(weights, greedy(union[alone].tolist(), lambda w: float(union[_number(weights, w)])))
+    return found
+
+
+def _number(weights: np.ndarray, row: Any) -> int:
+    """Of the candidate with these weights."""
+    return int(np.abs(weights - np.asarray(row)).sum(1).argmin())
+
+
+def _compared(right: np.ndarray, weights: np.ndarray, alone: list[int], names: list[str]) -> dict[str, Any]:
+    """The best member and the best mixture, chosen by every other image and judged by the rest: their accuracies, how many
+    images each alone gets right, and the two-sided p-value of that (McNemar 1947, exact)."""
+    mixed = np.setdiff1d(np.arange(len(weights)), alone)
+    if not len(mixed):
+        return {}
+    chosen, judged = right[:, ::2].mean(1), right[:, 1::2]
+    one, soup = alone[int(chosen[alone].argmax())], int(mixed[chosen[mixed].argmax()])
+    a, b = int((judged[one] & ~judged[soup]).sum()), int((judged[soup] & ~judged[one]).sum())
+    return {
+        "member": names[alone.index(one)],
+        "alone": float(judged[one].mean()),
+        "soup": float(judged[soup].mean()),
+        "weights": weights[soup].tolist(),
+        "only_alone": a,
+        "only_soup": b,
+        "p": float(binomtest(b, a + b).pvalue) if a + b else 1.0,
+    }
+
+
+def _barriers(error: np.ndarray, weights: np.ndarray, names: list[str]) -> dict[str, float]:
+    """Between every two members, of the error along the line from one to the other."""
+    found = {}
+    for i, j in combinations(range(len(names)), 2):
+        between = (weights >= 0).all(1) & np.isclose(weights[:, [i, j]].sum(1), 1)
+        line = sorted(np.flatnonzero(between), key=lambda k: weights[k, j])
+        places = [float(weights[k, j]) for k in line]
+        found[f"{names[i]} - {names[j]}"] = barrier(np.interp(np.linspace(0, 1, 11), places, error[line]).tolist())
+    return found
+
+
+def _few_shot(shots: list[int], dataset: Dataset, alone: list[int], seed: int) -> dict[str, Any]:
+    right, rng = matrix(dataset)[CLEAN], np.random.default_rng(seed)
+    reached = {}
+    for some in (s for s in shots if s < right.shape[1]):
+        _, values = few_shot(right, some, 50, rng)
+        reached[str(some)] = {"mean": float(values.mean()), "std": float(values.std())}
+    means = right.mean(1)
+    return {"chosen": reached, "best_member": float(means[alone].max()), "best_soup": float(means.max())}

@@ -1,0 +1,144 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rayproj.jobs.train_classifier import Config, worker
+
+from rayproj import config as configuration
+from rayproj.classifiers.adversary import ThreatConfig
+from rayproj.classifiers.model import StartConfig, of_run
+from rayproj.classifiers.networks import ClassifierConfig, Network
+from rayproj.classifiers.soups import soup
+from rayproj.classifiers.task import ClassificationTask
+from rayproj.data.dataset import Dataset
+from rayproj.data.reader import Reader
+from rayproj.data.writer import commit_shard
+from rayproj.errors import UserError
+from rayproj.robustness.mixing import CLEAN, Judge, SoupConfig, candidates, header_of, matrix, summary
+from rayproj.robustness.threats import Norm
+from rayproj.storage.store import Store
+from tests.robustness.test_job import write
+from tests.support.ranks import run_ranks
+from tests.support.regression import Recorder
+
+VIT = {"network": "vit", "layers": 1, "dim": 24, "heads": 2, "patch": 2, "dropout": 0.0}
+
+
+def train(world, folder: str) -> None:  # type: ignore[no-untyped-def]
+    linf, l2 = (
+        {"training": "adversarial", "threats": [{"norm": n, "eps": e}]} for n, e in (("linf", 0.1), ("l2", 0.8))
+    )
+    runs = {
+        "base": {"steps": 200},
+        "linf": {"steps": 30, "start": {"run": f"{folder}/base"}, "adversary": linf},
+        "l2": {"steps": 30, "start": {"run": f"{folder}/base"}, "adversary": l2},
+        "half": {"steps": 0, "start": {"soup": {f"{folder}/linf": 0.5, f"{folder}/l2": 0.5}}},
+        "both": {
+            "steps": 30, "start": {"run": f"{folder}/base"}, "classifier": {**VIT, "adapters": ["token"]},
+            "adversary": {**linf, "training": "together"},
+        },
+        "merged": {"steps": 0, "start": {"run": f"{folder}/both", "mix": [0.25, 0.75]}},
+    }  # fmt: skip
+    for name, values in runs.items():
+        given = {
+            "data": f"{folder}/train",
+            "augment": {"shift": 0, "flip": False},
+            "classifier": VIT,
+            "run": {"dir": f"{folder}/{name}"},
+            **{key: value for key, value in values.items() if key != "steps"},
+        }
+        given["train"] = {"steps": values["steps"], "batch": 64, "engine": {"ema": 0.8, "optimizer": {"lr": 3e-3}}}
+        config = configuration.from_dict(Config, given)
+        Store(config.run.dir).write("config.yaml", configuration.to_yaml(config).encode())
+        worker(configuration.to_dict(config), world, Recorder("a"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("soups"))
+    write(f"{path}/train", slice(0, 900))
+    write(f"{path}/test", slice(900, 1000))
+    run_ranks(train, 1, path)
+    return path
+
+
+def weights(folder: str, name: str) -> dict[str, torch.Tensor]:
+    return of_run(f"{folder}/{name}", Dataset.open(f"{folder}/train").header).state_dict()
+
+
+def test_a_run_of_no_steps_is_the_soup_it_starts_from(folder: str) -> None:
+    expected = soup([weights(folder, "linf"), weights(folder, "l2")], [0.5, 0.5])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(folder, "half").items())
+    assert not torch.equal(
+        weights(folder, "linf")["net.classifier.weight"], weights(folder, "l2")["net.classifier.weight"]
+    )
+
+
+def test_a_run_with_adapters_is_merged_into_one_network(folder: str) -> None:
+    header = Dataset.open(f"{folder}/train").header
+    both, merged = of_run(f"{folder}/both", header), of_run(f"{folder}/merged", header)
+    x = torch.from_numpy(Reader(Dataset.open(f"{folder}/test"), ["image"]).gather(np.arange(20))["image"])
+    mix = torch.tensor([[0.25, 0.75]]).expand(20, 2)
+    torch.testing.assert_close(merged.eval()(x), both.eval()(x, mix), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(both.tokens[0], both.tokens[1])  # each was trained
+
+
+def test_every_candidate_is_judged_as_it_would_be_alone(folder: str, tmp_path: Path) -> None:
+    config = SoupConfig(
+        members={"linf": f"{folder}/linf", "l2": f"{folder}/l2"}, test=f"{folder}/test", out=str(tmp_path),
+        shifts={"same": f"{folder}/test"}, threats={"linf": ThreatConfig(Norm.linf, 0.08)}, parts=4, steps=5,
+        shots=[10, 20], examples=40, shard_size=16,
+    )  # fmt: skip
+    sets = {}
+    for name, uri in {"test": config.test, "same": f"{folder}/train"}.items():
+        sets[name] = Dataset.create(f"{tmp_path}/{name}", header_of(config, uri, 0))
+        judge = Judge({"out": sets[name].uri}, "cpu")
+        for shard in range(sets[name].header.num_shards):
+            commit_shard(sets[name], shard, judge.make(shard), "test", 0.0)
+    right, given = matrix(sets["test"]), np.array(sets["test"].header.provenance["weights"])
+    assert right[CLEAN].shape == right["linf"].shape == (5, 40) and matrix(sets["same"]).keys() == {CLEAN}
+    batch = Reader(Dataset.open(config.test), ["image", "label"]).gather(np.arange(40))
+    network = of_run(f"{folder}/linf", Dataset.open(config.test).header).eval()
+    assert sets["test"].header.provenance["members"] == ["l2", "linf"]
+    for k, row in enumerate(given):
+        network.load_state_dict(soup([weights(folder, "l2"), weights(folder, "linf")], row.tolist()))
+        expected = network(torch.from_numpy(batch["image"])).argmax(1).numpy() == batch["label"]
+        assert (right[CLEAN][k] != expected).sum() <= 1  # but for rounding
+        assert not (right["linf"][k] & ~right[CLEAN][k]).any() and right["linf"][k].mean() < right[CLEAN][k].mean()
+    found = summary(config, sets["test"], {"same": sets["same"]}, 0)
+    assert [one["linf"]["value"] for one in found["soups"]] == pytest.approx(right["linf"].mean(1).tolist())
+    union = (right[CLEAN] & right["linf"]).mean(1)
+    assert found["soups"][found["best"]["union"]]["union"]["value"] == union.max()
+    assert found["soups"][found["greedy"]]["union"]["value"] >= max(union[:2])
+    assert found["barriers"]["l2 - linf"] < 0.1  # they have one start
+    assert set(found["few_shot"]["same"]["chosen"]) == {"10", "20"}
+    compared = found["beats_specialist"]["linf"]
+    assert compared["only_soup"] - compared["only_alone"] == round(20 * (compared["soup"] - compared["alone"]))
+
+
+def test_candidates_are_members_even_mixtures_and_the_grid_once_each() -> None:
+    found = candidates(SoupConfig(members={"a": "", "b": "", "c": ""}, parts=4), 3)
+    assert len({tuple(row) for row in found.round(9)}) == len(found) and np.allclose(found.sum(1), 1)
+    assert (
+        found[:3].tolist() == np.eye(3).tolist()
+        and [1 / 3] * 3 in found.tolist()
+        and [0.5, 0.25, 0.25] in found.tolist()
+    )
+
+
+def test_a_start_that_cannot_be(folder: str) -> None:
+    header = Dataset.open(f"{folder}/train").header
+    vit = ClassifierConfig(Network.vit, layers=1, dim=24, heads=2, patch=2, dropout=0.0)
+    with pytest.raises(UserError, match="has no adapters to mix"):
+        ClassificationTask(vit, header, 0, start=StartConfig(f"{folder}/base", mix=[1.0, 0.0])).build()
+    with pytest.raises(UserError, match="another network than `classifier` describes"):
+        ClassificationTask(ClassifierConfig(), header, 0, start=StartConfig(f"{folder}/base")).build()
+    assert StartConfig("a", {"b": 1.0}).problems() and StartConfig(soup={"a": 0.5, "b": 0.6}).problems()
+    assert StartConfig(mix=[1.0, 0.0]).problems() and not StartConfig("a", mix=[1.0, 0.0]).problems()
+    config = SoupConfig(members={"a": f"{folder}/base", "b": f"{folder}/both"}, test=f"{folder}/test")
+    assert len(candidates(config, 3)) > 60 and header_of(config, config.test, 0).provenance["members"] == [
+        "a",
+        "b:clean",
+        "b:adversarial",
+    ]
