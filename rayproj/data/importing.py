@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from glob import glob
 from typing import Any
 
 from rayproj.data.dataset import Dataset, Field, Header, Inputs
-from rayproj.data.sources import Source, SourceConfig, open_source
-from rayproj.data.split import assign
+from rayproj.data.leaks import Leaks, fingerprints, groups, in_threads, take_out
+from rayproj.data.sources import Source, SourceConfig, open_source, pixels
+from rayproj.data.split import UNLABELLED, assign, by_label
 from rayproj.data.writer import Sample, commit_shard
 from rayproj.errors import UserError
 
@@ -25,6 +27,7 @@ class ImportConfig:
     fractions: dict[str, float] = field(default_factory=dict)  # of what the source calls "train"; {}: keep its splits
     # part -> the classes whose samples it keeps, the others being left out; {}: all. Labels mean the same in every part.
     classes: dict[str, list[str]] = field(default_factory=dict)
+    leaks: Leaks = Leaks.refuse  # groups, and images that are the same pixel by pixel, in two parts
     shard_size: int = 256
     seed: int = 0
 
@@ -44,7 +47,8 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
     Returns:
         Samples, shards and class counts of each part.
     """
-    source, parts = _read(config)
+    source, parts, counts = _read(config)
+    counts["images in two parts"] = take_out(parts, "image", fingerprints, config.leaks)
     datasets = {part: Dataset.create(f"{config.out}/{part}", _header(source, part, samples, config))
                 for part, samples in parts.items()}  # fmt: skip
     total = sum(dataset.header.num_shards for dataset in datasets.values())
@@ -56,7 +60,10 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
             if dataset.record(shard) is None:
                 start = time.time()
                 span = dataset.header.shard_range(shard)
-                commit_shard(dataset, shard, ordered[span.start : span.stop], "import", time.time() - start)
+                samples = ordered[span.start : span.stop]
+                images = in_threads(pixels, samples)
+                samples = [{**sample, "image": image} for sample, image in zip(samples, images, strict=True)]
+                commit_shard(dataset, shard, samples, "import", time.time() - start)
                 written += len(span)
                 report(
                     {"type": "span", "actor": "import", "what": f"{part} {shard}", "start": start, "end": time.time()}
@@ -68,6 +75,7 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
         "parts": {part: _summary(dataset) for part, dataset in datasets.items()},
         "samples": sum(dataset.header.num_samples for dataset in datasets.values()),
         "source": source.name,
+        "left_out": counts,
         "classes": config.classes,
         "licence": source.licence,
         "attribution": source.attribution,
@@ -82,28 +90,34 @@ def headers(config: ImportConfig, inputs: Inputs) -> dict[str, Header]:
         fractions = config.fractions or {"train": 1.0}
         sizes = {part: round(fraction * whole.num_samples) for part, fraction in fractions.items()}
         return {f"{config.out}/{part}": replace(whole, num_samples=size) for part, size in sizes.items()}
-    source, parts = _read(config)
+    source, parts, _ = _read(config)
     return {f"{config.out}/{part}": _header(source, part, samples, config) for part, samples in parts.items()}
 
 
-def _read(config: ImportConfig) -> tuple[Source, dict[str, list[Sample]]]:
-    """The samples of each part."""
+def _read(config: ImportConfig) -> tuple[Source, dict[str, list[Sample]], dict[str, dict[str, int]]]:
+    """The samples of each part, as `Source.rows` has them; and why how many were left out of which."""
     source = open_source(config.source)
     kept = {part: _labels(source.classes, names) for part, names in config.classes.items()}
     parts: dict[str, list[Sample]] = {}
-    for sample in source.samples():
-        split, group = sample.pop("split"), sample.pop("group")
-        part = assign(group, config.fractions, config.seed) if config.fractions and split == "train" else split
-        if part not in kept or sample["label"] in kept[part]:
-            shape = "/{1}x{2}".format(*sample["image"].shape) if config.source.buckets else ""
-            parts.setdefault(f"{part}{shape}", []).append(sample)
+    without_label: Counter[str] = Counter()
+    for sample in source.rows():
+        split, group = sample.pop("split"), sample["group"]
+        assigned = assign(group, config.fractions, config.seed) if config.fractions and split == "train" else split
+        part = by_label(assigned, sample["label"])
+        if part is None:
+            without_label[assigned] += 1
+        elif part not in kept or sample["label"] in kept[part]:
+            shape = "/{1}x{2}".format(*pixels(sample).shape) if config.source.buckets else ""
+            label = -1 if part == UNLABELLED else sample["label"]
+            parts.setdefault(f"{part}{shape}", []).append(sample | {"label": label})
     missing = sorted({*config.fractions, *kept} - {name.partition("/")[0] for name in parts})
     if missing:
         raise UserError(
             f"The part '{missing[0]}' got no sample; the source is too small for data.fractions and data.classes, or has "
             f"no such part: there are {', '.join(sorted(parts))}."
         )
-    return source, parts
+    in_two = take_out(parts, "group", groups, config.leaks)
+    return source, parts, {"without a label": dict(without_label), "groups in two parts": in_two}
 
 
 def _labels(known: tuple[str, ...], names: list[str]) -> set[int]:
@@ -122,7 +136,7 @@ def _header(source: Source, part: str, samples: list[Sample], config: ImportConf
     scalars = {"label": Field("int"), **{name: Field("str") for name in source.attributes}}
     return Header(
         name=f"{source.name} ({part})",
-        fields={"image": Field("png", samples[0]["image"].shape), **scalars},
+        fields={"image": Field("png", pixels(samples[0]).shape), **scalars},
         num_samples=len(samples),
         shard_size=config.shard_size,
         classes=source.classes,
