@@ -1,4 +1,4 @@
-"""What is in two parts of a split, where it must be in one: groups, such as a patient's images, and images that are the same."""
+"""What is in two parts of a split, where it must be in one: groups, such as a patient's images, and the same images."""
 
 from __future__ import annotations
 

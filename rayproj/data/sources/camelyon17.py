@@ -58,7 +58,8 @@ def open(config: SourceConfig) -> Source:
 
 def _row(config: SourceConfig, folder: str, line: int, values: dict[str, str], label: int, split: str) -> Row:
     slide = f"patient_{values['patient']}_node_{values['node']}"
-    file = f"{folder}/patches/{slide}/patch_{slide}_x_{values['x_coord']}_y_{values['y_coord']}.png"
+    patch = f"patch_{slide}_x_{values['x_coord']}_y_{values['y_coord']}"
     # The table's own numbers of slides are another thing in each of the two sets.
     attributes = {"hospital": values["center"], "slide": slide, "patient": values["patient"]}
-    return Row(file, label, split, group_of(config, attributes, file), attributes, line, "metadata.csv")
+    group = group_of(config, attributes, patch)
+    return Row(f"{folder}/patches/{slide}/{patch}.png", label, split, group, attributes, line, "metadata.csv")
