@@ -47,7 +47,7 @@ def chestxray14(files: Path, **more: Any) -> SourceConfig:
 
 def skin(files: Path, **more: Any) -> SourceConfig:
     columns = {"label_column": "diagnosis", "split_column": "site", "group_column": "patient"}
-    roles = {"clinic": "train", "archive": "train", "screening": "ood_val", "hospital": "ood_test"}
+    roles = {"isic2019": "train", "fitzpatrick17k": "unlabelled", "pad_ufes_20": "ood_test"}
     kept = {"attributes": ["age", "sex", "skin_tone", "site", "patient"], "roles": roles}
     return SourceConfig(
         **{"kind": SourceKind.image_folder, "path": f"{files}/skin", "image_size": 32, **columns, **kept, **more}
@@ -164,23 +164,40 @@ def test_ages_in_bands() -> None:
     ]  # fmt: skip
 
 
-def test_skin_images_of_four_sites(files: Path, tmp_path: Path) -> None:
-    source = skin(files)
-    result, parts = imported(source, tmp_path, fractions={"train": 0.75, "id_test": 0.25})
+def test_skin_images_of_three_sites(files: Path, tmp_path: Path) -> None:
+    _, parts = imported(skin(files), tmp_path, fractions={"train": 0.75, "id_test": 0.25})
     assert {part: set(columns["site"]) for part, columns in parts.items()} == {
-        "train": {"clinic"},
-        "id_test": {"clinic"},
-        "unlabelled": {"archive"},
-        "ood_val": {"screening"},
-        "ood_test": {"hospital"},
+        "train": {"isic2019"},
+        "id_test": {"isic2019"},
+        "unlabelled": {"fitzpatrick17k"},
+        "ood_test": {"pad_ufes_20"},
     }
     header = Dataset.open(f"{tmp_path}/train").header
-    assert header.classes == ("basal cell carcinoma", "melanoma", "nevus")
-    assert set(parts["unlabelled"]["label"]) == {-1} and len(parts["ood_test"]["label"]) == 24
+    assert header.classes == tuple(sorted(medical.DIAGNOSES)), "without those of a site whose labels are not used"
+    assert set(parts["unlabelled"]["label"]) == {-1} and len(parts["unlabelled"]["label"]) == 24
     assert not set(parts["train"]["patient"]) & set(parts["id_test"]["patient"])
     assert len(parts["train"]["label"]) + len(parts["id_test"]["label"]) == 48
-    # What the archive has of patients who are in the test is not learned from, though it is another site's number.
-    assert result["left_out"]["without a label"]["id_test"] == 48 - len(parts["unlabelled"]["label"])
+    with (files / "skin" / "labels.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["site"] == "pad_ufes_20"]
+    expected = Counter((row["patient"], row["diagnosis"], row["skin_tone"], row["sex"]) for row in rows)
+    test = parts["ood_test"]
+    names = [header.classes[label] for label in test["label"]]
+    assert Counter(zip(test["patient"], names, test["skin_tone"], test["sex"], strict=True)) == expected
+
+
+def test_an_empty_label_is_none(files: Path, tmp_path: Path) -> None:
+    medical.write_dermatology(tmp_path / "skin", patients=16, side=8)
+    change(tmp_path / "skin" / "labels.csv", "vascular lesion", "")
+    result, parts = imported(
+        skin(tmp_path, roles={"isic2019": "train", "fitzpatrick17k": "", "pad_ufes_20": "ood_test"}), tmp_path / "out"
+    )
+    assert len(Dataset.open(f"{tmp_path}/out/train").header.classes) == 7
+    assert {part: len(columns["label"]) for part, columns in parts.items()} == {
+        "train": 28,
+        "unlabelled": 4,
+        "ood_test": 14,
+    }
+    assert result["left_out"]["without a label"] == {"ood_test": 2}
 
 
 def test_labels_are_taken_away_where_a_part_is_to_have_none(files: Path, tmp_path: Path) -> None:

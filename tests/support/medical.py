@@ -118,16 +118,24 @@ def write_chestxray14(folder: Path, patients: int = 12, side: int = 40) -> None:
         (folder / f"{part}_list.txt").write_text("\n".join(names) + "\n")
 
 
+DIAGNOSES = (
+    "melanocytic nevus", "melanoma", "basal cell carcinoma", "benign keratosis", "actinic keratosis", "squamous cell carcinoma",
+    "vascular lesion", "dermatofibroma",
+)  # fmt: skip
+SITES = ("isic2019", "fitzpatrick17k", "pad_ufes_20")
+
+
 def write_dermatology(folder: Path, patients: int = 24, side: int = 40) -> None:
-    """A folder with labels.csv, of four sites: of the clinic and the archive two images of a patient, of the others one."""
+    """A folder with labels.csv of three sites. Of ISIC there are two images of each lesion and no tones, of Fitzpatrick17k tones and
+    diagnoses of its own, of PAD-UFES-20 all."""
     rows = []
-    for site in ("clinic", "archive", "screening", "hospital"):
+    for site in SITES:
         for patient in range(patients):
-            for image in range(2 if site in ("clinic", "archive") else 1):
-                diagnosis = ("nevus", "melanoma", "basal cell carcinoma")[patient % 3]
+            for image in range(2 if site == "isic2019" else 1):
+                diagnosis = DIAGNOSES[patient % 8] if site != "fitzpatrick17k" else ("psoriasis", "acne")[patient % 2]
                 name = f"{site}/{patient:03d}_{image}.jpg"
-                picture(folder / name, 1 + len(rows), side, 3, diagnosis != "nevus", patient % 3)
-                sex, tone = ("female", "male", "")[patient // 3 % 3], ("", "1", "2", "3", "4", "5", "6")[patient % 7]
-                known = "" if site == "archive" else diagnosis
-                rows.append([name, known, 20 + patient, sex, tone, site, f"{site}-{patient}"])
+                picture(folder / name, 1 + len(rows), side, 3, diagnosis.startswith("melan"), patient % 3)
+                sex = "" if site == "fitzpatrick17k" else ("female", "male", "")[patient // 3 % 3]
+                tone = "" if site == "isic2019" else ("1", "2", "3", "4", "5", "6", "")[patient % 7]
+                rows.append([name, diagnosis, 20 + patient, sex, tone, site, f"{site}-{patient}"])
     write_csv(folder / "labels.csv", "file,diagnosis,age,sex,skin_tone,site,patient", rows)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rayproj.data.sources.base import Source, SourceConfig
 from rayproj.data.sources.table import Row, Table, source
+from rayproj.data.split import TRAIN, UNLABELLED
 
 
 def open(config: SourceConfig) -> Source:
@@ -20,17 +21,18 @@ def open(config: SourceConfig) -> Source:
     wanted = [config.file_column, config.label_column, *config.attributes]
     wanted += [c for c in (config.split_column, config.group_column) if c]
     table = Table(folder / config.csv, wanted, "give source.path the folder and source.csv the file in it")
-    # An empty label is none.
-    classes = tuple(sorted({values[config.label_column] for _, values in table.lines()} - {""}))
-    number = {"": -1, **{name: k for k, name in enumerate(classes)}}
+    # An empty label is none; labels that are not used need not be those of the others.
+    used = (values for _, values in table.lines() if _role(config, values) not in ("", UNLABELLED))
+    classes = tuple(sorted({values[config.label_column] for values in used} - {""}))
+    number = {name: k for k, name in enumerate(classes)}
 
     def rows() -> Iterator[Row]:
         for line, values in table.lines():
             name = values[config.file_column]
             yield Row(
                 path=f"{folder}/{name}",
-                label=number[values[config.label_column]],
-                split=values[config.split_column] if config.split_column else "train",
+                label=number.get(values[config.label_column], -1),
+                split=_split(config, values),
                 group=values[config.group_column] if config.group_column else name,
                 attributes={attribute: values[attribute] for attribute in config.attributes},
                 line=line,
@@ -38,3 +40,12 @@ def open(config: SourceConfig) -> Source:
             )
 
     return source(config, folder.name, classes, config.attributes, rows, {})
+
+
+def _split(config: SourceConfig, values: dict[str, str]) -> str:
+    return values[config.split_column] if config.split_column else TRAIN
+
+
+def _role(config: SourceConfig, values: dict[str, str]) -> str:
+    split = _split(config, values)
+    return config.roles.get(split, split)
