@@ -42,6 +42,7 @@ def load(schema: type[T], path: str | Path | None = None, overrides: list[str] |
     if problems:
         raise _report(problems)
     try:
+        _resolve_names(config, config)
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise _report([_first_line(error)]) from error
@@ -103,6 +104,18 @@ def read(path: str | Path) -> DictConfig:
     return given
 
 
+def _resolve_names(node: DictConfig, root: DictConfig) -> None:
+    """Interpolations in the names of plain dicts, such as URIs, which OmegaConf leaves as they are."""
+    for name in list(node):
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            _resolve_names(child, root)
+        if "${" in str(name):
+            resolved = OmegaConf.create({"name": name}, parent=root).name
+            node[resolved] = child
+            del node[name]
+
+
 def _leaves(node: Any, schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value as (dotted key, value), down to where the schema's sections end: a mapping given for a plain dict is
     one value, and replaces what was there. Interpolations stay unresolved."""
@@ -130,9 +143,12 @@ def _set(config: DictConfig, key: str, value: Any) -> str | None:
         walked.append(name)
         node = node._get_node(name) if name in known else None
     try:
-        element = node._metadata.element_type if isinstance(node, DictConfig) else None
-        if isinstance(value, dict) and dataclasses.is_dataclass(element):  # a section for each name
-            value = {name: OmegaConf.merge(OmegaConf.structured(element), given) for name, given in value.items()}
+        element = node._metadata.element_type if isinstance(node, (DictConfig, ListConfig)) else None
+        if dataclasses.is_dataclass(element):
+            if isinstance(value, dict):  # a section for each name
+                value = {name: OmegaConf.merge(OmegaConf.structured(element), given) for name, given in value.items()}
+            elif isinstance(value, list):
+                value = [OmegaConf.merge(OmegaConf.structured(element), given) for given in value]
         OmegaConf.update(config, key, value, merge=False)
     except OmegaConfBaseException as error:
         return f"'{key}' cannot be {value!r}: {_first_line(error)}."

@@ -119,15 +119,15 @@ def write_chestxray14(folder: Path, patients: int = 12, side: int = 40) -> None:
 
 
 DIAGNOSES = (
-    "melanocytic nevus", "melanoma", "basal cell carcinoma", "benign keratosis", "actinic keratosis", "squamous cell carcinoma",
-    "vascular lesion", "dermatofibroma",
+    "melanocytic nevus", "melanoma", "basal cell carcinoma", "benign keratosis", "actinic keratosis",
+    "squamous cell carcinoma", "vascular lesion", "dermatofibroma",
 )  # fmt: skip
 SITES = ("isic2019", "fitzpatrick17k", "pad_ufes_20")
 
 
 def write_dermatology(folder: Path, patients: int = 24, side: int = 40) -> None:
-    """A folder with labels.csv of three sites. Of ISIC there are two images of each lesion and no tones, of Fitzpatrick17k tones and
-    diagnoses of its own, of PAD-UFES-20 all."""
+    """A folder with labels.csv of three sites. Of ISIC there are two images of each lesion and no tones, of Fitzpatrick17k
+    tones and diagnoses of its own, of PAD-UFES-20 all."""
     rows = []
     for site in SITES:
         for patient in range(patients):
