@@ -230,6 +230,12 @@ def change(path: Path, old: str, new: str) -> None:
             {},
             "no '.*metadata.csv'; give source.path",
         ),
+        (
+            camelyon17,
+            lambda f: change(f / "camelyon17_v1.0/metadata.csv", "3360,21792,1", "3360,21792,yes"),
+            {},
+            "'yes' of line 3 of 'metadata.csv' is no number for 'tumor'",
+        ),
         (camelyon17, None, {"unlabelled": "/nowhere"}, "no '/nowhere/metadata.csv'; give source.unlabelled the folder"),
         (camelyon17, None, {"group_column": "ward"}, "group_column='ward' is none of hospital, slide, patient"),
         (camelyon17, None, {"attributes": ["ward"]}, "has no attribute 'ward'; it has hospital, slide, patient"),

@@ -151,6 +151,7 @@ MEDICAL = [camelyon17, chexpert, dermatology]
 CHAINS = [cifar10, imagenet256, stable_diffusion, emoji, emoji_gpu, emoji_upscale, *MEDICAL]
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("shrunk", CHAINS, ids=lambda f: f.__name__)
 def test_a_large_chain_in_small(shrunk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     write_images(tmp_path / "images", 32)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rayproj.data.sources.base import Source, SourceConfig
-from rayproj.data.sources.table import Row, Table, group_of, source
+from rayproj.data.sources.table import Row, Table, group_of, number, source
 
 CLASSES = ("normal", "tumour")
 ROLES = {
@@ -47,7 +47,8 @@ def open(config: SourceConfig) -> Source:
     def rows() -> Iterator[Row]:
         for line, values in labelled.lines():
             split = OUT_OF_DOMAIN.get(values["center"], SPLITS.get(values["split"], values["split"]))
-            yield _row(config, config.path, line, values, int(values["tumor"]), split)
+            label = int(number(values, "tumor", line, labelled.path.name))
+            yield _row(config, config.path, line, values, label, split)
         for line, values in unlabelled.lines() if unlabelled else ():
             split = OUT_OF_DOMAIN.get(values["center"], "train") + "_unlabeled"
             yield _row(config, config.unlabelled, line, values, -1, split)

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rayproj.data.sources.base import Source, SourceConfig, Uncertain
+from rayproj.data.sources.base import Source, SourceConfig
 from rayproj.data.sources.chest import SEXES, age_group, classes, target
-from rayproj.data.sources.table import Row, Table, group_of, source
+from rayproj.data.sources.table import Row, Table, group_of, number, source
 from rayproj.errors import UserError
 
 OBSERVATIONS = (
@@ -54,17 +54,14 @@ def open(config: SourceConfig) -> Source:
                     "race": races.get(patient, ""),
                 }
                 group = group_of(config, found, patient)
-                path, label = f"{config.path}/{split}/{inside}", _label(values[finding], config.uncertain)
+                said = int(number(values, finding, line, table.path.name))
+                label = config.uncertain.label if said < 0 else said
+                path = f"{config.path}/{split}/{inside}"
                 yield Row(path, label, split, group, found, line, table.path.name)
 
     attribution = "CheXpert, Stanford ML Group; Irvin et al. 2019"
     licence = "Stanford University Dataset Research Use Agreement"
     return source(config, "CheXpert", classes(finding), attributes, rows, ROLES, licence, attribution)
-
-
-def _label(value: str, uncertain: Uncertain) -> int:
-    said = float(value or 0)
-    return uncertain.label if said < 0 else int(said)
 
 
 def _races(path: str) -> dict[str, str]:

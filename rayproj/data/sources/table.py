@@ -136,6 +136,20 @@ def source(
     return Source(name, classes, kept, shape, licence, attribution, samples)  # type: ignore[arg-type]
 
 
+def number(values: dict[str, str], column: str, line: int, table: str) -> float:
+    """The value of a column; 0 if there is none.
+
+    Raises:
+        UserError: it is no number.
+    """
+    try:
+        return float(values[column] or 0)
+    except ValueError:
+        raise UserError(
+            f"'{values[column]}' of line {line} of '{table}' is no number for '{column}'; mend it."
+        ) from None
+
+
 def group_of(config: SourceConfig, attributes: dict[str, str], usual: str) -> str:
     """The value of the attribute that is the group; `usual` if the config names none.
 
