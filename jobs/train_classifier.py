@@ -24,6 +24,7 @@ from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.task import pattern_problems
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
+from rayproj.errors import UserError
 from rayproj.runtime.command import command
 from rayproj.runtime.group import GroupConfig
 from rayproj.runtime.run import Run, RunConfig
@@ -75,6 +76,12 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     header = dataset.header
     batch, seed = config.train.batch, config.run.seed
     others = [Dataset.open(uri) for uri in config.mix]
+    for given in [*others, *([] if config.consumer else [dataset])]:
+        if given.without_label:
+            raise UserError(
+                f"{given.uri} has {given.without_label} images without a label, of which a classifier cannot learn; leave "
+                "them out, as an import does that puts them into the part 'unlabelled'."
+            )
     by = ["label", *config.objective.groups]
     cells = cells_of([dataset, *others], by) if config.objective.needs_cells else None
     task = task_of(config, header, cells)

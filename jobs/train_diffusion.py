@@ -10,9 +10,8 @@ from typing import Any
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Header
-from rayproj.data.loader import Batches, Bucketed
-from rayproj.data.order import Buckets, order_of
-from rayproj.data.reader import Reader
+from rayproj.data.loader import Bucketed, pooled
+from rayproj.data.order import Buckets
 from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
 from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
@@ -40,14 +39,17 @@ def task_of(config: Config, header: Header) -> DiffusionTask:
 
 def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     config = configuration.from_dict(Config, values)
-    shapes = [Dataset.open(uri) for uri in (config.diffusion.latents, *config.diffusion.buckets)]
-    task = task_of(config, shapes[0].header)
-    task.take([latents.header for latents in shapes[1:]])
+    datasets = [Dataset.open(uri) for uri in (config.diffusion.latents, *config.diffusion.buckets)]
+    task = task_of(config, datasets[0].header)
+    task.take([latents.header for latents in datasets[1:]])
     task.show(world.device, config.train)
     batch, seed = config.train.batch, config.run.seed
-    parts = [Batches(Reader(latents, task.fields), order_of(latents, batch, seed), world.rank, world.world_size)
-             for latents in shapes]  # fmt: skip
-    batches = Bucketed(parts, Buckets([latents.header.num_samples for latents in shapes], batch, seed))
+    shapes: dict[tuple[int, ...], list[Dataset]] = {}
+    for latents in datasets:
+        shapes.setdefault(latents.header.fields["moments"].shape, []).append(latents)
+    parts = [pooled(alike, task.fields, batch, seed, world.rank, world.world_size) for alike in shapes.values()]
+    sizes = [sum(latents.header.num_samples for latents in alike) for alike in shapes.values()]
+    batches = Bucketed(parts, Buckets(sizes, batch, seed))
     step = PlainStep(config.train.batch, config.train.micro_batch, world.world_size)
     engine = train(Recipe(task, step, batches, config.train), world, Store(config.run.dir), link)
     return summary(engine, world)

@@ -42,6 +42,7 @@ def load(schema: type[T], path: str | Path | None = None, overrides: list[str] |
     if problems:
         raise _report(problems)
     try:
+        _resolve_names(config, config)
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise _report([_first_line(error)]) from error
@@ -101,6 +102,18 @@ def read(path: str | Path) -> DictConfig:
     if not isinstance(given, DictConfig):
         raise UserError(f"The config file '{path}' must hold 'key: value' lines.")
     return given
+
+
+def _resolve_names(node: DictConfig, root: DictConfig) -> None:
+    """Interpolations in the names of plain dicts, such as URIs, which OmegaConf leaves as they are."""
+    for name in list(node):
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            _resolve_names(child, root)
+        if "${" in str(name):
+            resolved = OmegaConf.create({"name": name}, parent=root).name
+            node[resolved] = child
+            del node[name]
 
 
 def _leaves(node: Any, schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

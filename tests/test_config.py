@@ -28,6 +28,7 @@ class Schema:
     steps: int = 3
     inner: Inner = field(default_factory=Inner)
     parts: dict[str, float] = field(default_factory=dict)
+    several: list[Inner] = field(default_factory=list)
 
     def problems(self) -> list[str]:
         return [] if self.steps > 0 else ["steps must be positive."]
@@ -49,11 +50,27 @@ def test_interpolation_reaches_across_sections(tmp_path: Path) -> None:
     assert config.load(Schema, path, ["steps=9"]).data == "runs/9"
 
 
+def test_interpolation_in_the_names_of_a_dict(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.yaml", 'data: here\nparts: {"${data}/a": 0.5, b: 0.25, "${data}-${steps}": 1.0}\n')
+    loaded = config.load(Schema, file, ["data=s3://x.y/z"])
+    assert loaded.parts == {"s3://x.y/z/a": 0.5, "b": 0.25, "s3://x.y/z-3": 1.0}
+    with pytest.raises(UserError, match="nowhere"):
+        config.load(Schema, file, ["data=x", 'parts={"${nowhere}": 1.0}'])
+
+
 def test_a_mapping_replaces_a_dict_and_a_dotted_key_adds_to_it(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", "data: x\nparts: {a: 0.5, b: 0.5}\n")
     assert config.load(Schema, path, ["parts={c: 1.0}"]).parts == {"c": 1.0}
     assert config.load(Schema, path, ["parts.c=1.0"]).parts == {"a": 0.5, "b": 0.5, "c": 1.0}
     assert config.load(Schema, path, ["inner={lr: 2}"]).inner == Inner(2.0)
+
+
+def test_a_list_of_sections(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "data: x\nseveral: [{lr: 2, color: blue}, {sides: [3, 4]}]\n")
+    assert config.load(Schema, path).several == [Inner(2.0, color=Color.blue), Inner(sides=(3, 4))]
+    assert config.load(Schema, path, ["several=[{lr: 3}]"]).several == [Inner(3.0)]
+    with pytest.raises(UserError, match=r"several.*rate"):
+        config.load(Schema, path, ["several=[{rate: 3}]"])
 
 
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def shifted_and_flipped(images: Tensor, row: Tensor, seed: int, shift: int, flip
 
 
 # Luma and two chromas of red, green and blue (NTSC, 1953), in which a turn of hue and a gain of saturation are linear.
-YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], dtype=torch.float64)
+YIQ = [[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]]
 
 
 def coloured(images: Tensor, row: Tensor, seed: int, strength: float) -> Tensor:
@@ -72,7 +72,7 @@ def coloured(images: Tensor, row: Tensor, seed: int, strength: float) -> Tensor:
         turn[:, 0, 0] = 1
         turn[:, 1, 1] = turn[:, 2, 2] = gain * angle.cos()
         turn[:, 1, 2], turn[:, 2, 1] = -gain * angle.sin(), gain * angle.sin()
-        yiq = YIQ.to(images.device)
+        yiq = turn.new_tensor(YIQ)
         x = torch.einsum("bij,bjhw->bihw", (torch.linalg.inv(yiq) @ turn @ yiq).float(), x)
     return x.round().clamp(0, 255).to(torch.uint8)
 

@@ -213,6 +213,11 @@ class Dataset:
     def complete(self) -> bool:
         return len(self.records()) == self.header.num_shards
 
+    @property
+    def without_label(self) -> int:
+        """Samples in committed shards that are of no class."""
+        return sum(record.samples - sum(record.class_counts.values()) for record in self.records().values())
+
     def weights(self) -> np.ndarray | None:
         """How often each sample is to be drawn, fp32 [num_samples]; None for all alike."""
         if not self.store.exists(WEIGHTS):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from glob import glob
 from typing import Any
 
 from rayproj.data.dataset import Dataset, Field, Header, Inputs
+from rayproj.data.leaks import Leaks, fingerprints, groups, in_threads, take_out
 from rayproj.data.parts import KeepConfig, hashed, keep, shuffle
-from rayproj.data.sources import Source, SourceConfig, open_source
-from rayproj.data.split import assign
+from rayproj.data.sources import Source, SourceConfig, open_source, pixels
+from rayproj.data.split import UNLABELLED, assign, by_label
 from rayproj.data.writer import Sample, commit_shard
 from rayproj.errors import UserError
 
@@ -26,6 +28,7 @@ class ImportConfig:
     # part -> the classes whose samples it keeps, the others being left out; {}: all. Labels mean the same in every part.
     classes: dict[str, list[str]] = field(default_factory=dict)
     no_label: list[str] = field(default_factory=list)  # classes of the source that mean that a sample has none
+    leaks: Leaks = Leaks.refuse  # groups, and images that are the same pixel by pixel, in two parts of the split
     keep: list[KeepConfig] = field(default_factory=list)  # parts of chosen samples; []: as they were split
     shuffle: dict[str, list[str]] = field(default_factory=dict)  # part -> attributes dealt out anew, as a control
     shard_size: int = 256
@@ -47,7 +50,7 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
     Returns:
         Samples, shards and class counts of each part.
     """
-    source, parts = _read(config)
+    source, parts, counts = _read(config, look=True)
     datasets = {part: Dataset.create(f"{config.out}/{part}", _header(source, part, samples, config))
                 for part, samples in parts.items()}  # fmt: skip
     total = sum(dataset.header.num_shards for dataset in datasets.values())
@@ -59,7 +62,10 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
             if dataset.record(shard) is None:
                 start = time.time()
                 span = dataset.header.shard_range(shard)
-                commit_shard(dataset, shard, ordered[span.start : span.stop], "import", time.time() - start)
+                samples = ordered[span.start : span.stop]
+                images = in_threads(pixels, samples)
+                samples = [{**sample, "image": image} for sample, image in zip(samples, images, strict=True)]
+                commit_shard(dataset, shard, samples, "import", time.time() - start)
                 written += len(span)
                 report(
                     {"type": "span", "actor": "import", "what": f"{part} {shard}", "start": start, "end": time.time()}
@@ -71,6 +77,7 @@ def import_dataset(config: ImportConfig, report: Callable[[dict[str, Any]], None
         "parts": {part: _summary(dataset) for part, dataset in datasets.items()},
         "samples": sum(dataset.header.num_samples for dataset in datasets.values()),
         "source": source.name,
+        "left_out": counts,
         "classes": config.classes,
         "licence": source.licence,
         "attribution": source.attribution,
@@ -85,32 +92,47 @@ def headers(config: ImportConfig, inputs: Inputs) -> dict[str, Header]:
         fractions = config.fractions or {"train": 1.0}
         sizes = {part: round(fraction * whole.num_samples) for part, fraction in fractions.items()}
         return {f"{config.out}/{part}": replace(whole, num_samples=size) for part, size in sizes.items()}
-    source, parts = _read(config)
+    source, parts, _ = _read(config)
     return {f"{config.out}/{part}": _header(source, part, samples, config) for part, samples in parts.items()}
 
 
-def _read(config: ImportConfig) -> tuple[Source, dict[str, list[Sample]]]:
-    """The samples of each part."""
+def _read(
+    config: ImportConfig, look: bool = False
+) -> tuple[Source, dict[str, list[Sample]], dict[str, dict[str, int]]]:
+    """The samples of each part, as `Source.rows` has them; and why how many were left out of which.
+
+    Args:
+        look: for equal images in two parts too, for which all are read.
+    """
     source = _without_label(open_source(config.source), config.no_label)
     kept = {part: _labels(source.classes, names) for part, names in config.classes.items()}
     parts: dict[str, list[Sample]] = {}
-    for sample in source.samples():
-        split, group = sample.pop("split"), sample.pop("group")
-        part = assign(group, config.fractions, config.seed) if config.fractions and split == "train" else split
-        if part not in kept or sample["label"] in kept[part]:
-            parts.setdefault(part, []).append(sample)
+    without_label: Counter[str] = Counter()
+    for sample in source.rows():
+        split, group = sample.pop("split"), sample["group"]
+        assigned = assign(group, config.fractions, config.seed) if config.fractions and split == "train" else split
+        part = by_label(assigned, sample["label"])
+        if part is None:
+            without_label[assigned] += 1
+        elif part not in kept or sample["label"] in kept[part]:
+            label = -1 if part == UNLABELLED else sample["label"]
+            parts.setdefault(part, []).append(sample | {"label": label})
     missing = sorted({*config.fractions, *kept} - parts.keys())
     if missing:
         raise UserError(
             f"The part '{missing[0]}' got no sample; the source is too small for data.fractions and data.classes, or has "
             f"no such part: there are {', '.join(sorted(parts))}."
         )
+    counts = {"without a label": dict(without_label)}
+    counts["groups in two parts"] = take_out(parts, "group", groups, config.leaks)
+    if look:
+        counts["images in two parts"] = take_out(parts, "image", fingerprints, config.leaks)
     parts = keep(parts, config.keep, source.classes, config.seed)
     for part, attributes in config.shuffle.items():
         if part not in parts:
             raise UserError(f"data.shuffle has the part '{part}'; there are {', '.join(sorted(parts))}.")
         parts[part] = shuffle(parts[part], attributes, config.seed)
-    return source, _by_shape(parts) if config.source.buckets else parts
+    return source, _by_shape(parts) if config.source.buckets else parts, counts
 
 
 def _by_shape(parts: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
@@ -118,7 +140,7 @@ def _by_shape(parts: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
     found: dict[str, list[Sample]] = {}
     for part, samples in parts.items():
         for sample in samples:
-            found.setdefault("{0}/{2}x{3}".format(part, *sample["image"].shape), []).append(sample)
+            found.setdefault("{0}/{2}x{3}".format(part, *pixels(sample).shape), []).append(sample)
     return found
 
 
@@ -128,8 +150,8 @@ def _without_label(source: Source, names: list[str]) -> Source:
     number = [-1 if k in gone else classes.index(name) for k, name in enumerate(source.classes)]
 
     def rows() -> Iterator[Sample]:
-        for sample in source.samples():
-            yield {**sample, "label": number[sample["label"]]}
+        for sample in source.rows():
+            yield {**sample, "label": number[sample["label"]] if sample["label"] >= 0 else -1}
 
     return replace(source, classes=tuple(classes), rows=rows) if names else source
 
@@ -147,7 +169,7 @@ def _header(source: Source, part: str, samples: list[Sample], config: ImportConf
     scalars = {"label": Field("int"), **{name: Field("str") for name in source.attributes}}
     return Header(
         name=f"{source.name} ({part})",
-        fields={"image": Field("png", samples[0]["image"].shape), **scalars},
+        fields={"image": Field("png", pixels(samples[0]).shape), **scalars},
         num_samples=len(samples),
         shard_size=config.shard_size,
         classes=source.classes,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rayproj.data import watermark
 from rayproj.data.dataset import Dataset
-from rayproj.data.order import Buckets
-from rayproj.data.reader import Gathering
+from rayproj.data.order import Buckets, Mixed, order_of
+from rayproj.data.reader import Gathering, Joined, Reader
 
 
 class Sampling(Protocol):
@@ -55,6 +55,22 @@ class Batches:
         row = torch.stack([index, torch.full_like(index, step), torch.zeros_like(index)], dim=1)
         batch = {"row": row, **{k: torch.from_numpy(v) for k, v in columns.items() if v.dtype != object}}
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch
+
+
+def pooled(
+    datasets: Sequence[Dataset], fields: list[str], batch: int, seed: int, rank: int, world_size: int
+) -> Batches:
+    """Batches of all samples of some datasets together, each of which has its share of every batch.
+
+    Raises:
+        UserError: their classes or the shapes of a field differ.
+    """
+    readers = [Reader(dataset, fields) for dataset in datasets]
+    orders = [order_of(dataset, batch, seed) for dataset in datasets]
+    if len(datasets) == 1:
+        return Batches(readers[0], orders[0], rank, world_size)
+    sizes = np.array([order.num_samples for order in orders])
+    return Batches(Joined(readers), Mixed(orders, sizes / sizes.sum(), batch, seed), rank, world_size)
 
 
 class Bucketed:

@@ -42,9 +42,9 @@ class DiffusionConfig:
     """What is learned, from which latents."""
 
     latents: str = "???"  # the dataset that jobs/encode_latents.py wrote
-    buckets: list[str] = field(
-        default_factory=list
-    )  # further ones, of images of other shapes; the largest is `latents`
+    # Further ones: of images of other shapes, which have batches of their own (the largest is `latents`); or of the same,
+    # such as of images without labels, which are in every batch.
+    buckets: list[str] = field(default_factory=list)
     init: str = ""  # run dir of a trained model to start from
     trainable: str = ""  # regular expression: parameters in whose names it is found are trained, the others stay
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -118,15 +118,17 @@ class DiffusionTask:
         return ["moments", *self.conditions.values, *captions, *([LOW] if self.conditions.low else [])]
 
     def take(self, shapes: Sequence[Header]) -> None:
-        """Make sure that these latents, of other shapes, can be learned from too.
+        """Make sure that these latents can be learned from too.
 
         Raises:
             UserError: they cannot.
         """
         denoiser, channels = self.config.denoiser, self.header.fields["moments"].shape[0]
-        if shapes and (denoiser.network is not Network.unet or denoiser.weights):
+        several = any(header.fields["moments"].shape != self.header.fields["moments"].shape for header in shapes)
+        if several and (denoiser.network is not Network.unet or denoiser.weights):
             raise UserError(
-                "diffusion.buckets are for a U-Net of our own: denoiser.network=unet, without denoiser.weights."
+                "diffusion.buckets of other shapes are for a U-Net of our own: denoiser.network=unet, without "
+                "denoiser.weights."
             )
         halved = 2 ** (len(denoiser.channels) - 1)
         for header in shapes:

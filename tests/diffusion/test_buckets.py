@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_said(folder: Path) -> None:
     values = settings(str(folder), "x")["diffusion"]
     header = Dataset.open(values["latents"]).header
     for change, says in (
-        ({"denoiser": {"network": "dit"}}, "diffusion.buckets are for a U-Net of our own"),
+        ({"denoiser": {"network": "dit"}}, "diffusion.buckets of other shapes are for a U-Net of our own"),
         ({"denoiser": {"channels": [16] * 4, "norm_groups": 8, "head_dim": 16}}, "take multiples of 8; choose other"),
     ):
         task = DiffusionTask(configuration.from_dict(DiffusionConfig, {**values, **change}), header, 0)

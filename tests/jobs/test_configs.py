@@ -9,7 +9,7 @@ from PIL import Image
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
-from tests.support import pipelines
+from tests.support import medical, pipelines
 from tests.support.commands import ROOT, run
 
 pytestmark = pytest.mark.slow
@@ -104,19 +104,71 @@ def emoji_upscale(folder: Path) -> list[str]:
     ]
 
 
-CHAINS = [cifar10, imagenet256, stable_diffusion, emoji, emoji_gpu, emoji_upscale]
+def medical_chain(*imports: str) -> list[str]:
+    """What all of them have, behind their imports."""
+    classifier = ["classifier={channels: [8]}", "augment.shift=1", *SHORT[:2], ONE]
+    return [
+        *imports,
+        *stage("train_autoencoder", "autoencoder={channels: [8, 16], norm_groups: 4}", *SHORT),
+        *stage("encode_latents", "pool.actors=1"),
+        *stage("train_diffusion", UNET, *SHORT),
+        *stage("generate", "generate.samples=24", "generate.shard_size=8", "generate.sampler.steps=2", "pool.actors=1"),
+        *(word for arm in ("real", "oversampled", "synthetic") for word in stage(f"classifier_{arm}", *classifier)),
+        *stage("evaluate_id", "evaluate.samples=4", "evaluate.feature_size=32", "evaluate.group_examples=2"),
+        *stage("evaluate_ood", "evaluate.samples=4", "evaluate.feature_size=32", "evaluate.group_examples=2"),
+    ]
 
 
+def camelyon17(folder: Path) -> list[str]:
+    medical.write_camelyon17(folder / "files", patches=6)
+    both = {"path": "camelyon17_v1.0", "unlabelled": "camelyon17_unlabeled_v1.0"}
+    small = ["data.source.image_size=32", "data.shard_size=16"]
+    places = [f"data.source.{name}={folder}/files/{place}" for name, place in both.items()]
+    return medical_chain(*stage("import_data", *places, *small))
+
+
+def chexpert(folder: Path) -> list[str]:
+    medical.write_chexpert(folder / "files", patients=60)
+    medical.write_chestxray14(folder / "files" / "nih")
+    small = ["data.source.image_size=32", "data.shard_size=16"]
+    ours = [
+        f"data.source.path={folder}/files/CheXpert-v1.0-small",
+        f"data.source.demographics={folder}/files/CHEXPERT DEMO.csv",
+    ]
+    return medical_chain(
+        *stage("import_chexpert", *ours, "data.fractions={train: 0.8, id_test: 0.2}", *small),
+        *stage("import_chestxray14", f"data.source.path={folder}/files/nih", *small),
+    )
+
+
+def dermatology(folder: Path) -> list[str]:
+    medical.write_dermatology(folder / "files")
+    small = ["data.source.image_size=32", "data.shard_size=16", "data.fractions={train: 0.7, id_test: 0.3}"]
+    return medical_chain(*stage("import_data", f"data.source.path={folder}/files", *small))
+
+
+MEDICAL = [camelyon17, chexpert, dermatology]
+CHAINS = [cifar10, imagenet256, stable_diffusion, emoji, emoji_gpu, emoji_upscale, *MEDICAL]
+
+
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("shrunk", CHAINS, ids=lambda f: f.__name__)
 def test_a_large_chain_in_small(shrunk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     write_images(tmp_path / "images", 32)
     pipelines.write(tmp_path / "models")
     config = ROOT / "configs" / f"{shrunk.__name__}.yaml"
     words = [str(config), f"root={tmp_path}/root", *shrunk(tmp_path)]
-    done = run("rayproj", "chain", *words, timeout=280)
+    done = run("rayproj", "chain", *words, timeout=900)
     assert done.returncode == 0, done.stderr
     dataset = Dataset.open(f"{tmp_path}/root/{'large' if shrunk is emoji_upscale else 'synthetic'}")
     images = Reader(dataset, ["image"]).gather(np.arange(dataset.header.num_samples))["image"]
     assert len(images) >= 4 and images.std() > 1
     planned = run("rayproj", "plan", "chain", *words)
+    assert planned.returncode == 0 and "parameters" in planned.stdout, planned.stderr
+
+
+@pytest.mark.parametrize("config", MEDICAL, ids=lambda f: f.__name__)
+def test_a_medical_chain_is_planned_before_there_are_files(config) -> None:  # type: ignore[no-untyped-def]
+    assumed = ["--samples", "200000", "--shape", "3x32x32", "--classes", "2"]
+    planned = run("rayproj", "plan", "chain", str(ROOT / "configs" / f"{config.__name__}.yaml"), *assumed)
     assert planned.returncode == 0 and "parameters" in planned.stdout, planned.stderr

@@ -4,14 +4,17 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from rayproj.jobs.train_classifier import Config, worker
 
 from rayproj import config as configuration
 from rayproj.data import watermark
 from rayproj.data.dataset import Dataset
+from rayproj.data.writer import commit_shard
 from rayproj.engine.checkpoint import load_ema
 from rayproj.engine.world import World
+from rayproj.errors import UserError
 from rayproj.storage.store import Store
 from tests.support import images
 from tests.support.ranks import run_ranks
@@ -62,3 +65,15 @@ def test_shares_that_leave_nothing() -> None:
     assert Config(mix={"a": 0.5}).problems() == []
     assert "together less than 1" in Config(mix={"a": 0.5, "b": 0.5}).problems()[0]
     assert Config(mix={"a": -1.0}).problems()
+
+
+@pytest.mark.parametrize("where", ["data", "mix"])
+def test_images_without_a_label_are_refused(tmp_path: Path, where: str) -> None:
+    labelled = images.write(str(tmp_path / "labelled"), num_samples=10)
+    unlabelled = Dataset.create(str(tmp_path / "unlabelled"), labelled.header)
+    samples = [images.sample(i) | {"label": i % 2 - 1} for i in range(10)]
+    commit_shard(unlabelled, 0, samples, "test", 0.1)
+    given = {"data": labelled.uri, "mix": {unlabelled.uri: 0.5}} if where == "mix" else {"data": unlabelled.uri}
+    values = configuration.to_dict(configuration.from_dict(Config, {**given, "run": {"dir": str(tmp_path / "run")}}))
+    with pytest.raises(UserError, match="unlabelled has 5 images without a label"):
+        worker(values, World(0, 1, 0, "cpu"), Recorder("a"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rayproj.data.encodings import of_picture
+from rayproj.data.split import ROLES
 from rayproj.errors import UserError
 
 
@@ -23,6 +24,24 @@ class SourceKind(Enum):
     emoji = "emoji"  # the captioned set in the package: 3,372 emoji in 4 styles
     image_folder = "image_folder"  # images and a CSV
     webdataset = "webdataset"  # any webdataset tars
+    camelyon17 = "camelyon17"  # patches of lymph nodes from five hospitals, as WILDS has them
+    chexpert = "chexpert"  # chest radiographs of Stanford
+    chestxray14 = "chestxray14"  # and of the NIH
+
+
+TABLES = (SourceKind.image_folder, SourceKind.camelyon17, SourceKind.chexpert, SourceKind.chestxray14)
+
+
+class Uncertain(Enum):
+    """What an observation that its report is uncertain of is (Irvin et al. 2019, "CheXpert", section 3.1)."""
+
+    zeros = "zeros"  # absent
+    ones = "ones"  # present
+    unlabelled = "unlabelled"  # an image without a label
+
+    @property
+    def label(self) -> int:
+        return {"zeros": 0, "ones": 1, "unlabelled": -1}[self.value]
 
 
 class Channels(Enum):
@@ -36,7 +55,7 @@ class SourceConfig:
     """A set of labelled images somewhere."""
 
     kind: SourceKind = SourceKind.fashion_mnist
-    path: str = ""  # idx: folder; image_folder: folder; webdataset: folder or glob of tars
+    path: str = ""  # a folder; webdataset: folder or glob of tars
     image_size: int = 32  # side in pixels; smaller grey images are padded, others resized
     # [height, width] each: an image goes to the one whose aspect ratio is nearest, scaled to fill it and cut at two sides;
     # each makes a dataset of its own, <part>/<height>x<width>. []: squares of image_size.
@@ -49,9 +68,21 @@ class SourceConfig:
     )
     split_column: str = ""  # image_folder: a column with the names of the parts, instead of a split by key
     group_column: str = ""  # what must not be torn apart, such as the patient; "": every image by itself
-    attributes: list[str] = field(default_factory=list)  # further columns to keep
+    attributes: list[str] = field(default_factory=list)  # further ones to keep; []: all, but of a folder or tars none
+    # Part of the source -> what it is for: train, unlabelled, id_val, id_test, ood_val or ood_test, or "" to leave it out.
+    # Of image_folder the names in split_column, such as those of sites; other sources of tables say what they have.
+    roles: dict[str, str] = field(default_factory=dict)
+    unlabelled: str = ""  # camelyon17: folder of the unlabelled patches
+    uncertain: Uncertain = Uncertain.zeros  # chexpert
+    demographics: str = ""  # chexpert: CSV of the separate file, for race
 
     def problems(self) -> list[str]:
+        if self.roles and self.kind not in TABLES:
+            return [
+                f"source.roles are for {', '.join(kind.value for kind in TABLES)}; of other sources use data.fractions."
+            ]
+        if wrong := sorted(set(self.roles.values()) - {*ROLES, ""}):
+            return [f"source.roles: '{wrong[0]}' is none of {', '.join(ROLES)}."]
         if self.buckets and self.kind not in (SourceKind.image_folder, SourceKind.webdataset):
             return ["source.buckets are for image_folder and webdataset; the other sources have squares."]
         sound = all(len(b) == 2 and min(b) > 0 for b in self.buckets)
@@ -60,8 +91,8 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """Samples as dicts: "key", "image" uint8 [C, H, W], "label" int, the attributes, "split" ("train", "test" or what
-    the source itself says) and "group" (what must stay together)."""
+    """Samples as dicts: "key", "image" uint8 [C, H, W], "label" int (-1: not known), the attributes, "split" ("train",
+    "test", one of `rayproj.data.split.ROLES` or what the source itself says) and "group" (what must stay together)."""
 
     name: str
     classes: tuple[str, ...]
@@ -69,10 +100,17 @@ class Source:
     image_shape: tuple[int, int, int]
     licence: str
     attribution: str
-    rows: Any  # a callable giving a fresh iterator of samples
+    # Gives a fresh iterator of samples, of which "image" may also be a function that gives it.
+    rows: Callable[[], Iterator[dict[str, Any]]]
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        return self.rows()  # type: ignore[no-any-return]
+        return ({**row, "image": pixels(row)} for row in self.rows())
+
+
+def pixels(sample: dict[str, Any]) -> np.ndarray:
+    """uint8 [C, H, W]: the image of a sample of `Source.rows`."""
+    image = sample["image"]
+    return image() if callable(image) else image  # type: ignore[no-any-return]
 
 
 def open_source(config: SourceConfig) -> Source:
