@@ -13,6 +13,7 @@ from PIL import Image
 from rayproj.data.dataset import Dataset
 from rayproj.data.embedded import __path__ as embedded
 from rayproj.data.importing import ImportConfig, import_dataset
+from rayproj.data.leaks import Leaks
 from rayproj.data.parts import KeepConfig, keep, shuffle
 from rayproj.data.reader import Reader
 from rayproj.data.sources import SourceConfig, SourceKind
@@ -93,6 +94,7 @@ def test_a_shortcut_in_the_emoji_with_roles_held_out(tmp_path: Path) -> None:
         out=str(tmp_path),
         fractions={"learn": 0.6, "held": 0.4},
         no_label=["mixed", "unspecified"],
+        leaks=Leaks.drop,
         keep=[
             KeepConfig("train", "learn", noto | female | light, 38),
             KeepConfig("train", "learn", noto | female | dark, 2),
