@@ -1,0 +1,87 @@
+"""Attacks and soups as jobs on a Ray of their own, and what the report says of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayproj.report.build import build
+from tests.robustness.test_job import write
+from tests.robustness.test_mixing import train
+from tests.support.commands import job
+from tests.support.ranks import run_ranks
+
+QUICK = ["pool.actors=2", "pool.cpus_per_actor=0.5"]
+THREATS = "{linf: {norm: linf, eps: 0.08}, l1: {norm: l1, eps: 2}}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    write(f"{path}/train", slice(0, 900))
+    write(f"{path}/test", slice(900, 1000))
+    run_ranks(train, 1, str(path))
+    return path
+
+
+def test_evaluate_attacks_classifiers_and_defences_and_the_report_shows_it(folder: Path) -> None:
+    given = [
+        f"robustness.test={folder}/test", f"robustness.out={folder}/attacked", f"robustness.threats={THREATS}",
+        f"robustness.classifiers={{base: {folder}/base, linf: {folder}/linf}}",
+        "robustness.defences={anti: {base: linf, kind: anti_adversary, options: {steps: 2}}}",
+        "robustness.attack={attacks: [apgd_ce, apgd_t, fab_t, square], steps: 10, targets: 2, queries: 20}",
+        "robustness.adaptive={steps: 5, queries: 20}", "robustness.examples=24", "robustness.shard_size=12",
+        f"run.dir={folder}/evaluate",
+    ]  # fmt: skip
+    done = job("evaluate", "configs/evaluate/robustness.yaml", *given, *QUICK)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "evaluate" / "result.json").read_text())["robustness"]
+    assert set(found) == {"base", "linf", "anti"} and found["anti"]["cost"]["passes"] == [4, 2]
+    robust = {name: found[name]["threats"]["linf"]["robust"]["value"] for name in found}
+    assert robust["linf"] > robust["base"], "it was trained for that"
+    assert found["base"]["masking"] and "masking" not in found["anti"]
+    report, html = build(str(folder), {"evaluate": str(folder / "evaluate")})
+    assert report["robustness"] == found
+    for text in (
+        "somebody wants it to be wrong",
+        "anti: a defence at test time",
+        "times as long as the base",
+        "linf ≤ 0.08",
+    ):
+        assert text in html
+    for picture in ("Accuracy under attack over the radius", "the magnified difference", "over their cost"):
+        assert picture in html
+
+
+def test_soups_of_members_and_of_the_branches_of_one(folder: Path) -> None:
+    given = [
+        f"soup.members={{linf: {folder}/linf, l2: {folder}/l2}}", f"soup.test={folder}/test", f"soup.out={folder}/soups",
+        f"soup.shifts={{train: {folder}/train}}", "soup.threats={linf: {norm: linf, eps: 0.08}}", "soup.parts=4",
+        "soup.steps=5", "soup.examples=40", "soup.shots=[10]", f"run.dir={folder}/soup",
+    ]  # fmt: skip
+    done = job("soup", "configs/soup.yaml", *given, *QUICK)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "soup" / "result.json").read_text())
+    assert found["members"] == ["l2", "linf"] and len(found["soups"]) == 5
+    assert (
+        np.allclose([sum(one["weights"]) for one in found["soups"]], 1) and "10" in found["few_shot"]["train"]["chosen"]
+    )
+    told = [given[0].replace(f"linf: {folder}/linf, l2: {folder}/l2", f"both: {folder}/both"), *given[1:2]]
+    rest = [
+        f"soup.out={folder}/tokens",
+        "soup.threats={}",
+        "soup.parts=2",
+        "soup.examples=20",
+        f"run.dir={folder}/tokens-run",
+    ]
+    assert job("soup", "configs/soup.yaml", *told, *rest, *QUICK).returncode == 0
+    assert json.loads((folder / "tokens-run" / "result.json").read_text())["members"] == [
+        "both:adversarial",
+        "both:clean",
+    ]
+
+
+def test_nothing_to_evaluate_is_said(tmp_path: Path) -> None:
+    done = job("evaluate", "configs/evaluate/robustness.yaml", "robustness.classifiers={}", "robustness.defences={}")
+    assert done.returncode == 2 and "There is nothing to evaluate" in done.stderr
