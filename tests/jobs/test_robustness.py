@@ -43,12 +43,7 @@ def test_evaluate_attacks_classifiers_and_defences_and_the_report_shows_it(folde
     assert found["base"]["masking"] and "masking" not in found["anti"]
     report, html = build(str(folder), {"evaluate": str(folder / "evaluate")})
     assert report["robustness"] == found
-    for text in (
-        "somebody wants it to be wrong",
-        "anti: a defence at test time",
-        "times as long as the base",
-        "linf ≤ 0.08",
-    ):
+    for text in ("somebody wants it to be wrong", "anti: a defence at test time", "times as long as the base"):
         assert text in html
     for picture in ("Accuracy under attack over the radius", "the magnified difference", "over their cost"):
         assert picture in html
@@ -68,13 +63,8 @@ def test_soups_of_members_and_of_the_branches_of_one(folder: Path) -> None:
         np.allclose([sum(one["weights"]) for one in found["soups"]], 1) and "10" in found["few_shot"]["train"]["chosen"]
     )
     told = [given[0].replace(f"linf: {folder}/linf, l2: {folder}/l2", f"both: {folder}/both"), *given[1:2]]
-    rest = [
-        f"soup.out={folder}/tokens",
-        "soup.threats={}",
-        "soup.parts=2",
-        "soup.examples=20",
-        f"run.dir={folder}/tokens-run",
-    ]
+    rest = [f"soup.out={folder}/tokens", "soup.threats={}", "soup.parts=2", "soup.examples=20"]
+    rest += [f"run.dir={folder}/tokens-run"]
     assert job("soup", "configs/soup.yaml", *told, *rest, *QUICK).returncode == 0
     assert json.loads((folder / "tokens-run" / "result.json").read_text())["members"] == [
         "both:adversarial",
