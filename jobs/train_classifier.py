@@ -10,6 +10,7 @@ from typing import Any
 
 from rayproj import config as configuration
 from rayproj.classifiers.augment import AugmentConfig
+from rayproj.classifiers.epinet import Kind
 from rayproj.classifiers.model import ClassifierConfig
 from rayproj.classifiers.objective import Balance, Objective, ObjectiveConfig
 from rayproj.classifiers.task import ClassificationTask
@@ -53,6 +54,8 @@ class Config:
             found.append(
                 "objective: groups are counted before the training, so the dataset must be complete: consumer=''."
             )
+        if self.init and self.classifier.epistemic.kind is Kind.ensemble:
+            found.append("init: the members of an ensemble begin differently, so that they begin with no run.")
         return found + pattern_problems(self.trainable, "trainable")
 
 

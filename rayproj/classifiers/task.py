@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rayproj.classifiers.augment import AugmentConfig, augmented
-from rayproj.classifiers.model import ClassifierConfig, ConvNet, weights_of
+from rayproj.classifiers.epinet import EpistemicNetwork, Kind
+from rayproj.classifiers.model import ClassifierConfig, network, start, weights_of
 from rayproj.classifiers.objective import Objective, ObjectiveConfig
 from rayproj.data.dataset import Header
-from rayproj.engine.engine import load_flat
 from rayproj.engine.task import Batch, train_only
 
 
 class ClassificationTask:
-    """The objective's losses of keyed random changes of the images.
+    """The objective's losses of keyed random changes of the images; of an epistemic network their mean over keyed indices.
 
     Args:
         images: the header of a dataset with the fields "image" and "label".
-        init: run dir of a classifier of the same size to start from.
+        init: run dir of a classifier of the same size to start from; an epinet's may be that of its base.
         trainable: regular expression: parameters in whose names it is found are trained, the others stay.
     """
 
@@ -48,16 +50,23 @@ class ClassificationTask:
 
     def _network(self, init: str) -> nn.Module:
         torch.manual_seed(self.seed)
-        model = ConvNet(self.config, self.image_channels, self.num_classes)
+        model = network(self.config, self.image_channels, self.num_classes)
         if init:
-            load_flat(model, weights_of(init))
-        train_only(model, self.trainable, "trainable")
+            start(model, weights_of(init))
+        train_only(model, self.trainable, "trainable", model.fixed() if isinstance(model, EpistemicNetwork) else ())
         self.objective.prepare(model)
         return model
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         images = augmented(batch["image"], batch["row"], self.seed, self.augment)
-        return self.objective(model, model(images), batch["label"], batch["row"])
+        label, row = batch["label"], batch["row"]
+        if self.config.epistemic.kind is Kind.none:
+            return self.objective(model, model(images), label, row)
+        epistemic: Any = model  # or what DeepSpeed has around it
+        logits = model(images, epistemic.training_indices(self.seed, row))
+        indices = len(logits)
+        losses = self.objective(model, logits.flatten(0, 1), label.repeat(indices), row.repeat(indices, 1))
+        return losses.unflatten(0, (indices, -1)).mean(0)
 
     def preview(self, model: nn.Module) -> np.ndarray | None:
         return None

@@ -83,7 +83,7 @@ def test_dyadic_values(p: list[list[float]], expected: float) -> None:
 
 
 def test_a_coin_that_is_known_up_to_a_flip() -> None:
-    """Whatever tau is, log 2; the product of marginals is tau log 2. An impossible anchor that does not come does no harm."""
+    """Joint log 2 whatever tau is; the product of marginals tau log 2. What is impossible and does not come does no harm."""
     with np.errstate(divide="ignore"):
         log_p = np.log(np.array([[1.0] * 10, [0.0] * 10]))
     assert joint_nll(log_p)[0] == pytest.approx(math.log(2))
