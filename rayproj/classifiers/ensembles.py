@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayproj import keyed
-from rayproj.classifiers.epinet import EpistemicConfig, EpistemicNetwork, places
+from rayproj.classifiers.epinet import EpistemicConfig, EpistemicNetwork
 
 
 class Ensemble(EpistemicNetwork):
@@ -77,7 +77,7 @@ class MCDropout(EpistemicNetwork):
         return self._masks(seed, "dropout", row)[None]
 
     def indices(self, count: int, seed: int = 0) -> Tensor:
-        return self._masks(seed, "prediction", places(count, self.base.head.weight.device))[:, None]
+        return self._masks(seed, "prediction", keyed.places(count, self.base.head.weight.device))[:, None]
 
     def encode(self, images: Tensor) -> Tensor:
         return self.base.scaled(images)

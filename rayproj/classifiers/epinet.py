@@ -104,13 +104,6 @@ class EpistemicNetwork(nn.Module):
         return torch.logsumexp(logits.log_softmax(2), 0) - torch.tensor(float(len(logits))).log()
 
 
-def places(count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Rows that key draws by their number alone, int64 [count, 3]."""
-    row = torch.zeros(count, 3, dtype=torch.int64, device=device)
-    row[:, 0] = torch.arange(count, device=device)
-    return row
-
-
 class ProjectedMLP(nn.Module):
     """g([z, φ])ᵀ z, where g is an MLP to [classes, D] (Osband et al. 2023, eq. 7). Without hidden layers g takes φ alone.
 
@@ -207,7 +200,7 @@ class Epinet(EpistemicNetwork):
         return drawn.transpose(0, 1)
 
     def indices(self, count: int, seed: int = 0) -> Tensor:
-        row = places(count, self.epinet.bias.device)
+        row = keyed.places(count, self.epinet.bias.device)
         return keyed.normal(seed, "prediction", row, (1, self.config.index))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from math import lgamma, log
 
 import numpy as np
-import torch
 from scipy.special import logsumexp
 
 from rayproj import keyed
@@ -43,8 +42,7 @@ def anchors(n: int, tau: int, kappa: int, seed: int) -> np.ndarray:
     the labels would be others for the same set in another order.
     """
     groups = n // kappa
-    row = torch.stack([torch.arange(groups), torch.zeros(groups).long(), torch.zeros(groups).long()], 1)
-    drawn = (keyed.uniform(seed, "anchors", row, (tau,)).double() * kappa).long().numpy()
+    drawn = (keyed.uniform(seed, "anchors", keyed.places(groups), (tau,)).double() * kappa).long().numpy()
     return np.arange(groups)[:, None] * kappa + drawn
 
 

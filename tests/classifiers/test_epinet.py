@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rayproj import classifiers
 from rayproj import config as configuration
 from rayproj.classifiers.ensembles import BatchEnsemble, Ensemble, MCDropout
-from rayproj.classifiers.epinet import Epinet, EpistemicConfig, EpistemicNetwork, Kind, ProjectedMLP, places
+from rayproj.classifiers.epinet import Epinet, EpistemicConfig, EpistemicNetwork, Kind, ProjectedMLP
 from rayproj.classifiers.model import ClassifierConfig, ConvNet, network
 from rayproj.classifiers.objective import Loss, Objective, ObjectiveConfig
 from rayproj.classifiers.task import ClassificationTask
@@ -29,6 +29,7 @@ from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.joint import exact_polyadic_nll, joint_nll, marginal_nll
+from rayproj.keyed import places
 from rayproj.storage.store import Store
 from tests.support.ranks import run_ranks
 from tests.support.regression import Recorder
