@@ -29,6 +29,7 @@ from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.joint import exact_polyadic_nll, joint_nll, marginal_nll
+from rayproj.export import export
 from rayproj.keyed import places
 from rayproj.storage.store import Store
 from tests.support.ranks import run_ranks
@@ -330,3 +331,14 @@ def test_an_ensemble_begins_with_no_run_and_an_epinet_with_one_that_fits(trained
     other = ClassifierConfig((8, 24, 32), epistemic=EpistemicConfig(Kind.epinet))
     with pytest.raises(UserError, match="another model"):
         ClassificationTask(other, header(200, 32), 0, init=f"{trained}/base").build()
+
+
+def test_an_exported_epinet_predicts_the_mean_over_its_indices(trained: Path, tmp_path: Path) -> None:
+    Store(f"{trained}/epinet").put_once("run.json", b'{"job": "train_classifier"}')
+    folder = export(f"{trained}/epinet", str(tmp_path / "out"))
+    x = torch.randint(0, 256, (5, 1, 32, 32), dtype=torch.uint8)
+    program = torch.export.load(Path(folder) / "model.pt2").module()
+    expected = classifiers.load(f"{trained}/epinet", "cpu")(x)
+    torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
+    described = json.loads((Path(folder) / "config.json").read_text())["architecture"]
+    assert described["name"] == "Epinet" and described["epistemic"]["kind"] == "epinet"
