@@ -342,3 +342,25 @@ def test_an_exported_epinet_predicts_the_mean_over_its_indices(trained: Path, tm
     torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
     described = json.loads((Path(folder) / "config.json").read_text())["architecture"]
     assert described["name"] == "Epinet" and described["epistemic"]["kind"] == "epinet"
+
+
+def train_at_stages(world: World, folder: str) -> None:
+    for kind in (Kind.epinet, Kind.batch_ensemble):
+        for stage in (1, 3):
+            values = {
+                "data": f"{folder}/train",
+                "classifier": {"channels": [8, 16], "dropout": 0.0, "epistemic": {"kind": kind.value, "index": 6}},
+                # With a large eps, because AdamW makes steps of what is only rounding: biases before norms have no gradient.
+                "train": {"steps": 3, "batch": 40, "engine": {"zero_stage": stage, "optimizer": {"eps": 1e-3}}},
+                "run": {"dir": f"{folder}/{kind.value}-{stage}"},
+            }
+            worker(configuration.to_dict(configuration.from_dict(Config, values)), world, Recorder("a"))
+
+
+def test_two_ranks_that_share_the_weights_learn_what_whole_ones_do(trained: Path) -> None:
+    run_ranks(train_at_stages, 2, str(trained))
+    for kind in ("epinet", "batch_ensemble"):
+        whole, shared = (load_ema(Store(f"{trained}/{kind}-{stage}"))[0] for stage in (1, 3))
+        assert whole.keys() == shared.keys()
+        for name, tensor in whole.items():
+            torch.testing.assert_close(shared[name], tensor, rtol=1e-4, atol=1e-5)
