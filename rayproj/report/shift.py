@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from rayproj.report import figures
 
@@ -38,6 +39,11 @@ def grouped(result: dict[str, Any]) -> dict[str, list[str]]:
     return found
 
 
+def by_number(counts: dict[str, Any]) -> dict[str, Any]:
+    """What is kept by number of indices, in the order of these: JSON keeps numbers as texts, sorted as such."""
+    return dict(sorted(counts.items(), key=lambda item: int(item[0])))
+
+
 def mean_of(by_condition: dict[str, dict[str, float]], names: list[str], measure: str) -> float:
     return float(np.mean([by_condition[name][measure] for name in names]))
 
@@ -57,13 +63,14 @@ def loss_over_compute(result: dict[str, Any], measure: str = "dyadic_nll_exact")
     cost = {(row["network"], row["indices"]): row["inference_flops"] for row in result["costs"]}
     for axis, (title, names) in zip(axes[0], groups.items(), strict=True):
         for (network, by), colour in zip(result["measures"].items(), cycle(figures.SERIES), strict=False):
-            counts = sorted(by, key=int)
+            counts = list(by_number(by))
             x = [cost[network, int(count)] for count in counts]
             y = [mean_of(by[count], names, measure) for count in counts]
             axis.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=network)
             if len(counts) > 1:
                 axis.annotate(counts[-1], (x[-1], y[-1]), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(title)
         axis.set_xlabel("operations per image")
     axes[0][0].set_ylabel(TITLES.get(measure, measure))
@@ -103,13 +110,15 @@ def page(result: dict[str, Any]) -> str:
         title: {
             (network, count): {m: mean_of(by, names, m) for m in TITLES}
             for network, counts in result["measures"].items()
-            for count, by in counts.items()
+            for count, by in by_number(counts).items()
         }
         for title, names in grouped(result).items()
     }
+    errors = result["corruption_errors"].get("networks", {})
     return template.render(
-        result=result, pictures=pictures, tables=tables, titles=TITLES, largest=largest(result), sets=grouped(result)
-    )
+        result=result, pictures=pictures, tables=tables, titles=TITLES, largest=largest(result), sets=grouped(result),
+        corruption_errors={network: by_number(counts) for network, counts in errors.items()},
+    )  # fmt: skip
 
 
 def _uri(figure: Figure) -> str:

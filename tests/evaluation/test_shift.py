@@ -23,7 +23,7 @@ from rayproj.evaluation.corruptions import corrupted
 from rayproj.evaluation.shift import ShiftConfig, evaluate, load
 from rayproj.keyed import places
 from rayproj.report.shift import grouped, page
-from rayproj.storage.store import Store
+from rayproj.storage.store import Store, from_json, to_json
 from tests.support.ranks import run_ranks
 from tests.support.regression import Recorder
 
@@ -159,8 +159,10 @@ def test_costs(found: dict[str, Any]) -> None:
 
 
 def test_the_page_has_it_all(found: dict[str, Any]) -> None:
-    result = json.loads(json.dumps(found))  # as it comes from a store
+    result = from_json(to_json(found))  # as it comes from a store
     html = page(result)
+    order = [html.index(f"<td>epinet</td><td>{count}</td>") for count in (1, 2, 10, 25)]
+    assert order == sorted(order)
     assert grouped(result) == {
         "in distribution": ["test"], "darker": ["darker"],
         "corrupted": ["gaussian_noise 1", "gaussian_noise 5", "contrast 1", "contrast 5"],
