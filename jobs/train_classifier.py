@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj import config as configuration
-from rayproj.classifiers.adversary import AdversaryConfig
+from rayproj.classifiers.adversary import AdversaryConfig, Training
 from rayproj.classifiers.augment import AugmentConfig
+from rayproj.classifiers.epinet import Kind
 from rayproj.classifiers.model import StartConfig
 from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.classifiers.objective import Balance, Objective, ObjectiveConfig
@@ -59,6 +60,11 @@ class Config:
             found.append(
                 "objective: groups are counted before the training, so the dataset must be complete: consumer=''."
             )
+        epistemic = self.classifier.epistemic.kind
+        if self.start and epistemic is Kind.ensemble:
+            found.append("start: the members of an ensemble begin differently, so that they begin with no run.")
+        if self.adversary.training is not Training.none and epistemic is not Kind.none:
+            found.append("adversary.training does not go with classifier.epistemic.")
         return found + pattern_problems(self.trainable, "trainable")
 
 

@@ -21,6 +21,13 @@ def philox_key(seed: int, stream: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
+def places(count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Rows of samples that are told apart by their number alone, int64 [count, 3]."""
+    row = torch.zeros(count, 3, dtype=torch.int64, device=device)
+    row[:, 0] = torch.arange(count, device=device)
+    return row
+
+
 def _draw(generate: Callable[..., Tensor], seed: int, stream: str, row: Tensor, shape: tuple[int, ...]) -> Tensor:
     count = math.prod(shape)
     index, step, view = (row[:, None, i] & philox.MASK for i in range(3))

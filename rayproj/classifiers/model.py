@@ -9,6 +9,7 @@ from torch import nn
 
 from rayproj import config as configuration
 from rayproj.classifiers.adapters import Adapted
+from rayproj.classifiers.epinet import EpistemicNetwork
 from rayproj.classifiers.networks import ClassifierConfig, build
 from rayproj.classifiers.objective import GROUP_WEIGHTS
 from rayproj.classifiers.soups import soup
@@ -52,7 +53,7 @@ def of_run(run_dir: str, images: Header) -> nn.Module:
 
 
 def load(run_dir: str, device: str) -> nn.Module:
-    """The averaged weights of a classifier run, in eval mode.
+    """The averaged weights of a classifier run, in eval mode. An `EpistemicNetwork` where the run's config asks for one.
 
     Raises:
         UserError: the run has no commit, or its data are gone.
@@ -83,7 +84,8 @@ class StartConfig:
         return bool(self.run or self.soup)
 
     def network(self, config: ClassifierConfig, images: Header) -> nn.Module:
-        """A network of this config with these weights; with adapters, if the start had none, its two branches are equal.
+        """A network of this config with these weights; with adapters, if the start had none, its two branches are equal;
+        of an epistemic network, if the start was none, they are its base's.
 
         Raises:
             UserError: the start is not there, or is another kind of network.
@@ -99,11 +101,15 @@ class StartConfig:
         if config.adapters and not isinstance(found, Adapted):
             found = Adapted(found, config.adapters)
         wanted, given = network_for(config, images), found.state_dict()
-        state = wanted.state_dict()
+        inside = (
+            isinstance(wanted, EpistemicNetwork) and hasattr(wanted, "base") and not isinstance(found, EpistemicNetwork)
+        )
+        place: nn.Module = wanted.base if inside else wanted  # type: ignore[assignment]
+        state = place.state_dict()
         wrong = sorted(set(state) ^ set(given)) or [n for n in state if state[n].shape != given[n].shape]
         if wrong:
             raise UserError(
                 f"'{members[0]}' is another network than `classifier` describes (first difference: {wrong[0]})."
             )
-        wanted.load_state_dict(given)
+        place.load_state_dict(given)
         return wanted

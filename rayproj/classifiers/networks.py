@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rayproj.classifiers.ensembles import BatchEnsemble, Ensemble, MCDropout
+from rayproj.classifiers.epinet import Epinet, EpistemicConfig, Kind
 from rayproj.errors import UserError
 
 
@@ -42,6 +44,7 @@ class ClassifierConfig:
     # Of a model for clean and for adversarial images: what each has of its own (`adapters`), of token, positions, norms,
     # patches, head; token and positions are of a vit alone. []: one model for both.
     adapters: list[str] = field(default_factory=list)
+    epistemic: EpistemicConfig = field(default_factory=EpistemicConfig)  # a network that knows how sure it is
 
     def problems(self) -> list[str]:
         found = [
@@ -59,6 +62,11 @@ class ClassifierConfig:
         wrong = [kind for kind in self.adapters if kind not in known]
         if wrong:
             found.append(f"classifier.adapters: '{wrong[0]}' is none of {', '.join(known)} for {self.network.value}.")
+        kind = self.epistemic.kind
+        if kind in (Kind.mc_dropout, Kind.batch_ensemble) and self.network is not Network.conv:
+            found.append(f"classifier.epistemic.kind={kind.value} is for classifier.network=conv.")
+        if kind is not Kind.none and self.adapters:
+            found.append("classifier.adapters do not go with classifier.epistemic.")
         return found
 
 
@@ -84,10 +92,19 @@ class ConvNet(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(inputs, num_classes)
 
+    def scaled(self, images: Tensor) -> Tensor:
+        """What the first layer sees."""
+        return centred(images, next(self.parameters()).dtype)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """What the head sees, [B, features]."""
+        return F.adaptive_avg_pool2d(self.features(self.scaled(images)), 1).flatten(1)
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        return self.head(self.dropout(pooled))  # type: ignore[no-any-return]
+
     def forward(self, images: Tensor) -> Tensor:
-        x = centred(images, next(self.parameters()).dtype)
-        pooled = F.adaptive_avg_pool2d(self.features(x), 1).flatten(1)
-        return self.head(self.dropout(pooled)).float()
+        return self.classify(self.pooled(images)).float()
 
 
 def centred(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,9 +146,16 @@ class WideResNet(nn.Module):
         self.blocks, self.norm = nn.Sequential(*blocks), nn.GroupNorm(config.norm_groups, inputs)
         self.head = nn.Linear(inputs, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def pooled(self, images: Tensor) -> Tensor:
+        """What the head sees, [B, features]."""
         x = self.blocks(self.stem(centred(images, next(self.parameters()).dtype)))
-        return self.head(F.silu(self.norm(x)).mean((2, 3))).float()
+        return F.silu(self.norm(x)).mean((2, 3))
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        return self.head(pooled)  # type: ignore[no-any-return]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(self.pooled(images)).float()
 
 
 class VisionTransformer(nn.Module):
@@ -153,6 +177,13 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor, token: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Logits; with other class tokens [B or 1, 1, dim] or position embeddings [B or 1, 1 + patches, dim] if given."""
+        return self.classify(self.pooled(images, token, positions)).float()
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        return self.net.classifier(pooled)  # type: ignore[no-any-return]
+
+    def pooled(self, images: Tensor, token: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """What the head sees, [B, dim]."""
         net, known = self.net.vit, self.net.vit.embeddings
         x = (images.float() / 255 - self.mean.to(images.device)) / self.std.to(images.device)
         patches = known.patch_embeddings(x.to(next(self.parameters()).dtype))
@@ -161,7 +192,7 @@ class VisionTransformer(nn.Module):
         hidden = known.dropout(torch.cat([token.expand(len(x), -1, -1), patches], 1) + positions)
         for layer in net.layers:
             hidden = layer(hidden, None)
-        return self.net.classifier(net.layernorm(hidden)[:, 0]).float()  # type: ignore[no-any-return]
+        return net.layernorm(hidden)[:, 0]  # type: ignore[no-any-return]
 
 
 def _vision_transformer(config: ClassifierConfig, channels: int, side: int, classes: int) -> VisionTransformer:
@@ -204,15 +235,25 @@ def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
 
 
 def build(config: ClassifierConfig, channels: int, side: int, classes: int) -> nn.Module:
-    """The network of a config, with adapters where it has some.
+    """The network of a config with random weights of torch's generator: a plain one, one with adapters, or an epistemic
+    network of plain ones.
 
     Raises:
         UserError: the weights are not there, or not for such images.
     """
     from rayproj.classifiers.adapters import Adapted
 
-    if config.network is Network.vit:
-        network: nn.Module = _vision_transformer(config, channels, side, classes)
-    else:
-        network = (ConvNet if config.network is Network.conv else WideResNet)(config, channels, classes)
-    return Adapted(network, config.adapters) if config.adapters else network
+    def plain() -> ConvNet | WideResNet | VisionTransformer:
+        if config.network is Network.vit:
+            return _vision_transformer(config, channels, side, classes)
+        return (ConvNet if config.network is Network.conv else WideResNet)(config, channels, classes)
+
+    epistemic = config.epistemic
+    if epistemic.kind is Kind.none:
+        return Adapted(plain(), config.adapters) if config.adapters else plain()
+    if epistemic.kind is Kind.epinet:
+        return Epinet(epistemic, plain(), channels)
+    if epistemic.kind is Kind.ensemble:
+        members = [plain() for _ in range(epistemic.members)]
+        return Ensemble(members, [plain() for _ in members if epistemic.prior], epistemic.prior)
+    return (MCDropout if epistemic.kind is Kind.mc_dropout else BatchEnsemble)(epistemic, plain())

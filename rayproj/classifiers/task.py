@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from rayproj.classifiers import adversary as adversaries
 from rayproj.classifiers.adversary import AdversaryConfig, Training
 from rayproj.classifiers.augment import AugmentConfig, augmented
+from rayproj.classifiers.epinet import EpistemicNetwork, Kind
 from rayproj.classifiers.model import StartConfig, network_for
 from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.classifiers.objective import Objective, ObjectiveConfig
@@ -17,11 +20,12 @@ from rayproj.engine.task import Batch, train_only
 
 
 class ClassificationTask:
-    """The objective's losses of keyed random changes of the images, and of what an adversary makes of them.
+    """The objective's losses of keyed random changes of the images, and of what an adversary makes of them; of an epistemic
+    network their mean over keyed indices.
 
     Args:
         images: the header of a dataset with the fields "image" and "label".
-        start: what to start from.
+        start: what to start from; an epinet's may be that of its base.
         trainable: regular expression: parameters in whose names it is found are trained, the others stay.
     """
 
@@ -53,7 +57,7 @@ class ClassificationTask:
         return self._ready(network_for(self.config, self.images))
 
     def _ready(self, model: nn.Module) -> nn.Module:
-        train_only(model, self.trainable, "trainable")
+        train_only(model, self.trainable, "trainable", model.fixed() if isinstance(model, EpistemicNetwork) else ())
         self.objective.prepare(model)
         return model
 
@@ -64,9 +68,18 @@ class ClassificationTask:
         def objective(logits: Tensor) -> Tensor:
             return self.objective(model, logits, label, row)
 
+        if self.config.epistemic.kind is not Kind.none:
+            return self._over_indices(model, images, label, row)
         if self.adversary.training is Training.none:
             return objective(model(images))
         return adversaries.losses(model, images, label, row, objective, self.adversary, self.seed)
+
+    def _over_indices(self, model: nn.Module, images: Tensor, label: Tensor, row: Tensor) -> Tensor:
+        epistemic: Any = model  # or what DeepSpeed has around it
+        logits = model(images, epistemic.training_indices(self.seed, row))
+        indices = len(logits)
+        losses = self.objective(model, logits.flatten(0, 1), label.repeat(indices), row.repeat(indices, 1))
+        return losses.unflatten(0, (indices, -1)).mean(0)
 
     def preview(self, model: nn.Module) -> np.ndarray | None:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ def write_classifier(run: Store, folder: Path) -> Card:
     load_flat(model, weights)  # of the commit that the card names, if another came in between
     shape = header.fields["image"].shape
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    architecture = asdict(configuration.section(ClassifierConfig, text, "classifier"))
+    architecture = configuration.to_dict(configuration.section(ClassifierConfig, text, "classifier"))
     config = {
         "architecture": {"name": type(model).__name__, **architecture},
         "input": {

@@ -1,0 +1,93 @@
+"""Joint prediction by an epinet: a thousand indices at once against a loop over them, and against an ensemble.
+
+All ways give the same log-probabilities, which is checked before anything is timed. They take turns in one process.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayproj.benchmarks.runtime import Row
+from rayproj.classifiers.epinet import EpistemicConfig, EpistemicNetwork, Kind
+from rayproj.classifiers.networks import ClassifierConfig, build
+from rayproj.evaluation.epistemic import logits_of
+
+ROUNDS, THREADS = 5, 2
+PART = 20  # the loop over the whole network is timed over this part of the indices, and counted as often
+BATCH, INDICES, CLASSES, SIDE = 64, 1000, 10, 32
+MEMBERS = 10
+
+
+def of(kind: Kind, members: int = MEMBERS) -> EpistemicNetwork:
+    torch.manual_seed(0)
+    epistemic = EpistemicConfig(kind, members=members, prior=1.0 if kind is Kind.epinet else 0.0)
+    built = build(ClassifierConfig(dropout=0.0, epistemic=epistemic), 3, SIDE, CLASSES).eval()
+    assert isinstance(built, EpistemicNetwork)
+    return built
+
+
+def at_once(model: EpistemicNetwork, images: Tensor, z: Tensor) -> Tensor:
+    return logits_of(model, images, z)
+
+
+def by_index(model: EpistemicNetwork, images: Tensor, z: Tensor) -> Tensor:
+    """The features of the base once, then index by index."""
+    encoded = model.encode(images)
+    return torch.cat([model.decode(encoded, z[k : k + 1]) for k in range(len(z))])
+
+
+def by_network(model: EpistemicNetwork, images: Tensor, z: Tensor) -> Tensor:
+    """The whole network for each index, as f(x, z) is written."""
+    return torch.cat([model(images, z[k : k + 1]) for k in range(len(z))])
+
+
+def by_example(model: EpistemicNetwork, images: Tensor, z: Tensor) -> Tensor:
+    """A hundred indices at once, of each example its own: the index meets the last layer after the examples."""
+    encoded = model.encode(images)
+    return torch.cat([model.decode(encoded, some.expand(-1, len(images), -1)) for some in z.split(100)])
+
+
+@torch.no_grad()
+def measure() -> list[Row]:
+    """Rows for `jobs/benchmark.py`."""
+    torch.set_num_threads(THREADS)
+    images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
+    epinet, ensemble = of(Kind.epinet), of(Kind.ensemble)
+    z = epinet.indices(INDICES)
+    expected = at_once(epinet, images, z)
+    what = f"joint prediction of {BATCH} images, epinet, {INDICES:,} indices"
+    few, members = z[: INDICES // PART], ensemble.indices(MEMBERS)
+    peers: dict[str, tuple[int, Callable[[], Any]]] = {
+        "loop over the indices, features once": (1, lambda: by_index(epinet, images, z)),
+        f"loop over the whole network ({len(few)} indices x {PART})": (PART, lambda: by_network(epinet, images, few)),
+        "an index for each example": (1, lambda: by_example(epinet, images, z)),
+        f"an ensemble of {MEMBERS} of its base": (1, lambda: logits_of(ensemble, images, members)),
+    }
+    for name, (_, way) in peers.items():
+        if not name.startswith("an ensemble"):
+            found = way()
+            torch.testing.assert_close(found, expected[: len(found)], rtol=1e-3, atol=1e-3, msg=f"{name}: it differs")
+    return [_row(what, lambda: at_once(epinet, images, z), name, *peer) for name, peer in peers.items()]
+
+
+def _row(what: str, ours: Callable[[], Any], name: str, times_over: int, peer: Callable[[], Any]) -> Row:
+    """Both in turns, after one round that is not counted; the peer's time counts so many times over."""
+    found: list[list[float]] = [[], []]
+    for number in range(ROUNDS + 1):
+        for k in (0, 1) if number % 2 else (1, 0):
+            began = time.perf_counter()
+            (ours, peer)[k]()
+            found[k].append((time.perf_counter() - began) * (1, times_over)[k])
+    times = [values[1:] for values in found]
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    return {
+        "metric": what, "unit": "s", "peer": name, "better": "lower", "goal": 1.0,
+        "ours": statistics.median(times[0]), "peer_value": statistics.median(times[1]), "ratios": ratios,
+        "ratio": statistics.median(ratios),
+    }  # fmt: skip

@@ -1,0 +1,125 @@
+"""The page of `jobs/evaluate_shift.py`: epistemic networks in distribution and under shift, and what they cost."""
+
+from __future__ import annotations
+
+import base64
+from importlib.resources import files
+from itertools import cycle
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from rayproj.report import figures
+
+TITLES = {
+    "accuracy": "accuracy",
+    "marginal_nll": "log-loss",
+    "joint_nll": "joint log-loss",
+    "dyadic_nll_exact": "dyadic log-loss",
+    "dyadic_nll_independent": "were labels independent",
+    "brier": "Brier score",
+    "calibration_error": "calibration error",
+    "rms_calibration_error": "its RMS",
+    "risk_coverage_area": "risk over coverage",
+    "doubt_epistemic": "epistemic doubt",
+}
+
+
+def grouped(result: dict[str, Any]) -> dict[str, list[str]]:
+    """Conditions by what is shown as one: the test images, each shifted set, all corruptions together."""
+    found: dict[str, list[str]] = {}
+    for condition in result["conditions"]:
+        title = {"in_distribution": "in distribution", "corrupted": "corrupted"}.get(
+            condition["family"], condition["name"]
+        )
+        found.setdefault(title, []).append(condition["name"])
+    return found
+
+
+def by_number(counts: dict[str, Any]) -> dict[str, Any]:
+    """What is kept by number of indices, in the order of these: JSON keeps numbers as texts, sorted as such."""
+    return dict(sorted(counts.items(), key=lambda item: int(item[0])))
+
+
+def mean_of(by_condition: dict[str, dict[str, float]], names: list[str], measure: str) -> float:
+    return float(np.mean([by_condition[name][measure] for name in names]))
+
+
+def largest(result: dict[str, Any]) -> dict[str, str]:
+    """The number of indices of each network that is shown where one has to be: the most that it was judged with."""
+    return {name: max(by, key=int) for name, by in result["measures"].items()}
+
+
+def loss_over_compute(result: dict[str, Any], measure: str = "dyadic_nll_exact") -> Figure:
+    """A panel for each group of conditions: the loss of every network over the operations of predicting an image, a line
+    along its numbers of indices."""
+    groups = grouped(result)
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(3.6 * len(groups) + 1.2, 3.2), squeeze=False, layout="constrained"
+    )
+    cost = {(row["network"], row["indices"]): row["inference_flops"] for row in result["costs"]}
+    for axis, (title, names) in zip(axes[0], groups.items(), strict=True):
+        for (network, by), colour in zip(result["measures"].items(), cycle(figures.SERIES), strict=False):
+            counts = list(by_number(by))
+            x = [cost[network, int(count)] for count in counts]
+            y = [mean_of(by[count], names, measure) for count in counts]
+            axis.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=network)
+            if len(counts) > 1:
+                axis.annotate(counts[-1], (x[-1], y[-1]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_title(title)
+        axis.set_xlabel("operations per image")
+    axes[0][0].set_ylabel(TITLES.get(measure, measure))
+    axes[0][0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def loss_over_severity(result: dict[str, Any], measure: str = "dyadic_nll_exact") -> Figure:
+    """The loss of each network, with all its indices, over the severity of the corruptions; 0 is without."""
+    by_severity: dict[int, list[str]] = {}
+    for condition in result["conditions"]:
+        if condition["family"] != "shifted":
+            by_severity.setdefault(condition["severity"], []).append(condition["name"])
+    figure, axis = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
+    for (network, count), colour in zip(largest(result).items(), cycle(figures.SERIES), strict=False):
+        by = result["measures"][network][count]
+        y = [mean_of(by, names, measure) for names in by_severity.values()]
+        axis.plot(list(by_severity), y, color=colour, marker="o", markersize=3.5, label=network)
+    axis.set_xticks(list(by_severity))
+    axis.set_xlabel("severity")
+    axis.set_ylabel(TITLES.get(measure, measure))
+    axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def page(result: dict[str, Any]) -> str:
+    """HTML that needs no other file."""
+    from jinja2 import Environment
+
+    pictures = {"compute": _uri(loss_over_compute(result))}
+    if any(condition["severity"] for condition in result["conditions"]):
+        pictures["severity"] = _uri(loss_over_severity(result))
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        files("rayproj.report").joinpath("shift.html").read_text()
+    )
+    tables = {
+        title: {
+            (network, count): {m: mean_of(by, names, m) for m in TITLES}
+            for network, counts in result["measures"].items()
+            for count, by in by_number(counts).items()
+        }
+        for title, names in grouped(result).items()
+    }
+    errors = result["corruption_errors"].get("networks", {})
+    return template.render(
+        result=result, pictures=pictures, tables=tables, titles=TITLES, largest=largest(result), sets=grouped(result),
+        corruption_errors={network: by_number(counts) for network, counts in errors.items()},
+    )  # fmt: skip
+
+
+def _uri(figure: Figure) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(figures.svg(figure)).decode()}"

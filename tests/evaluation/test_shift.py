@@ -1,0 +1,199 @@
+"""The evaluation of epistemic networks under shift: several ranks find what one finds, and the page shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rayproj.jobs.evaluate_shift import Config  # type: ignore[attr-defined]
+from rayproj.jobs.train_classifier import Config as TrainConfig  # type: ignore[attr-defined]
+from rayproj.jobs.train_classifier import worker
+
+from rayproj import config as configuration
+from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.data.reader import Reader
+from rayproj.data.writer import commit_shard
+from rayproj.engine.world import World
+from rayproj.errors import UserError
+from rayproj.evaluation.corruptions import corrupted
+from rayproj.evaluation.shift import ShiftConfig, evaluate, load
+from rayproj.keyed import places
+from rayproj.report.shift import grouped, page
+from rayproj.storage.store import Store, from_json, to_json
+from tests.support.ranks import run_ranks
+from tests.support.regression import Recorder
+
+CLASSES = ("zero", "one", "two", "three")
+
+
+def write_bars(uri: str, seed: int, labels: list[int], size: int = 120, light: int = 110) -> None:
+    """Class = which quarter of the image is brighter."""
+    fields = {"image": Field("png", (1, 16, 16)), "label": Field("int")}
+    dataset, rng = Dataset.create(uri, Header("bars", fields, size, 40, CLASSES)), np.random.default_rng(seed)
+    for shard in range(dataset.header.num_shards):
+        samples = []
+        for i in dataset.header.shard_range(shard):
+            label = labels[i % len(labels)]
+            image = rng.integers(0, 100, (1, 16, 16))
+            image[:, 4 * label : 4 * label + 4] += light
+            samples.append({"key": f"{i:08d}", "image": image.astype(np.uint8), "label": label})
+        commit_shard(dataset, shard, samples, "test", 0.0)
+
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "epinet": {"start": "base", "trainable": "^epinet", "epistemic": {"kind": "epinet", "index": 6}},
+    "ensemble": {"epistemic": {"kind": "ensemble", "members": 3, "prior": 0.0}},
+}
+
+
+def train(world: World, folder: str) -> None:
+    for name, arm in NETWORKS.items():
+        values = {
+            "data": f"{folder}/train",
+            "start": {"run": f"{folder}/{arm['start']}" if "start" in arm else ""},
+            "trainable": arm.get("trainable", ""),
+            "augment": {"shift": 0, "flip": False},
+            "classifier": {"channels": [8, 16], "dropout": 0.0, "epistemic": arm.get("epistemic", {})},
+            "train": {"steps": 40, "batch": 30, "engine": {"ema": 0.5, "optimizer": {"lr": 5e-3}}},
+            "run": {"dir": f"{folder}/{name}"},
+        }
+        config = configuration.from_dict(TrainConfig, values)
+        Store(config.run.dir).write("config.yaml", configuration.to_yaml(config).encode())
+        worker(configuration.to_dict(config), world, Recorder("a"))
+
+
+def config(folder: str) -> ShiftConfig:
+    return ShiftConfig(
+        networks={name: f"{folder}/{name}" for name in NETWORKS},
+        test=f"{folder}/test",
+        validation=f"{folder}/validation",
+        shifted={"darker": f"{folder}/darker"},
+        unknown={"fourth": f"{folder}/fourth"},
+        corruptions=["gaussian_noise", "contrast"],
+        severities=[1, 5],
+        indices=[1, 2, 10],
+        most={"epinet": 25},
+        extrapolated=[30],
+        tau=5,
+        samples=100,
+        batch=32,
+    )
+
+
+def evaluate_on(world: World, folder: str) -> dict[str, Any]:
+    return evaluate(config(folder), world, Recorder("b"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shift")
+    for name, seed, labels, light in [
+        ("train", 0, [0, 1, 2], 110), ("validation", 1, [0, 1, 2], 110), ("test", 2, [0, 1, 2], 110),
+        ("darker", 3, [0, 1, 2], 5), ("fourth", 4, [3], 110),
+    ]:  # fmt: skip
+        write_bars(f"{path}/{name}", seed, labels, light=light)
+    run_ranks(train, 1, str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    return run_ranks(evaluate_on, 1, str(folder))[0]  # type: ignore[no-any-return]
+
+
+def test_ranks_share_the_work(folder: Path, found: dict[str, Any]) -> None:
+    shared = run_ranks(evaluate_on, 2, str(folder))
+    for other in shared:
+        assert other["conditions"] == found["conditions"]
+        for name, counts in found["measures"].items():
+            for count, by in counts.items():
+                for condition, values in by.items():
+                    theirs = other["measures"][name][count][condition]
+                    assert theirs == pytest.approx(values, rel=1e-4, abs=1e-5), (name, count, condition)
+    assert shared[0]["costs"] and shared[1]["costs"] is None
+
+
+def test_what_is_found(folder: Path, found: dict[str, Any]) -> None:
+    assert {name: list(by) for name, by in found["measures"].items()} == {
+        "base": ["1"], "epinet": ["1", "2", "10", "25"], "ensemble": ["1", "2", "3"],
+    }  # fmt: skip
+    names = ["test", "darker", *(f"{c} {s}" for c in ("gaussian_noise", "contrast") for s in (1, 5))]
+    assert [c["name"] for c in found["conditions"]] == names and found["conditions"][0]["n"] == 100
+    accuracy = {name: by["accuracy"] for name, by in found["measures"]["base"]["1"].items()}
+    assert accuracy["test"] > 0.95 and accuracy["darker"] < accuracy["test"]
+    base = found["measures"]["base"]["1"]["darker"]
+    assert base["dyadic_nll_exact"] == pytest.approx(base["dyadic_nll_independent"]) and base["doubt_epistemic"] == 0
+    for name in ("epinet", "ensemble"):
+        one = found["measures"][name][max(found["measures"][name], key=int)]["darker"]
+        assert one["dyadic_nll_exact"] != pytest.approx(one["dyadic_nll_independent"]) and one["doubt_epistemic"] > 0
+    # By hand: the corrupted images of the test set, keyed by their numbers, at the fitted temperature.
+    images = torch.from_numpy(Reader(Dataset.open(f"{folder}/test")).gather(np.arange(100))["image"])
+    changed, network = corrupted(images, places(100), "gaussian_noise", 5), load(f"{folder}/epinet", "cpu")
+    with torch.no_grad():
+        logits = network(changed, network.indices(25)) / found["temperatures"]["epinet"]["25"]
+    right = logits.softmax(2).mean(0).argmax(1) == torch.arange(100) % 3
+    expected = found["measures"]["epinet"]["25"]["gaussian_noise 5"]["accuracy"]
+    assert right.float().mean().item() == pytest.approx(expected)
+    errors = found["corruption_errors"]["networks"]
+    by = [found["measures"]["epinet"]["25"][name]["accuracy"] for name in names[2:]]
+    assert errors["epinet"]["25"]["mean_corruption_error"] == pytest.approx(1 - np.mean(by))
+    assert errors["base"]["1"]["mce_normalised"] == pytest.approx(1)
+    assert set(found["unknown"]["ensemble"]["3"]["fourth"]) == {"confidence", "total", "aleatoric", "epistemic"}
+    assert found["unknown"]["ensemble"]["3"]["fourth"]["total"]["auroc"] > 0.5
+
+
+def test_costs(found: dict[str, Any]) -> None:
+    cost = {(row["network"], row["indices"]): row for row in found["costs"]}
+    assert cost["ensemble", 30]["extrapolated"] and not cost["ensemble", 3]["extrapolated"]
+    for key in ("parameters", "training_flops"):
+        assert cost["ensemble", 30][key] == pytest.approx(10 * cost["ensemble", 3][key])
+        assert cost["ensemble", 3][key] == pytest.approx(3 * cost["base", 1][key], rel=0.01)
+    # An epinet on a base costs that base's training too.
+    assert cost["epinet", 25]["training_flops"] > cost["base", 1]["training_flops"]
+    assert cost["epinet", 25]["trained"] < cost["epinet", 25]["parameters"] - cost["base", 1]["parameters"]
+
+
+def test_the_page_has_it_all(found: dict[str, Any]) -> None:
+    result = from_json(to_json(found))  # as it comes from a store
+    html = page(result)
+    order = [html.index(f"<td>epinet</td><td>{count}</td>") for count in (1, 2, 10, 25)]
+    assert order == sorted(order)
+    assert grouped(result) == {
+        "in distribution": ["test"], "darker": ["darker"],
+        "corrupted": ["gaussian_noise 1", "gaussian_noise 5", "contrast 1", "contrast 5"],
+    }  # fmt: skip
+    for text in (
+        *NETWORKS,
+        "fourth",
+        "In distribution",
+        "Corrupted",
+        "mCE, normalised",
+        "ensemble *",
+        "data:image/svg",
+    ):
+        assert text in html
+    shown = found["measures"]["epinet"]["25"]["test"]["dyadic_nll_exact"]
+    assert f"{shown:.3f}" in html
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"networks": {}}, "names no run"),
+        ({"corruptions": ["fgo"]}, "shift.corruptions has 'fgo'"),
+        ({"severities": [0]}, "lie in 1 to 5"),
+        ({"baseline": "b"}, "is not in shift.networks"),
+        ({"tau": 0}, "shift.tau must be positive"),
+        ({"indices": []}, "must be positive numbers"),
+    ],
+)
+def test_what_cannot_be_asked(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
+    values = {"shift": {"networks": {"a": "x"}, "test": "t", **wrong}, "run": {"dir": "y"}}
+    (tmp_path / "c.yaml").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=said):
+        configuration.load(Config, tmp_path / "c.yaml")
