@@ -53,7 +53,8 @@ class Base(Protocol):
     """A network that ends in a linear layer over features: what an epinet can be put on. Its logits are
     `classify(pooled(images))`."""
 
-    head: nn.Linear
+    @property
+    def head(self) -> nn.Linear: ...
 
     def pooled(self, images: Tensor) -> Tensor:
         """Features [B, head.in_features] of images uint8 [B, C, H, W]."""

@@ -172,7 +172,7 @@ class VisionTransformer(nn.Module):
         self.mean, self.std = (torch.tensor(v).flatten()[:, None, None] for v in (mean, std))
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         return self.net.classifier  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor, token: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
