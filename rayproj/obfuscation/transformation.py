@@ -1,0 +1,161 @@
+"""Obfuscations that move pixels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayproj.obfuscation.assets import Assets
+from rayproj.obfuscation.base import Obfuscation, between, key, whole
+from rayproj.obfuscation.pixels import (
+    TABLE,
+    along,
+    blocks,
+    drawn,
+    hue_turned,
+    length,
+    places,
+    projected,
+    projective,
+    sampled,
+    side,
+    spread,
+    taken,
+    to_bytes,
+)
+
+
+@dataclass
+class LineShift(Obfuscation):
+    """Rows or columns in thin bands, moved in turn to the one and to the other side; what leaves comes in again."""
+
+    group = "transformation"
+    width: Tensor = between(1 / 75, 1 / 25)
+    shift: Tensor = between(0.08, 0.4)
+    across: Tensor = whole(0, 1)  # bands of columns
+
+    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+        band = along(images, self.across) // length(self.width, images)[:, None, None]
+        shift = length(self.shift, images)[:, None, None] * (1 - 2 * (band % 2))
+        y, x = places(images, self.across)
+        columns = self.across[:, None, None] == 1
+        return taken(
+            images,
+            torch.where(columns, y + shift, y) % images.shape[2],
+            torch.where(columns, x, x + shift) % images.shape[3],
+        )
+
+
+@dataclass
+class PerspectiveTransform(Obfuscation):
+    """The image seen from elsewhere: the centres of its quarters go to places near them."""
+
+    group = "transformation"
+    moved: Tensor = between(-0.11, 0.11, 8)  # x and y of each centre
+
+    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+        height, width = images.shape[2:]
+        x, y = ([0.25 * n - 0.5, 0.75 * n - 0.5] for n in (width, height))
+        centres = [[x[0], y[0]], [x[1], y[0]], [x[1], y[1]], [x[0], y[1]]]
+        centre = torch.tensor(centres, dtype=torch.float64, device=images.device).expand(len(images), -1, -1)
+        moved = centre + self.moved.double().view(-1, 4, 2) * side(images)
+        return to_bytes(sampled(images, *projected(projective(moved, centre), images)))
+
+
+@dataclass
+class RotateBlocks(Obfuscation):
+    """Small blocks, each turned by a quarter, half or three quarters; what does not fill a block stays."""
+
+    group = "transformation"
+    size: Tensor = between(1 / 56, 1 / 12)
+    key: Tensor = key()
+
+    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+        height, width = images.shape[2:]
+        size = length(self.size, images, least=2)
+        by, bx = blocks(images, size)
+        turns = 1 + (3 * drawn("RotateBlocks", self.key, (1, TABLE, TABLE))).long()
+        turn = spread(turns, by, bx)[:, 0]
+        whole_y, whole_x = ((b + 1) * size[:, None] <= n for b, n in ((by, height), (bx, width)))
+        turn = torch.where(whole_y[:, :, None] & whole_x[:, None], turn, 0)
+        y, x = places(images, size)
+        last = (size - 1)[:, None, None]
+        v, u = y % size[:, None, None], x % size[:, None, None]
+        # A quarter turn, against the clock, takes to (v, u) what was at (u, last - v).
+        found_v = torch.where(turn == 0, v, torch.where(turn == 1, u, torch.where(turn == 2, last - v, last - u)))
+        found_u = torch.where(turn == 0, u, torch.where(turn == 1, last - v, torch.where(turn == 2, last - u, v)))
+        return taken(images, y - v + found_v, x - u + found_u)
+
+
+@dataclass
+class RotateImage(Obfuscation):
+    """Turned about the centre, against the clock, on black."""
+
+    group = "transformation"
+    angle: Tensor = between(15, 345)  # degrees
+
+    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+        height, width = images.shape[2:]
+        angle = self.angle.double() * (math.pi / 180)
+        cos, sin = (f(angle)[:, None, None] for f in (torch.cos, torch.sin))
+        y, x = places(images, self.angle)
+        v, u = y - (height - 1) / 2, x - (width - 1) / 2
+        y, x = u * sin + v * cos + (height - 1) / 2, u * cos - v * sin + (width - 1) / 2
+        return to_bytes(sampled(images, y.float(), x.float()))
+
+
+@dataclass
+class SwirlWarp(Obfuscation):
+    """Turned about a point, the more the nearer to it: by strength * exp(-distance ln 2 * 5 / radius), as of
+    skimage.transform.swirl."""
+
+    group = "transformation"
+    strength: Tensor = between(3, 8)  # radians at the point
+    clockwise: Tensor = whole(0, 1)
+    radius: Tensor = between(0.7, 1.2)  # at which a thousandth of it is left, nearly
+    centre: Tensor = between(0.4, 0.6, 2)  # x and y, of the sides
+
+    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+        height, width = images.shape[2:]
+        y, x = places(images, self.strength)
+        cy = self.centre[:, 1, None, None].double() * (height - 1)
+        cx = self.centre[:, 0, None, None].double() * (width - 1)
+        v, u = y - cy, x - cx
+        decay = (math.log(2) * 5 / (self.radius.double() * side(images)))[:, None, None]
+        strength = (self.strength * (1 - 2 * self.clockwise)).double()[:, None, None]
+        angle = strength * torch.exp(-(u * u + v * v).sqrt() * decay)
+        cos, sin = angle.cos(), angle.sin()
+        return to_bytes(sampled(images, (cy + u * sin + v * cos).float(), (cx + u * cos - v * sin).float()))
+
+
+@dataclass
+class WavyColorWarp(Obfuscation):
+    """Rows and columns moved by sines, those of each channel a little later, and all hues turned."""
+
+    group = "transformation"
+    height: Tensor = between(0.02, 0.06, 2)  # of the waves along y and along x
+    waves: Tensor = between(2, 6, 2)
+    phase: Tensor = between(0, 2 * math.pi, 2)
+    lag: Tensor = between(0.3, 1.2)  # of a channel behind the one before, radians
+    hue: Tensor = between(40, 320)  # degrees
+
+    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+        batch, channels, height, width = images.shape
+        y, x = places(images, self.lag)
+        lag = self.lag.double()[:, None] * torch.arange(channels, device=images.device)  # [B, C]
+
+        def wave(axis: int, place: Tensor, longest: int) -> Tensor:
+            """[B, C, ...]: how far pixels at a place are moved along an axis."""
+            angle = self.phase[:, axis, None, None, None].double() + lag[:, :, None, None]
+            angle = angle + 2 * math.pi * self.waves[:, axis, None, None, None].double() * place / longest
+            return self.height[:, axis, None, None, None].double() * side(images) * torch.sin(angle)
+
+        from_y = (y + wave(0, x, width)).float().expand(-1, -1, height, -1)
+        from_x = (x + wave(1, y, height)).float().expand(-1, -1, -1, width)
+        # Edges are repeated.
+        from_y, from_x = from_y.clamp(0, height - 1).flatten(0, 1), from_x.clamp(0, width - 1).flatten(0, 1)
+        waved = sampled(images.reshape(batch * channels, 1, height, width), from_y, from_x)
+        return to_bytes(hue_turned(waved.view(batch, channels, height, width), self.hue))
