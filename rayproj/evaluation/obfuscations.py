@@ -31,7 +31,10 @@ CONFLICT_STIMULI: dict[str, tuple[int, ...]] = {
     "airplane": (404,),
     "bear": (294, 295, 296, 297),
     "bicycle": (444, 671),
-    "bird": (8, *range(10, 17), 18, 19, 20, 22, 23, 24, *range(80, 84), *range(87, 97), 98, 99, 100, *range(127, 134), *range(135, 146)),
+    "bird": (
+        8, *range(10, 17), 18, 19, 20, 22, 23, 24, *range(80, 84), *range(87, 97), 98, 99, 100, *range(127, 134),
+        *range(135, 146),
+    ),
     "boat": (472, 554, 625, 814, 914),
     "bottle": (440, 720, 737, 898, 899, 901, 907),
     "car": (436, 511, 817),
@@ -89,7 +92,7 @@ def in_groups(label: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:
 def metrics(
     predictions: Mapping[str, Predictions], label_weighted: bool = True, top: Sequence[int] = TOP
 ) -> dict[str, float]:
-    """The benchmark's metrics under its names: `<obfuscation>-top-<n>`, and `mean-` and `worst-` of training, hold-out and all.
+    """The benchmark's metrics under its names: `<obfuscation>-top-<n>`, `mean-` and `worst-` of training, hold-out, all.
 
     An image counts in the worst case of a set when its label is among the guesses under each obfuscation of the set. Sets of
     which there is only a part are of that part; the clean images are in none.
@@ -104,7 +107,9 @@ def metrics(
     """
     ordered = {name: p.ordered() for name, p in predictions.items()}
     if not ordered or not len(next(iter(ordered.values())).label):
-        raise UserError("There are no predictions to be measured; give some, of images in the class groups if there are any.")
+        raise UserError(
+            "There are no predictions to be measured; give some, of images in the class groups if there are any."
+        )
     first_name, first = next(iter(ordered.items()))
     for name, p in ordered.items():
         if not (np.array_equal(p.image, first.image) and np.array_equal(p.label, first.label)):
@@ -113,7 +118,7 @@ def metrics(
                 "images."
             )
     weight = 1 / np.bincount(first.label)[first.label] if label_weighted else np.ones(len(first.label))
-    found = {}
+    found: dict[str, float] = {}
     for n in top:
         right = {name: (p.top[:, :n] == p.label[:, None]).any(1) for name, p in ordered.items()}
         accuracy = {name: float(np.average(r, weights=weight)) for name, r in right.items()}
@@ -145,16 +150,15 @@ def intervals(
     }
 
 
-def write_csv(path: Path, predictions: Predictions) -> None:
-    """The benchmark's file of one obfuscation: `image, label, [guesses]`, by image."""
+def csv_of(predictions: Predictions) -> bytes:
+    """The benchmark's file of one obfuscation: lines of `image, label, [guesses]`, by image."""
     p = predictions.ordered()
     rows = zip(p.image, p.label, p.top, strict=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{image}, {label}, [{' '.join(map(str, top))}]\n" for image, label, top in rows))
+    return "".join(f"{image}, {label}, [{' '.join(map(str, top))}]\n" for image, label, top in rows).encode()
 
 
 def read_csv(path: Path) -> Predictions:
-    """What `write_csv` or the benchmark's own script wrote.
+    """What `csv_of` or the benchmark's own script wrote.
 
     Raises:
         UserError: it is not there, or holds something else.
@@ -166,7 +170,9 @@ def read_csv(path: Path) -> Predictions:
         label = np.array([int(row[1]) for row in rows], np.int64)
         top = np.array([[int(word) for word in row[2].strip("[] ").split()] for row in rows], np.int64)
     except OSError as error:
-        raise UserError(f"The predictions '{path}' cannot be read ({error}); give a folder with a CSV of each obfuscation.") from None
+        raise UserError(
+            f"The predictions '{path}' cannot be read ({error}); give a folder with a CSV of each obfuscation."
+        ) from None
     except (ValueError, IndexError) as error:
         raise UserError(f"'{path}' holds no lines of 'image, label, [guesses]' ({error}).") from error
     if not len(rows):

@@ -1,8 +1,8 @@
 """What obfuscations lay over images or put them into: other pictures, icons, texts, noise, and what was learned.
 
 Pictures come from a dataset; where none is given there is a bank of procedural scenes. Icons and texts are glyphs of the
-DejaVu fonts that matplotlib brings. Adversarial patches and the network of styles are learned: `rayproj.obfuscation.patches`,
-`rayproj.obfuscation.styles`, `jobs/learn_obfuscations.py`.
+DejaVu fonts that matplotlib brings. Adversarial patches and the network of styles are learned, by
+`jobs/learn_obfuscations.py`.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Assets:
 
 
 def fitted(photos: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """uint8 [n, *shape] of [n, C, h, w]: scaled to fill the frame, cut at two sides; grey, or of three channels, as asked."""
+    """uint8 [n, *shape] of [n, C, h, w]: scaled to fill the frame and cut at two sides; grey where that is asked for."""
     channels, height, width = shape
     x = photos.float()
     if channels == 1 and x.shape[1] == 3:
@@ -160,7 +160,9 @@ def _load(photos: str, count: int, learned: str, device: str) -> Assets:
 
         store = Store(learned)
         if not store.exists("result.json"):
-            raise UserError(f"'{learned}' is no finished run of jobs/learn_obfuscations.py; finish it by the same command.")
+            raise UserError(
+                f"'{learned}' is no finished run of jobs/learn_obfuscations.py; finish it by the same command."
+            )
         if store.exists(PATCHES):
             data = store.read(PATCHES)
             patches, said["patches"] = load(data)["patches"].to(device), hashlib.sha256(data).hexdigest()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from rayproj import keyed
 from rayproj.errors import UserError
@@ -27,24 +26,23 @@ class Range:
     count: int  # 0: one number and no list
 
 
-def between(low: float, high: float, count: int = 0) -> Any:
+def between(low: float, high: float, count: int = 0) -> Range:
     """A parameter that is a number, fp32 [B] or [B, count]."""
-    return field(metadata={"range": Range(low, high, False, count)})
+    return Range(low, high, False, count)
 
 
-def whole(low: int, high: int) -> Any:
+def whole(low: int, high: int) -> Range:
     """A parameter that is a whole number, both ends among them: int64 [B]."""
-    return field(metadata={"range": Range(low, high, True, 0)})
+    return Range(low, high, True, 0)
 
 
-def key() -> Any:
-    """What the values of single blocks are drawn by, where an image has too many of them to be kept."""
-    return whole(0, 2**24 - 1)
+# What the values of single blocks are drawn by, where an image has too many of them to be kept.
+KEY = whole(0, 2**24 - 1)
 
 
 @dataclass
 class Obfuscation(ABC):
-    """One of the benchmark's, with the parameters of a batch as its fields.
+    """One of the benchmark's, with the parameters of a batch as its fields, each annotated with what it is drawn from.
 
     Lengths are shares of an image's shorter side, so that they mean the same at any size.
 
@@ -65,7 +63,8 @@ class Obfuscation(ABC):
     @classmethod
     def ranges(cls) -> dict[str, Range]:
         """What each parameter is drawn from."""
-        return {f.name: f.metadata["range"] for f in dataclasses.fields(cls)}
+        hints = get_type_hints(cls, include_extras=True)
+        return {f.name: hints[f.name].__metadata__[0] for f in dataclasses.fields(cls)}
 
     @classmethod
     def draw(cls, row: Tensor, seed: int) -> Self:
@@ -96,6 +95,18 @@ class Obfuscation(ABC):
         """The parameters of each image, as JSON takes them: they give the same images again, bit for bit."""
         columns = {name: getattr(self, name).tolist() for name in self.ranges()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    @classmethod
+    def require(cls, assets: Assets) -> None:
+        """
+        Raises:
+            UserError: the assets lack what the obfuscation needs.
+        """
+        if not assets.has(cls.needs):
+            raise UserError(
+                f"{cls.name()} needs {cls.needs} that were learned: run jobs/learn_obfuscations.py and give its run dir as "
+                "assets.learned, or leave it out."
+            )
 
     @abstractmethod
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:

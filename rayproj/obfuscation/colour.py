@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from rayproj.obfuscation.assets import Assets
-from rayproj.obfuscation.base import Obfuscation, between, key, whole
+from rayproj.obfuscation.base import KEY, Obfuscation, between, whole
 from rayproj.obfuscation.pixels import (
     TABLE,
     along,
@@ -29,10 +30,10 @@ class ColorNoiseBlocks(Obfuscation):
     """In a grid of blocks, many have one of their channels moved by a random offset, cut at black and white."""
 
     group = "colour"
-    size: Tensor = between(1 / 24, 1 / 12)  # side of a block
-    share: Tensor = between(0.5, 0.9)  # of the blocks that are changed
-    strength: Tensor = between(0.4, 1.0)  # largest offset, of the range of values
-    key: Tensor = key()
+    size: Annotated[Tensor, between(1 / 24, 1 / 12)]  # side of a block
+    share: Annotated[Tensor, between(0.5, 0.9)]  # of the blocks that are changed
+    strength: Annotated[Tensor, between(0.4, 1.0)]  # largest offset, of the range of values
+    key: Annotated[Tensor, KEY]
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         channels = images.shape[1]
@@ -51,8 +52,8 @@ class Halftoning(Obfuscation):
     """Each channel printed with one ink: a block becomes a shape that covers as much of it as the block is bright."""
 
     group = "colour"
-    size: Tensor = between(1 / 45, 1 / 18)  # side of a block
-    method: Tensor = whole(0, 3)  # disc, square, diamond, line
+    size: Annotated[Tensor, between(1 / 45, 1 / 18)]  # side of a block
+    method: Annotated[Tensor, whole(0, 3)]  # disc, square, diamond, line
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         size, channels = length(self.size, images, least=2), []
@@ -89,9 +90,9 @@ class InvertLines(Obfuscation):
     """Rows or columns in bands, every other of them inverted."""
 
     group = "colour"
-    width: Tensor = between(1 / 28, 1 / 9)
-    across: Tensor = whole(0, 1)  # bands of columns
-    first: Tensor = whole(0, 1)  # whether the first band is inverted
+    width: Annotated[Tensor, between(1 / 28, 1 / 9)]
+    across: Annotated[Tensor, whole(0, 1)]  # bands of columns
+    first: Annotated[Tensor, whole(0, 1)]  # whether the first band is inverted
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         band = along(images, self.across) // length(self.width, images)[:, None, None] + self.first[:, None, None]
@@ -104,10 +105,10 @@ class LowContrastTriangles(Obfuscation):
     another grey."""
 
     group, held_out = "colour", True
-    size: Tensor = between(0.12, 0.35)  # legs of a triangle
-    shear: Tensor = between(-0.6, 0.6)
-    contrast: Tensor = between(0.05, 0.35, 3)  # of each kind
-    level: Tensor = between(60, 195, 3)  # the grey that each kind comes near to
+    size: Annotated[Tensor, between(0.12, 0.35)]  # legs of a triangle
+    shear: Annotated[Tensor, between(-0.6, 0.6)]
+    contrast: Annotated[Tensor, between(0.05, 0.35, 3)]  # of each kind
+    level: Annotated[Tensor, between(60, 195, 3)]  # the grey that each kind comes near to
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         leg = (self.size.double() * side(images))[:, None, None]
@@ -118,4 +119,3 @@ class LowContrastTriangles(Obfuscation):
         kind = (u.floor() + v.floor() + 2 * upper).long() % 3
         contrast, level = (p.gather(1, kind.flatten(1)).view_as(kind)[:, None] for p in (self.contrast, self.level))
         return to_bytes(level + contrast * (images.float() - level))
-

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from rayproj.obfuscation.assets import Assets
-from rayproj.obfuscation.base import Obfuscation, between, key, whole
+from rayproj.obfuscation.base import KEY, Obfuscation, between, whole
 from rayproj.obfuscation.pixels import blurred, inset, per_image, projected, projective, sampled, side, to_bytes
 
 ANY = 2**16 - 1  # numbers of things of which there are as many as the assets hold: modulo that
@@ -19,9 +20,9 @@ class BackgroundBlurComposition(Obfuscation):
     """Made small, on a strongly blurred copy of itself."""
 
     group = "composition"
-    size: Tensor = between(0.28, 0.42)
-    place: Tensor = between(0, 1, 2)  # y and x, of the room that is left
-    blur: Tensor = between(0.04, 0.1)  # standard deviation
+    size: Annotated[Tensor, between(0.28, 0.42)]
+    place: Annotated[Tensor, between(0, 1, 2)]  # y and x, of the room that is left
+    blur: Annotated[Tensor, between(0.04, 0.1)]  # standard deviation
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         small, inside = inset(images, self.size, *self.place.T)
@@ -33,10 +34,10 @@ class HighContrastBorder(Obfuscation):
     """Made small and of low contrast, within noise of all colours."""
 
     group = "composition"
-    size: Tensor = between(0.45, 0.6)
-    contrast: Tensor = between(0.12, 0.35)
-    level: Tensor = between(90, 165)  # the grey that it comes near to
-    key: Tensor = key()
+    size: Annotated[Tensor, between(0.45, 0.6)]
+    contrast: Annotated[Tensor, between(0.12, 0.35)]
+    level: Annotated[Tensor, between(90, 165)]  # the grey that it comes near to
+    key: Annotated[Tensor, KEY]
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         middle = torch.full_like(self.size, 0.5)
@@ -51,9 +52,9 @@ class PhotoComposition(Obfuscation):
     """Made small, on another picture."""
 
     group = "composition"
-    size: Tensor = between(0.32, 0.45)
-    place: Tensor = between(0, 1, 2)  # y and x, of the room that is left
-    photo: Tensor = whole(0, ANY)
+    size: Annotated[Tensor, between(0.32, 0.45)]
+    place: Annotated[Tensor, between(0, 1, 2)]  # y and x, of the room that is left
+    photo: Annotated[Tensor, whole(0, ANY)]
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         small, inside = inset(images, self.size, *self.place.T)
@@ -65,8 +66,9 @@ class PerspectiveComposition(Obfuscation):
     """Seen from aside, in another picture."""
 
     group, held_out = "composition", True
-    corners: Tensor = between(0.05, 0.33, 8)  # how far each corner is inside of that of the frame: x and y, of the sides
-    photo: Tensor = whole(0, ANY)
+    # How far each corner is inside of that of the frame: x and y, of the sides.
+    corners: Annotated[Tensor, between(0.05, 0.33, 8)]
+    photo: Annotated[Tensor, whole(0, ANY)]
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]

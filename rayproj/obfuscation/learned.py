@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from rayproj.errors import UserError
 from rayproj.obfuscation.assets import Assets, fitted
 from rayproj.obfuscation.base import Obfuscation, between, whole
 from rayproj.obfuscation.composition import ANY, framed
@@ -21,13 +21,13 @@ class AdversarialPatches(Obfuscation):
     """Made a little smaller, amid a blurred enlargement of itself, with an adversarial patch in each corner."""
 
     group, needs = "learned", "patches"
-    size: Tensor = between(0.72, 0.84)
-    patch: Tensor = whole(0, ANY)
-    patch_size: Tensor = between(0.19, 0.25)
+    size: Annotated[Tensor, between(0.72, 0.84)]
+    patch: Annotated[Tensor, whole(0, ANY)]
+    patch_size: Annotated[Tensor, between(0.19, 0.25)]
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
-        if assets.patches is None:
-            raise UserError(_missing(self))
+        self.require(assets)
+        assert assets.patches is not None
         patches = assets.patches
         if patches.shape[1] != images.shape[1]:
             patches = fitted(patches, (images.shape[1], *patches.shape[2:]))
@@ -39,8 +39,8 @@ class StyleTransfer(Obfuscation):
     """Repainted in the style of a picture."""
 
     group, needs = "learned", "styles"
-    style: Tensor = whole(0, ANY)
-    strength: Tensor = between(0.75, 1.0)  # weight against the image
+    style: Annotated[Tensor, whole(0, ANY)]
+    strength: Annotated[Tensor, between(0.75, 1.0)]  # weight against the image
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         network = _styles(self, assets)
@@ -53,9 +53,9 @@ class Texturize(Obfuscation):
     """Nearly grey, and repainted as a texture."""
 
     group, needs = "learned", "styles"
-    style: Tensor = whole(0, ANY)
-    strength: Tensor = between(0.75, 0.95)  # weight against the image
-    colour: Tensor = between(0.0, 0.25)  # that is left
+    style: Annotated[Tensor, whole(0, ANY)]
+    strength: Annotated[Tensor, between(0.75, 0.95)]  # weight against the image
+    colour: Annotated[Tensor, between(0.0, 0.25)]  # that is left
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         network = _styles(self, assets)
@@ -65,16 +65,9 @@ class Texturize(Obfuscation):
 
 
 def _styles(which: Obfuscation, assets: Assets) -> StyleNetwork:
-    if assets.styles is None:
-        raise UserError(_missing(which))
+    which.require(assets)
+    assert assets.styles is not None
     return assets.styles
-
-
-def _missing(which: Obfuscation) -> str:
-    return (
-        f"{which.name()} needs {which.needs} that were learned: run jobs/learn_obfuscations.py and give its run dir as "
-        "assets.learned, or leave it out."
-    )
 
 
 @torch.no_grad()

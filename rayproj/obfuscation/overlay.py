@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -19,11 +20,11 @@ class ColorPatternOverlay(Obfuscation):
     """Without its colours, seen through a dense pattern of one bright colour."""
 
     group, held_out = "overlay", True
-    count: Tensor = between(16, 28)  # of the pattern's cells along the shorter side
-    pattern: Tensor = whole(0, 2)  # discs, checks, stripes
-    hue: Tensor = between(0, 1)
-    opacity: Tensor = between(0.55, 0.8)  # of the pattern
-    tint: Tensor = between(0.2, 0.4)  # of its colour in the rest
+    count: Annotated[Tensor, between(16, 28)]  # of the pattern's cells along the shorter side
+    pattern: Annotated[Tensor, whole(0, 2)]  # discs, checks, stripes
+    hue: Annotated[Tensor, between(0, 1)]
+    opacity: Annotated[Tensor, between(0.55, 0.8)]  # of the pattern
+    tint: Annotated[Tensor, between(0.2, 0.4)]  # of its colour in the rest
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         y, x = places(images, self.count)
@@ -44,13 +45,12 @@ class IconOverlay(Obfuscation):
     """A grid of one icon, half transparent."""
 
     group = "overlay"
-    count: Tensor = whole(6, 11)  # along the shorter side
-    icon: Tensor = whole(0, ANY)
-    hue: Tensor = between(0, 1)
-    opacity: Tensor = between(0.5, 0.8)
+    count: Annotated[Tensor, whole(6, 11)]  # along the shorter side
+    icon: Annotated[Tensor, whole(0, ANY)]
+    hue: Annotated[Tensor, between(0, 1)]
+    opacity: Annotated[Tensor, between(0.5, 0.8)]
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
-        height, width = images.shape[2:]
         y, x = places(images, self.opacity)
         cell = (side(images) / self.count.double())[:, None]
         v, u = (((p.flatten() + 0.5) / cell) % 1 for p in (y, x))
@@ -63,8 +63,8 @@ class ImageOverlay(Obfuscation):
     """Another picture, half transparent."""
 
     group = "overlay"
-    opacity: Tensor = between(0.4, 0.65)
-    photo: Tensor = whole(0, ANY)
+    opacity: Annotated[Tensor, between(0.4, 0.65)]
+    photo: Annotated[Tensor, whole(0, ANY)]
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         other = assets.photos(self.photo, images.shape[1:])
@@ -76,9 +76,9 @@ class Interleave(Obfuscation):
     """Rows or columns in bands, every other of them those of another picture."""
 
     group = "overlay"
-    width: Tensor = between(1 / 32, 1 / 12)
-    across: Tensor = whole(0, 1)  # bands of columns
-    photo: Tensor = whole(0, ANY)
+    width: Annotated[Tensor, between(1 / 32, 1 / 12)]
+    across: Annotated[Tensor, whole(0, 1)]  # bands of columns
+    photo: Annotated[Tensor, whole(0, ANY)]
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         band = along(images, self.across) // length(self.width, images)[:, None, None]
@@ -90,12 +90,12 @@ class TextOverlay(Obfuscation):
     """One text over and over, all over the image, aslant."""
 
     group = "overlay"
-    size: Tensor = between(1 / 9, 1 / 5)  # height of a line
-    text: Tensor = whole(0, ANY)
-    angle: Tensor = between(-35, 35)  # degrees
-    begin: Tensor = between(0, 1, 2)  # where the text begins, y and x
-    hue: Tensor = between(-0.06, 0.08)  # reds, mostly
-    opacity: Tensor = between(0.75, 1.0)
+    size: Annotated[Tensor, between(1 / 9, 1 / 5)]  # height of a line
+    text: Annotated[Tensor, whole(0, ANY)]
+    angle: Annotated[Tensor, between(-35, 35)]  # degrees
+    begin: Annotated[Tensor, between(0, 1, 2)]  # where the text begins, y and x
+    hue: Annotated[Tensor, between(-0.06, 0.08)]  # reds, mostly
+    opacity: Annotated[Tensor, between(0.75, 1.0)]
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         y, x = places(images, self.angle)

@@ -50,7 +50,7 @@ def train_patches(
         told: called with the step and the loss.
 
     Returns:
-        uint8 [len(targets), C, side, side], and of the images that the last steps saw the share that was taken for the target.
+        uint8 [len(targets), C, side, side], and of the images of the last steps the share that was taken for the target.
     """
     from rayproj.obfuscation.learned import AdversarialPatches
 

@@ -62,7 +62,7 @@ def sampled(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
 
 
 def spread(table: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """[B, C, H, W]: for each pixel the entry of a table [B, C, n, m] of its block, by int64 [B, H] and [B, W] modulo n, m."""
+    """[B, C, H, W]: for each pixel the entry of a table [B, C, n, m], by int64 y [B, H] and x [B, W] modulo n and m."""
     channels, n, m = table.shape[1:]
     rows, columns = (y % n)[:, None, :, None], (x % m)[:, None, None, :]
     found = table.gather(2, rows.expand(-1, channels, -1, m))
@@ -114,8 +114,8 @@ def projective(points: Tensor, onto: Tensor) -> Tensor:
 
 
 def projected(matrix: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a matrix [B, 3, 3] takes the pixels: y and x, fp32 [B, H, W]; far outside, what lies behind one who sees the middle
-    of the frame."""
+    """Where a matrix [B, 3, 3] takes the pixels: y and x, fp32 [B, H, W]; far outside, what lies behind one who sees the
+    middle of the frame."""
     height, width = images.shape[2:]
     y, x = (p.double() for p in places(images, matrix))
     a = matrix[:, :, :, None, None]
@@ -126,9 +126,7 @@ def projected(matrix: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.where(seen, p, -1e6).float() for p in there)  # type: ignore[return-value]
 
 
-def inset(
-    images: Tensor, size: Tensor, top: Tensor, left: Tensor, halve: bool = True
-) -> tuple[Tensor, Tensor]:
+def inset(images: Tensor, size: Tensor, top: Tensor, left: Tensor, halve: bool = True) -> tuple[Tensor, Tensor]:
     """Images made smaller, at a place of the frame: fp32 [B, C, H, W], and where they are, bool [B, 1, H, W].
 
     Args:

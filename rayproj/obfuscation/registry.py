@@ -57,7 +57,7 @@ SETS = {
 
 
 def chosen(names: Sequence[str], assets: AssetsConfig | None = None) -> tuple[str, ...]:
-    """The obfuscations of a list of names and of sets: all, training, held_out, or a group (of which training has a part). Of
+    """The obfuscations of a list of names and of sets: all, training, held_out, or a group (without what is held out). Of
     sets, those are left out that need what was not learned.
 
     Raises:
@@ -72,9 +72,7 @@ def chosen(names: Sequence[str], assets: AssetsConfig | None = None) -> tuple[st
     return tuple(name for name in OBFUSCATIONS if name in found)
 
 
-def obfuscate(
-    name: str, images: Tensor, row: Tensor, seed: int, assets: Assets
-) -> tuple[Tensor, list[dict[str, Any]]]:
+def obfuscate(name: str, images: Tensor, row: Tensor, seed: int, assets: Assets) -> tuple[Tensor, list[dict[str, Any]]]:
     """Obfuscate images, uint8 [B, C, H, W], by parameters that are drawn for their rows, int64 [B, 3].
 
     Returns:

@@ -79,7 +79,7 @@ def _cells(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray
     from scipy.spatial import cKDTree
 
     points = rng.uniform(0, SIDE, (count, 2))
-    points = np.concatenate([points + [dy, dx] for dy in (-SIDE, 0, SIDE) for dx in (-SIDE, 0, SIDE)])
+    points = np.concatenate([points + np.array([dy, dx]) for dy in (-SIDE, 0, SIDE) for dx in (-SIDE, 0, SIDE)])
     distance, number = cKDTree(points).query(np.argwhere(np.ones((SIDE, SIDE))), k=2)
     return (number[:, 0] % count).reshape(SIDE, SIDE), (distance[:, 1] - distance[:, 0]).reshape(SIDE, SIDE)
 
@@ -103,7 +103,9 @@ def _strokes(rng: np.random.Generator) -> np.ndarray:
             place = [py % SIDE, px % SIDE]
             here = ndimage.map_coordinates(angle, place, order=1, mode="wrap")
             py, px = py + sign * np.sin(here), px + sign * np.cos(here)
-            total += np.stack([ndimage.map_coordinates(c, place, order=1, mode="wrap") for c in picture.transpose(2, 0, 1)], -1)
+            total += np.stack(
+                [ndimage.map_coordinates(c, place, order=1, mode="wrap") for c in picture.transpose(2, 0, 1)], -1
+            )
     smeared = total / 20
     return np.asarray(smeared.mean() + 1.8 * (smeared - smeared.mean()))
 

@@ -113,7 +113,7 @@ def train_styles(
     steps: int,
     batch: int,
     seed: int,
-    weight: float = 3.0,
+    weight: float = 1.0,
     told: Callable[[int, float], None] = lambda step, loss: None,
 ) -> StyleNetwork:
     """Train a network on images, each under a style that is drawn for it.
@@ -131,7 +131,9 @@ def train_styles(
     device, size = images.device, images.shape[2:]
     network = StyleNetwork(len(pictures), len(textures)).to(device)
     filters = RandomFilters().to(device)
-    examples = [F.interpolate(p.to(device).float(), size=size, mode="bilinear", antialias=True) for p in (pictures, textures)]
+    examples = [
+        F.interpolate(p.to(device).float(), size=size, mode="bilinear", antialias=True) for p in (pictures, textures)
+    ]
     with torch.no_grad():
         wanted = filters(torch.cat(examples) / 127.5 - 1)
     scale = [w.flatten(1).norm(dim=1) for w in wanted]
@@ -144,9 +146,11 @@ def train_styles(
         style = (u[:, 1] * (len(pictures) + len(textures))).long()
         made = network(x, style)
         found = filters(made / 127.5 - 1)
-        differences = [(g - w[style]).flatten(1).norm(dim=1) / s[style] for g, w, s in zip(found, wanted, scale, strict=True)]
+        differences = [
+            (g - w[style]).flatten(1).norm(dim=1) / s[style] for g, w, s in zip(found, wanted, scale, strict=True)
+        ]
         kept = (content(made) - content(x)).square().mean((1, 2, 3))
-        loss = (torch.stack(differences).mean(0) + weight * kept / 3).mean()
+        loss = (torch.stack(differences).mean(0) + weight * kept).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from rayproj.obfuscation.assets import Assets
-from rayproj.obfuscation.base import Obfuscation, between, key, whole
+from rayproj.obfuscation.base import KEY, Obfuscation, between, whole
 from rayproj.obfuscation.pixels import (
     TABLE,
     along,
@@ -33,9 +34,9 @@ class LineShift(Obfuscation):
     """Rows or columns in thin bands, moved in turn to the one and to the other side; what leaves comes in again."""
 
     group = "transformation"
-    width: Tensor = between(1 / 75, 1 / 25)
-    shift: Tensor = between(0.08, 0.4)
-    across: Tensor = whole(0, 1)  # bands of columns
+    width: Annotated[Tensor, between(1 / 75, 1 / 25)]
+    shift: Annotated[Tensor, between(0.08, 0.4)]
+    across: Annotated[Tensor, whole(0, 1)]  # bands of columns
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         band = along(images, self.across) // length(self.width, images)[:, None, None]
@@ -54,7 +55,7 @@ class PerspectiveTransform(Obfuscation):
     """The image seen from elsewhere: the centres of its quarters go to places near them."""
 
     group = "transformation"
-    moved: Tensor = between(-0.11, 0.11, 8)  # x and y of each centre
+    moved: Annotated[Tensor, between(-0.11, 0.11, 8)]  # x and y of each centre
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]
@@ -70,8 +71,8 @@ class RotateBlocks(Obfuscation):
     """Small blocks, each turned by a quarter, half or three quarters; what does not fill a block stays."""
 
     group = "transformation"
-    size: Tensor = between(1 / 56, 1 / 12)
-    key: Tensor = key()
+    size: Annotated[Tensor, between(1 / 56, 1 / 12)]
+    key: Annotated[Tensor, KEY]
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]
@@ -95,7 +96,7 @@ class RotateImage(Obfuscation):
     """Turned about the centre, against the clock, on black."""
 
     group = "transformation"
-    angle: Tensor = between(15, 345)  # degrees
+    angle: Annotated[Tensor, between(15, 345)]  # degrees
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]
@@ -113,10 +114,10 @@ class SwirlWarp(Obfuscation):
     skimage.transform.swirl."""
 
     group = "transformation"
-    strength: Tensor = between(3, 8)  # radians at the point
-    clockwise: Tensor = whole(0, 1)
-    radius: Tensor = between(0.7, 1.2)  # at which a thousandth of it is left, nearly
-    centre: Tensor = between(0.4, 0.6, 2)  # x and y, of the sides
+    strength: Annotated[Tensor, between(3, 8)]  # radians at the point
+    clockwise: Annotated[Tensor, whole(0, 1)]
+    radius: Annotated[Tensor, between(0.7, 1.2)]  # at which a thousandth of it is left, nearly
+    centre: Annotated[Tensor, between(0.4, 0.6, 2)]  # x and y, of the sides
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]
@@ -136,11 +137,11 @@ class WavyColorWarp(Obfuscation):
     """Rows and columns moved by sines, those of each channel a little later, and all hues turned."""
 
     group = "transformation"
-    height: Tensor = between(0.02, 0.06, 2)  # of the waves along y and along x
-    waves: Tensor = between(2, 6, 2)
-    phase: Tensor = between(0, 2 * math.pi, 2)
-    lag: Tensor = between(0.3, 1.2)  # of a channel behind the one before, radians
-    hue: Tensor = between(40, 320)  # degrees
+    height: Annotated[Tensor, between(0.02, 0.06, 2)]  # of the waves along y and along x
+    waves: Annotated[Tensor, between(2, 6, 2)]
+    phase: Annotated[Tensor, between(0, 2 * math.pi, 2)]
+    lag: Annotated[Tensor, between(0.3, 1.2)]  # of a channel behind the one before, radians
+    hue: Annotated[Tensor, between(40, 320)]  # degrees
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         batch, channels, height, width = images.shape

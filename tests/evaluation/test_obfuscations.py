@@ -12,6 +12,7 @@ from rayproj.evaluation.obfuscations import (
     CONFLICT_STIMULI,
     Predictions,
     best,
+    csv_of,
     grouped,
     in_groups,
     intervals,
@@ -19,13 +20,18 @@ from rayproj.evaluation.obfuscations import (
     read_csv,
     read_csvs,
     summary,
-    write_csv,
 )
 from rayproj.obfuscation import CLEAN, HELD_OUT, OBFUSCATIONS, TRAINING
 
 # google-deepmind/image_obfuscation_benchmark, eval/evaluate_lib_test.py
 LABELS = [11, 440, 409, 294, 15]
-GUESSES = [[11, 12, 9, 555, 766], [720, 440, 436, 281, 424], [404, 409, 152, 385, 386], [1, 2, 8, 152, 404], [1, 2, 15, 385, 294]]
+GUESSES = [
+    [11, 12, 9, 555, 766],
+    [720, 440, 436, 281, 424],
+    [404, 409, 152, 385, 386],
+    [1, 2, 8, 152, 404],
+    [1, 2, 15, 385, 294],
+]
 GROUPS = list(CONFLICT_STIMULI.values())
 
 
@@ -69,7 +75,10 @@ def test_metrics_as_a_loop_would_find_them(weighted: bool) -> None:
     names = [CLEAN, *OBFUSCATIONS]
     predictions = drawn(names)
     found = metrics(predictions, weighted)
-    by_image = {name: {i: (y, list(t)) for i, y, t in zip(p.image, p.label, p.top, strict=True)} for name, p in predictions.items()}
+    by_image = {
+        name: {i: (y, list(t)) for i, y, t in zip(p.image, p.label, p.top, strict=True)}
+        for name, p in predictions.items()
+    }
     labels = {i: y for i, (y, _) in by_image[CLEAN].items()}
     counts = {y: list(labels.values()).count(y) for y in labels.values()}
 
@@ -113,7 +122,10 @@ def test_intervals_hold_what_a_larger_sample_shows() -> None:
 def test_predictions_of_other_images_are_refused() -> None:
     predictions = drawn([CLEAN, "Halftoning"])
     other = predictions["Halftoning"]
-    for wrong in (Predictions(np.char.add(other.image, "x"), other.label, other.top), Predictions(other.image, other.label + 1, other.top)):
+    for wrong in (
+        Predictions(np.char.add(other.image, "x"), other.label, other.top),
+        Predictions(other.image, other.label + 1, other.top),
+    ):
         with pytest.raises(UserError, match="Halftoning are of other images"):
             metrics({CLEAN: predictions[CLEAN], "Halftoning": wrong})
     with pytest.raises(UserError, match="no predictions"):
@@ -123,11 +135,13 @@ def test_predictions_of_other_images_are_refused() -> None:
 def test_files_go_and_come(tmp_path: Path) -> None:
     predictions = drawn([CLEAN, "Halftoning"])
     for name, p in predictions.items():
-        write_csv(tmp_path / f"{name}.csv", p)
+        (tmp_path / f"{name}.csv").write_bytes(csv_of(p))
     found = read_csvs(str(tmp_path), list(OBFUSCATIONS))
     assert metrics(found) == metrics(predictions)
     # As the benchmark's script writes them, with bytes for ids and numpy's spaces.
-    (tmp_path / "theirs.csv").write_text("b'ILSVRC2012_val_00000001.JPEG', 65, [ 65  62 100]\nb'b.JPEG', 3, [1   3 2]\n")
+    (tmp_path / "theirs.csv").write_text(
+        "b'ILSVRC2012_val_00000001.JPEG', 65, [ 65  62 100]\nb'b.JPEG', 3, [1   3 2]\n"
+    )
     theirs = read_csv(tmp_path / "theirs.csv")
     assert theirs.image.tolist() == ["ILSVRC2012_val_00000001.JPEG", "b.JPEG"]
     assert theirs.label.tolist() == [65, 3] and theirs.top.tolist() == [[65, 62, 100], [1, 3, 2]]

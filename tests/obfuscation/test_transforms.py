@@ -14,17 +14,43 @@ from scipy import ndimage
 from torch import Tensor
 
 from rayproj.errors import UserError
-from rayproj.obfuscation import CLEAN, HELD_OUT, OBFUSCATIONS, TRAINING, Assets, chosen, obfuscate, regenerate
-from rayproj.obfuscation import pixels, scenes
-from rayproj.obfuscation.colour import ColorNoiseBlocks, Halftoning, InvertLines, LowContrastTriangles
+from rayproj.obfuscation import (
+    CLEAN,
+    HELD_OUT,
+    OBFUSCATIONS,
+    TRAINING,
+    Assets,
+    chosen,
+    obfuscate,
+    pixels,
+    regenerate,
+    scenes,
+)
+from rayproj.obfuscation.colour import ColorNoiseBlocks, Halftoning, LowContrastTriangles
 from rayproj.obfuscation.styles import StyleNetwork
 
 # The names of the benchmark's data, and which of them it holds out.
-PUBLISHED = (
-    "AdversarialPatches BackgroundBlurComposition ColorNoiseBlocks Halftoning HighContrastBorder IconOverlay ImageOverlay "
-    "Interleave InvertLines LineShift PerspectiveTransform PhotoComposition RotateBlocks RotateImage StyleTransfer "
-    "SwirlWarp TextOverlay Texturize WavyColorWarp"
-).split()
+PUBLISHED = [
+    "AdversarialPatches",
+    "BackgroundBlurComposition",
+    "ColorNoiseBlocks",
+    "Halftoning",
+    "HighContrastBorder",
+    "IconOverlay",
+    "ImageOverlay",
+    "Interleave",
+    "InvertLines",
+    "LineShift",
+    "PerspectiveTransform",
+    "PhotoComposition",
+    "RotateBlocks",
+    "RotateImage",
+    "StyleTransfer",
+    "SwirlWarp",
+    "TextOverlay",
+    "Texturize",
+    "WavyColorWarp",
+]
 PUBLISHED_HELD_OUT = ["ColorPatternOverlay", "LowContrastTriangles", "PerspectiveComposition"]
 PERMUTE = ("LineShift", "RotateBlocks")
 
@@ -45,7 +71,9 @@ def pictures(n: int = 6, channels: int = 3, height: int = 40, width: int = 40) -
 
 
 def rows(n: int, first: int = 0) -> Tensor:
-    return torch.stack([torch.arange(first, first + n), torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)], 1)
+    return torch.stack(
+        [torch.arange(first, first + n), torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)], 1
+    )
 
 
 def test_names_and_split_are_those_of_the_benchmark() -> None:
@@ -59,7 +87,9 @@ def test_names_and_split_are_those_of_the_benchmark() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 40, 40), (1, 28, 28), (3, 24, 37), (1, 8, 8)], ids=str)
 @pytest.mark.parametrize("name", OBFUSCATIONS)
-def test_the_stored_parameters_give_the_same_image_whatever_its_mates(name: str, shape: tuple[int, ...], assets: Assets) -> None:
+def test_the_stored_parameters_give_the_same_image_whatever_its_mates(
+    name: str, shape: tuple[int, ...], assets: Assets
+) -> None:
     images = pictures(5, *shape)
     before = images.clone()
     whole, records = obfuscate(name, images, rows(5), 3, assets)
@@ -106,7 +136,9 @@ def test_lines_are_shifted_as_in_a_loop(assets: Assets) -> None:
     for i, r in enumerate(records):
         width, shift = max(1, round(r["width"] * 40)), max(1, round(r["shift"] * 40))
         x = images[i].numpy() if not r["across"] else images[i].numpy().transpose(0, 2, 1)
-        expected = np.stack([np.roll(x[:, k], -shift if k // width % 2 == 0 else shift, 1) for k in range(x.shape[1])], 1)
+        expected = np.stack(
+            [np.roll(x[:, k], -shift if k // width % 2 == 0 else shift, 1) for k in range(x.shape[1])], 1
+        )
         assert np.array_equal(changed[i], expected if not r["across"] else expected.transpose(0, 2, 1))
 
 
@@ -133,7 +165,9 @@ def test_lines_inverted_twice_are_as_before(assets: Assets) -> None:
     i, r = next((i, r) for i, r in enumerate(records) if not r["across"])
     width = max(1, round(r["width"] * 40))
     inverted = np.arange(40) // width % 2 == (1 - r["first"])
-    assert np.array_equal(once[i].numpy(), np.where(inverted[None, :, None], 255 - images[i].numpy(), images[i].numpy()))
+    assert np.array_equal(
+        once[i].numpy(), np.where(inverted[None, :, None], 255 - images[i].numpy(), images[i].numpy())
+    )
 
 
 def test_offsets_of_blocks_touch_one_channel(assets: Assets) -> None:
@@ -177,7 +211,9 @@ def test_triangles_lower_contrast_each_about_its_grey(assets: Assets) -> None:
     records = records_of("LowContrastTriangles")
     changed = regenerate("LowContrastTriangles", images, records, assets).float()
     for i, r in enumerate(records):
-        candidates = [level + c * (images[i].float() - level) for level, c in zip(r["level"], r["contrast"], strict=True)]
+        candidates = [
+            level + c * (images[i].float() - level) for level, c in zip(r["level"], r["contrast"], strict=True)
+        ]
         distance = torch.stack([(changed[i] - c).abs() for c in candidates]).amax(1)
         nearest = distance.min(0)
         assert nearest[0].max() <= 0.51 and len(nearest[1].unique()) == 3
@@ -224,7 +260,9 @@ def test_a_perspective_takes_its_points_where_it_says(assets: Assets) -> None:
     """Against a homography that is solved as eight equations for each image."""
     images, records = pictures(6, 3, 40, 50), records_of("PerspectiveTransform")
     changed = regenerate("PerspectiveTransform", images, records, assets)
-    centres = np.array([[0.25 * 50, 0.25 * 40], [0.75 * 50, 0.25 * 40], [0.75 * 50, 0.75 * 40], [0.25 * 50, 0.75 * 40]]) - 0.5
+    centres = (
+        np.array([[0.25 * 50, 0.25 * 40], [0.75 * 50, 0.25 * 40], [0.75 * 50, 0.75 * 40], [0.25 * 50, 0.75 * 40]]) - 0.5
+    )
     y, x = np.mgrid[:40, :50].astype(float)
     for i, r in enumerate(records):
         moved = centres + 40 * np.array(r["moved"]).reshape(4, 2)
@@ -287,7 +325,10 @@ def test_blur_against_scipy() -> None:
     found = pixels.blurred(images, torch.tensor([0.05, 0.1]))
     for i, sigma in enumerate((0.05 * 48, 0.1 * 48)):
         weight = ndimage.gaussian_filter(np.ones((48, 48)), sigma, mode="constant", truncate=8)
-        expected = [ndimage.gaussian_filter(c.numpy().astype(float), sigma, mode="constant", truncate=8) / weight for c in images[i]]
+        expected = [
+            ndimage.gaussian_filter(c.numpy().astype(float), sigma, mode="constant", truncate=8) / weight
+            for c in images[i]
+        ]
         assert np.abs(found[i].numpy() - np.stack(expected)).max() < 0.2
 
 
