@@ -37,7 +37,7 @@ SCENES = 64  # that there are where no dataset is given
 PATCHES, STYLES = "patches.safetensors", "styles.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass
 class AssetsConfig:
     """Where the pictures and what was learned come from."""
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
-from rayproj.report import figures
+from rayproj.report import figures, obfuscations
 from rayproj.storage.store import Store, from_json
 
 PACKAGES = (
@@ -123,6 +124,10 @@ def gather(stages: Stages) -> dict[str, Any]:
             report["watermark"] = found["watermark"]
         if private:
             report["privacy_and_use"] = privacy_and_use(stages)
+    if measured := stages.of("evaluate_obfuscations"):
+        report["obfuscations"] = {
+            name: {**obfuscations.tables(done[name]), "metrics": done[name]["metrics"]} for name in measured
+        }
     ordered = sorted(done.items(), key=lambda item: item[1]["finished_at"])
     report["stages"] = {name: {"job": r["job"], "seconds": r["seconds"]} for name, r in ordered}
     report["environment"] = environment()
@@ -245,10 +250,24 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
         found["accuracy"] = _uri(figures.svg(figures.accuracy_bars(result["accuracy"], chance, TITLES)), "svg+xml")
         matrices = figures.confusions(result["confusion"], result["classes"], TITLES)
         found["confusion"] = _uri(figures.svg(matrices), "svg+xml")
+    for name in stages.of("evaluate_obfuscations"):
+        found[f"heat map of {name}"] = _uri(obfuscations.heat_map(stages.results[name]), "svg+xml")
+    for name in stages.of("obfuscate"):
+        found[f"gallery of {name}"] = _uri(figures.png(_gallery(stages, name)), "png")
     spans = [{"stage": name, **span} for name in stages.stores for span in stages.lines(name, "timeline.jsonl")]
     if spans:
         found["timeline"] = _uri(figures.svg(figures.timeline(spans)), "svg+xml")
     return found
+
+
+def _gallery(stages: Stages, name: str) -> Figure:
+    """The first images of an obfuscated dataset, a row for each obfuscation."""
+    dataset = Dataset.open(stages.results[name]["dataset"])
+    names = dataset.header.fields["obfuscation"].values
+    per_name = dataset.header.num_samples // len(names)
+    reader, count = Reader(dataset, ["image"]), min(10, per_name)
+    rows = [reader.gather(k * per_name + np.arange(count))["image"] for k in range(len(names))]
+    return figures.samples({"": np.stack(rows)}, list(names), zoom=0.5)
 
 
 def build(root: str, places: dict[str, str]) -> tuple[dict[str, Any], str]:
