@@ -15,6 +15,8 @@ from rayproj import keyed
 from rayproj.errors import UserError
 from rayproj.obfuscation.assets import Assets
 
+AT_ONCE = 2**20  # values of images at once on a CPU, whose cache holds them and what is made of them
+
 
 @dataclass(frozen=True)
 class Range:
@@ -108,6 +110,15 @@ class Obfuscation(ABC):
                 "assets.learned, or leave it out."
             )
 
-    @abstractmethod
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
         """uint8 [B, C, H, W] of images of the same shape; C is 1 or 3. An image's result depends on no other image."""
+        size = len(images) if images.is_cuda else max(1, AT_ONCE // images[0].numel())
+        if size >= len(images):
+            return self.changed(images, assets)
+        columns = [getattr(self, name).split(size) for name in self.ranges()]
+        parts = [type(self)(*part).changed(x, assets) for *part, x in zip(*columns, images.split(size), strict=True)]
+        return torch.cat(parts)
+
+    @abstractmethod
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
+        """What `__call__` does, of images that a cache holds."""

@@ -13,7 +13,7 @@ from rayproj.obfuscation.assets import Assets
 from rayproj.obfuscation.base import KEY, Obfuscation, between, whole
 from rayproj.obfuscation.pixels import (
     TABLE,
-    along,
+    bands,
     block_means,
     blocks,
     drawn,
@@ -35,7 +35,7 @@ class ColorNoiseBlocks(Obfuscation):
     strength: Annotated[Tensor, between(0.4, 1.0)]  # largest offset, of the range of values
     key: Annotated[Tensor, KEY]
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         channels = images.shape[1]
         u = drawn("ColorNoiseBlocks", self.key, (3, TABLE, TABLE))
         chosen = (u[:, 0] < self.share[:, None, None])[:, None] & (
@@ -55,7 +55,7 @@ class Halftoning(Obfuscation):
     size: Annotated[Tensor, between(1 / 45, 1 / 18)]  # side of a block
     method: Annotated[Tensor, whole(0, 3)]  # disc, square, diamond, line
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         size, channels = length(self.size, images, least=2), []
         for channel in range(images.shape[1]):
             # Each channel's blocks begin a little later, as the screens of printers are apart.
@@ -94,9 +94,9 @@ class InvertLines(Obfuscation):
     across: Annotated[Tensor, whole(0, 1)]  # bands of columns
     first: Annotated[Tensor, whole(0, 1)]  # whether the first band is inverted
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
-        band = along(images, self.across) // length(self.width, images)[:, None, None] + self.first[:, None, None]
-        return images ^ (255 * (band % 2)).to(torch.uint8)[:, None]
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
+        inverted = bands(images, length(self.width, images), self.across) ^ self.first.to(torch.uint8)[:, None, None]
+        return images ^ (255 * inverted)[:, None]
 
 
 @dataclass
@@ -110,12 +110,13 @@ class LowContrastTriangles(Obfuscation):
     contrast: Annotated[Tensor, between(0.05, 0.35, 3)]  # of each kind
     level: Annotated[Tensor, between(60, 195, 3)]  # the grey that each kind comes near to
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         leg = (self.size.double() * side(images))[:, None, None]
         y, x = places(images, self.size)
-        v, u = y / leg, (x + self.shear.double()[:, None, None] * y) / leg
-        upper = (u - u.floor()) + (v - v.floor()) > 1
+        v, u = y / leg, x / leg + self.shear.double()[:, None, None] * y / leg
+        column, row = u.floor(), v.floor()
+        upper = u - column + (v - row) > 1
         # Of triangles that share a side, no two are of one kind.
-        kind = (u.floor() + v.floor() + 2 * upper).long() % 3
+        kind = (column + row + 2 * upper).long() % 3
         contrast, level = (p.gather(1, kind.flatten(1)).view_as(kind)[:, None] for p in (self.contrast, self.level))
         return to_bytes(level + contrast * (images.float() - level))

@@ -24,7 +24,7 @@ class BackgroundBlurComposition(Obfuscation):
     place: Annotated[Tensor, between(0, 1, 2)]  # y and x, of the room that is left
     blur: Annotated[Tensor, between(0.04, 0.1)]  # standard deviation
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         small, inside = inset(images, self.size, *self.place.T)
         return to_bytes(torch.where(inside, small, blurred(images, self.blur)))
 
@@ -39,7 +39,7 @@ class HighContrastBorder(Obfuscation):
     level: Annotated[Tensor, between(90, 165)]  # the grey that it comes near to
     key: Annotated[Tensor, KEY]
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         middle = torch.full_like(self.size, 0.5)
         small, inside = inset(images, self.size, middle, middle)
         level = per_image(self.level)
@@ -56,7 +56,7 @@ class PhotoComposition(Obfuscation):
     place: Annotated[Tensor, between(0, 1, 2)]  # y and x, of the room that is left
     photo: Annotated[Tensor, whole(0, ANY)]
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         small, inside = inset(images, self.size, *self.place.T)
         return torch.where(inside, to_bytes(small), assets.photos(self.photo, images.shape[1:]))
 
@@ -70,7 +70,7 @@ class PerspectiveComposition(Obfuscation):
     corners: Annotated[Tensor, between(0.05, 0.33, 8)]
     photo: Annotated[Tensor, whole(0, ANY)]
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]
         frame = [[0, 0], [1, 0], [1, 1], [0, 1]]
         corner = torch.tensor(frame, dtype=torch.float64, device=images.device)

@@ -25,7 +25,7 @@ class AdversarialPatches(Obfuscation):
     patch: Annotated[Tensor, whole(0, ANY)]
     patch_size: Annotated[Tensor, between(0.19, 0.25)]
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         self.require(assets)
         assert assets.patches is not None
         patches = assets.patches
@@ -42,7 +42,7 @@ class StyleTransfer(Obfuscation):
     style: Annotated[Tensor, whole(0, ANY)]
     strength: Annotated[Tensor, between(0.75, 1.0)]  # weight against the image
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         network = _styles(self, assets)
         painted = _repainted(network, images, self.style % network.pictures)
         return to_bytes(mixed(images.float(), painted, per_image(self.strength)))
@@ -57,7 +57,7 @@ class Texturize(Obfuscation):
     strength: Annotated[Tensor, between(0.75, 0.95)]  # weight against the image
     colour: Annotated[Tensor, between(0.0, 0.25)]  # that is left
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         network = _styles(self, assets)
         painted = _repainted(network, images, network.pictures + self.style % network.textures)
         x = mixed(images.float(), painted, per_image(self.strength))

@@ -12,7 +12,7 @@ from torch import Tensor
 from rayproj.obfuscation.assets import Assets
 from rayproj.obfuscation.base import Obfuscation, between, whole
 from rayproj.obfuscation.composition import ANY
-from rayproj.obfuscation.pixels import along, grey, length, mixed, per_image, places, saturated, side, to_bytes
+from rayproj.obfuscation.pixels import bands, grey, length, mixed, per_image, places, saturated, side, to_bytes
 
 
 @dataclass
@@ -26,15 +26,18 @@ class ColorPatternOverlay(Obfuscation):
     opacity: Annotated[Tensor, between(0.55, 0.8)]  # of the pattern
     tint: Annotated[Tensor, between(0.2, 0.4)]  # of its colour in the rest
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         y, x = places(images, self.count)
         cell = (side(images) / self.count.double())[:, None, None]
         v, u = (y + 0.5) / cell, (x + 0.5) / cell
-        odd = v.floor() % 2 / 2  # every other row of discs is moved by half of one
-        discs = ((u + odd) % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 > 0.35**2
-        checks = (u.floor() + v.floor()) % 2 == 0
-        stripes = ((u + v) % 2 < 1).expand_as(checks)
-        shown = torch.stack([discs, checks, stripes], 1)[torch.arange(len(images), device=y.device), self.pattern]
+        odd = v.floor() % 2 == 1
+        across, down = ((p % 1 - 0.5) ** 2 for p in (u, v))
+        # Every other row of discs is moved by half of one.
+        discs = torch.where(odd, ((u + 0.5) % 1 - 0.5) ** 2, across) + down > 0.35**2
+        checks = odd != (u.floor() % 2 == 1)
+        stripes = (u % 2 + v % 2) % 2 < 1
+        pattern = self.pattern[:, None, None]
+        shown = torch.where(pattern == 0, discs, torch.where(pattern == 1, ~checks, stripes))
         weight = torch.where(shown, self.opacity[:, None, None], self.tint[:, None, None])[:, None]
         light = grey(images.float()).expand(-1, images.shape[1], -1, -1)
         return to_bytes(mixed(light, saturated(self.hue, images.shape[1]), weight))
@@ -50,7 +53,7 @@ class IconOverlay(Obfuscation):
     hue: Annotated[Tensor, between(0, 1)]
     opacity: Annotated[Tensor, between(0.5, 0.8)]
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         y, x = places(images, self.opacity)
         cell = (side(images) / self.count.double())[:, None]
         v, u = (((p.flatten() + 0.5) / cell) % 1 for p in (y, x))
@@ -66,7 +69,7 @@ class ImageOverlay(Obfuscation):
     opacity: Annotated[Tensor, between(0.4, 0.65)]
     photo: Annotated[Tensor, whole(0, ANY)]
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         other = assets.photos(self.photo, images.shape[1:])
         return to_bytes(mixed(images.float(), other.float(), per_image(self.opacity)))
 
@@ -80,9 +83,9 @@ class Interleave(Obfuscation):
     across: Annotated[Tensor, whole(0, 1)]  # bands of columns
     photo: Annotated[Tensor, whole(0, ANY)]
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
-        band = along(images, self.across) // length(self.width, images)[:, None, None]
-        return torch.where((band % 2 == 1)[:, None], assets.photos(self.photo, images.shape[1:]), images)
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
+        other = bands(images, length(self.width, images), self.across).bool()
+        return torch.where(other[:, None], assets.photos(self.photo, images.shape[1:]), images)
 
 
 @dataclass
@@ -97,7 +100,7 @@ class TextOverlay(Obfuscation):
     hue: Annotated[Tensor, between(-0.06, 0.08)]  # reds, mostly
     opacity: Annotated[Tensor, between(0.75, 1.0)]
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         y, x = places(images, self.angle)
         angle = self.angle.double() * (math.pi / 180)
         cos, sin = (f(angle)[:, None, None] for f in (torch.cos, torch.sin))

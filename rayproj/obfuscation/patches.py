@@ -27,7 +27,7 @@ def laid(framed_images: Tensor, patches: Tensor, size: Tensor) -> Tensor:
     inside = [(p >= 0) & (p < pixels) for p in near]
     scale = patches.shape[2] / pixels
     v, u = ((((p + 0.5) * scale - 0.5).clamp(0, patches.shape[2] - 1)).float() for p in near)
-    shown = sampled(patches, v.expand(-1, -1, width), u.expand(-1, height, -1))
+    shown = sampled(patches, v, u)
     return torch.where((inside[0] & inside[1])[:, None], shown, framed_images)
 
 

@@ -41,24 +41,28 @@ def places(images: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
     return y[None, :, None], x[None, None, :]
 
 
-def along(images: Tensor, across: Tensor) -> Tensor:
-    """int64 [B, H, W]: y of each pixel, or x where `across` [B] is 1."""
-    y, x = places(images, across)
-    return torch.where(across[:, None, None] == 1, x, y).expand(-1, *images.shape[2:])
+def bands(images: Tensor, width: Tensor, across: Tensor) -> Tensor:
+    """uint8 [B, H, W]: 0 and 1 in turn in bands of rows, or of columns where `across` [B] is 1, of `width` [B] pixels."""
+    y, x = places(images, width)
+    rows, columns = ((p.flatten() // width[:, None] % 2).to(torch.uint8) for p in (y, x))
+    upright = across.to(torch.uint8)[:, None]
+    return (rows * (1 - upright))[:, :, None] + (columns * upright)[:, None, :]
 
 
-def taken(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """The pixels at whole places, int64 that broadcast to [B, H, W]."""
-    batch, channels, height, width = images.shape
-    place = (y * width + x).expand(batch, height, width).reshape(batch, 1, -1).expand(-1, channels, -1)
+def taken(images: Tensor, place: Tensor) -> Tensor:
+    """The pixels at whole places y W + x, int64 [B, H, W]."""
+    batch, channels = images.shape[:2]
+    place = place.view(batch, 1, -1).expand(-1, channels, -1)
     return images.flatten(2).gather(2, place).view_as(images)
 
 
-def sampled(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """fp32 [B, C, h, w]: bilinear between pixels, at places fp32 [B, h, w] in pixels; black outside."""
+def sampled(images: Tensor, y: Tensor, x: Tensor, outside: str = "zeros") -> Tensor:
+    """fp32 [B, C, h, w]: bilinear between pixels, at places fp32 in pixels that broadcast to [B, h, w]; outside black, or
+    with "border" what is nearest."""
     height, width = images.shape[2:]
-    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
-    return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    x, y = (p * (2 / n) + (1 / n - 1) for p, n in ((x, width), (y, height)))
+    grid = torch.stack(torch.broadcast_tensors(x, y), dim=-1)
+    return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode=outside, align_corners=False)
 
 
 def spread(table: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -142,7 +146,6 @@ def inset(images: Tensor, size: Tensor, top: Tensor, left: Tensor, halve: bool =
     x = (x + 0.5 - left[:, None, None] * free * width) / s - 0.5
     inside = (y >= -0.5) & (y < height - 0.5) & (x >= -0.5) & (x < width - 0.5)
     y, x = (p.clamp(0, n - 1).float() for p, n in ((y, height), (x, width)))
-    y, x = y.expand(-1, -1, width), x.expand(-1, height, -1)
     if halve:
         return sampled(F.avg_pool2d(images.float(), 2, ceil_mode=True), (y - 0.5) / 2, (x - 0.5) / 2), inside[:, None]
     return sampled(images, y, x), inside[:, None]

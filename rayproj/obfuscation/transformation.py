@@ -13,7 +13,7 @@ from rayproj.obfuscation.assets import Assets
 from rayproj.obfuscation.base import KEY, Obfuscation, between, whole
 from rayproj.obfuscation.pixels import (
     TABLE,
-    along,
+    bands,
     blocks,
     drawn,
     hue_turned,
@@ -38,16 +38,12 @@ class LineShift(Obfuscation):
     shift: Annotated[Tensor, between(0.08, 0.4)]
     across: Annotated[Tensor, whole(0, 1)]  # bands of columns
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
-        band = along(images, self.across) // length(self.width, images)[:, None, None]
-        shift = length(self.shift, images)[:, None, None] * (1 - 2 * (band % 2))
-        y, x = places(images, self.across)
-        columns = self.across[:, None, None] == 1
-        return taken(
-            images,
-            torch.where(columns, y + shift, y) % images.shape[2],
-            torch.where(columns, x, x + shift) % images.shape[3],
-        )
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
+        back = bands(images, length(self.width, images), self.across).bool()[:, None]
+        pairs = zip(images, length(self.shift, images).tolist(), (2 - self.across).tolist(), strict=True)
+        moved = [(x.roll(-shift, axis), x.roll(shift, axis)) for x, shift, axis in pairs]
+        forth_and_back = [torch.stack(found) for found in zip(*moved, strict=True)]
+        return torch.where(back, forth_and_back[1], forth_and_back[0])
 
 
 @dataclass
@@ -57,7 +53,7 @@ class PerspectiveTransform(Obfuscation):
     group = "transformation"
     moved: Annotated[Tensor, between(-0.11, 0.11, 8)]  # x and y of each centre
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]
         x, y = ([0.25 * n - 0.5, 0.75 * n - 0.5] for n in (width, height))
         centres = [[x[0], y[0]], [x[1], y[0]], [x[1], y[1]], [x[0], y[1]]]
@@ -74,21 +70,22 @@ class RotateBlocks(Obfuscation):
     size: Annotated[Tensor, between(1 / 56, 1 / 12)]
     key: Annotated[Tensor, KEY]
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]
         size = length(self.size, images, least=2)
         by, bx = blocks(images, size)
-        turns = 1 + (3 * drawn("RotateBlocks", self.key, (1, TABLE, TABLE))).long()
+        turns = 1 + (3 * drawn("RotateBlocks", self.key, (1, TABLE, TABLE))).to(torch.uint8)
         turn = spread(turns, by, bx)[:, 0]
         whole_y, whole_x = ((b + 1) * size[:, None] <= n for b, n in ((by, height), (bx, width)))
-        turn = torch.where(whole_y[:, :, None] & whole_x[:, None], turn, 0)
+        turn = turn * (whole_y[:, :, None] & whole_x[:, None])
         y, x = places(images, size)
-        last = (size - 1)[:, None, None]
-        v, u = y % size[:, None, None], x % size[:, None, None]
-        # A quarter turn, against the clock, takes to (v, u) what was at (u, last - v).
-        found_v = torch.where(turn == 0, v, torch.where(turn == 1, u, torch.where(turn == 2, last - v, last - u)))
-        found_u = torch.where(turn == 0, u, torch.where(turn == 1, last - v, torch.where(turn == 2, last - u, v)))
-        return taken(images, y - v + found_v, x - u + found_u)
+        last, v, u = (size - 1)[:, None, None], y % size[:, None, None], x % size[:, None, None]
+        # A quarter turn, against the clock, takes to (v, u) of a block what was at (u, last - v).
+        turned = [(v * width, u), (last - v, u * width), ((last - v) * width, last - u), (v, (last - u) * width)]
+        place = turned[0][0] + turned[0][1]
+        for number, (of_row, of_column) in enumerate(turned[1:], 1):
+            place = torch.where(turn == number, of_row + of_column, place)
+        return taken(images, (y - v) * width + (x - u) + place)
 
 
 @dataclass
@@ -98,7 +95,7 @@ class RotateImage(Obfuscation):
     group = "transformation"
     angle: Annotated[Tensor, between(15, 345)]  # degrees
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]
         angle = self.angle.double() * (math.pi / 180)
         cos, sin = (f(angle)[:, None, None] for f in (torch.cos, torch.sin))
@@ -119,7 +116,7 @@ class SwirlWarp(Obfuscation):
     radius: Annotated[Tensor, between(0.7, 1.2)]  # at which a thousandth of it is left, nearly
     centre: Annotated[Tensor, between(0.4, 0.6, 2)]  # x and y, of the sides
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]
         y, x = places(images, self.strength)
         cy = self.centre[:, 1, None, None].double() * (height - 1)
@@ -143,7 +140,7 @@ class WavyColorWarp(Obfuscation):
     lag: Annotated[Tensor, between(0.3, 1.2)]  # of a channel behind the one before, radians
     hue: Annotated[Tensor, between(40, 320)]  # degrees
 
-    def __call__(self, images: Tensor, assets: Assets) -> Tensor:
+    def changed(self, images: Tensor, assets: Assets) -> Tensor:
         batch, channels, height, width = images.shape
         y, x = places(images, self.lag)
         lag = self.lag.double()[:, None] * torch.arange(channels, device=images.device)  # [B, C]
@@ -154,9 +151,7 @@ class WavyColorWarp(Obfuscation):
             angle = angle + 2 * math.pi * self.waves[:, axis, None, None, None].double() * place / longest
             return self.height[:, axis, None, None, None].double() * side(images) * torch.sin(angle)
 
-        from_y = (y + wave(0, x, width)).float().expand(-1, -1, height, -1)
-        from_x = (x + wave(1, y, height)).float().expand(-1, -1, -1, width)
-        # Edges are repeated.
-        from_y, from_x = from_y.clamp(0, height - 1).flatten(0, 1), from_x.clamp(0, width - 1).flatten(0, 1)
-        waved = sampled(images.reshape(batch * channels, 1, height, width), from_y, from_x)
+        from_y, from_x = y + wave(0, x, width).float(), x + wave(1, y, height).float()
+        single = images.reshape(batch * channels, 1, height, width)
+        waved = sampled(single, from_y.flatten(0, 1), from_x.flatten(0, 1), outside="border")
         return to_bytes(hue_turned(waved.view(batch, channels, height, width), self.hue))

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
+from rayproj.benchmarks.obfuscation_plain import PLAIN
 from rayproj.errors import UserError
 from rayproj.obfuscation import (
     CLEAN,
@@ -416,3 +417,30 @@ def test_what_was_not_learned_is_said() -> None:
     for name in ("AdversarialPatches", "StyleTransfer", "Texturize"):
         with pytest.raises(UserError, match=f"{name} needs .* jobs/learn_obfuscations.py"):
             obfuscate(name, pictures(1), rows(1), 0, bare)
+
+
+ALIKE = {  # mean difference in levels from what PIL, NumPy and SciPy make by the same parameters; of random blocks, small icons and texts none
+    "BackgroundBlurComposition": 8, "Halftoning": 1, "ImageOverlay": 1, "Interleave": 0, "InvertLines": 0,
+    "LineShift": 0, "PerspectiveTransform": 3, "PhotoComposition": 8, "RotateImage": 3, "SwirlWarp": 1, "WavyColorWarp": 1,
+    "ColorPatternOverlay": 1, "LowContrastTriangles": 1, "PerspectiveComposition": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_the_benchmark_measures_against_the_same_thing(name: str, assets: Assets) -> None:
+    images, records = pictures(6, 3, 96, 96), records_of(name)
+    photos = [
+        np.ascontiguousarray(x.permute(1, 2, 0).numpy()) for x in assets.photos(torch.arange(5), images.shape[1:])
+    ]
+    ours = regenerate(name, images, records, assets).permute(0, 2, 3, 1).numpy().astype(float)
+    for i, record in enumerate(records):
+        plain = PLAIN[name](np.ascontiguousarray(images[i].permute(1, 2, 0).numpy()), record, photos)
+        assert np.abs(ours[i] - plain).mean() <= ALIKE[name] + 0.05
+
+
+@pytest.mark.parametrize("name", ["HighContrastBorder", "SwirlWarp", "AdversarialPatches"])
+def test_what_is_done_in_parts_is_the_same(name: str, assets: Assets, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pictures(7)
+    whole, records = obfuscate(name, images, rows(7), 0, assets)
+    monkeypatch.setattr("rayproj.obfuscation.base.AT_ONCE", 2 * images[0].numel())
+    assert torch.equal(regenerate(name, images, records, assets), whole)
