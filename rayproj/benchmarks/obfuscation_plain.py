@@ -121,7 +121,7 @@ def rotate_blocks(image: np.ndarray, p: Params, photos: Sequence[np.ndarray]) ->
     for y in range(0, image.shape[0] - size + 1, size):
         for x in range(0, image.shape[1] - size + 1, size):
             block = image[y : y + size, x : x + size]
-            out[y : y + size, x : x + size] = np.rot90(block, rng.integers(1, 4))
+            out[y : y + size, x : x + size] = np.rot90(block, int(rng.integers(1, 4)))
     return out
 
 
@@ -176,7 +176,7 @@ def _blurred(image: np.ndarray, share: float) -> Image.Image:
 
 
 def background_blur_composition(image: np.ndarray, p: Params, photos: Sequence[np.ndarray]) -> np.ndarray:
-    return _pasted(image, p["size"], *p["place"], _blurred(image, p["blur"]))
+    return _pasted(image, p["size"], p["place"][0], p["place"][1], _blurred(image, p["blur"]))
 
 
 def high_contrast_border(image: np.ndarray, p: Params, photos: Sequence[np.ndarray]) -> np.ndarray:
@@ -186,7 +186,7 @@ def high_contrast_border(image: np.ndarray, p: Params, photos: Sequence[np.ndarr
 
 
 def photo_composition(image: np.ndarray, p: Params, photos: Sequence[np.ndarray]) -> np.ndarray:
-    return _pasted(image, p["size"], *p["place"], Image.fromarray(photos[p["photo"] % len(photos)]))
+    return _pasted(image, p["size"], p["place"][0], p["place"][1], Image.fromarray(photos[p["photo"] % len(photos)]))
 
 
 def perspective_composition(image: np.ndarray, p: Params, photos: Sequence[np.ndarray]) -> np.ndarray:
@@ -213,8 +213,8 @@ def color_pattern_overlay(image: np.ndarray, p: Params, photos: Sequence[np.ndar
         shown = ((u + np.floor(v) % 2 / 2) % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 > 0.35**2
     else:
         shown = (np.floor(u) + np.floor(v)) % 2 == 0 if p["pattern"] == 1 else (u + v) % 2 < 1
-    weight = np.where(shown, p["opacity"], p["tint"])[..., None]
-    light = np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    weight = np.expand_dims(np.where(shown, p["opacity"], p["tint"]), -1)
+    light = np.expand_dims(np.asarray(Image.fromarray(image).convert("L")), -1)
     return _bytes(light + (_colour(p["hue"]) - light) * weight)
 
 

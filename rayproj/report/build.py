@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import platform
+from functools import partial
 from importlib import metadata
 from importlib.resources import files
 from typing import Any
@@ -252,12 +253,18 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
         found["confusion"] = _uri(figures.svg(matrices), "svg+xml")
     for name in stages.of("evaluate_obfuscations"):
         found[f"heat map of {name}"] = _uri(obfuscations.heat_map(stages.results[name]), "svg+xml")
-    for name in stages.of("obfuscate"):
+    for name in filter(partial(_may_be_shown, stages), stages.of("obfuscate")):
         found[f"gallery of {name}"] = _uri(figures.png(_gallery(stages, name)), "png")
     spans = [{"stage": name, **span} for name in stages.stores for span in stages.lines(name, "timeline.jsonl")]
     if spans:
         found["timeline"] = _uri(figures.svg(figures.timeline(spans)), "svg+xml")
     return found
+
+
+def _may_be_shown(stages: Stages, name: str) -> bool:
+    """Whether an obfuscated dataset is of test or of synthetic images: whoever reads a report may see no private image."""
+    origin = Dataset.open(stages.results[name]["dataset"]).header.provenance["obfuscated_from"]
+    return origin == stages.root.at("data/test").uri or origin.startswith(stages.root.at("synthetic").uri)
 
 
 def _gallery(stages: Stages, name: str) -> Figure:

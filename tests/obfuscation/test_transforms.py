@@ -419,9 +419,11 @@ def test_what_was_not_learned_is_said() -> None:
             obfuscate(name, pictures(1), rows(1), 0, bare)
 
 
-ALIKE = {  # mean difference in levels from what PIL, NumPy and SciPy make by the same parameters; of random blocks, small icons and texts none
-    "BackgroundBlurComposition": 8, "Halftoning": 1, "ImageOverlay": 1, "Interleave": 0, "InvertLines": 0,
-    "LineShift": 0, "PerspectiveTransform": 3, "PhotoComposition": 8, "RotateImage": 3, "SwirlWarp": 1, "WavyColorWarp": 1,
+# Mean difference in levels from what PIL, NumPy and SciPy make by the same parameters; of random blocks, small icons and
+# texts none can be said.
+ALIKE = {
+    "BackgroundBlurComposition": 8, "Halftoning": 1, "ImageOverlay": 1, "Interleave": 0, "InvertLines": 0, "LineShift": 0,
+    "PerspectiveTransform": 3, "PhotoComposition": 8, "RotateImage": 3, "SwirlWarp": 1, "WavyColorWarp": 1,
     "ColorPatternOverlay": 1, "LowContrastTriangles": 1, "PerspectiveComposition": 5,
 }  # fmt: skip
 
