@@ -176,10 +176,11 @@ def result_of(config: GuessConfig) -> dict[str, Any]:
     """What is measured of all models; writes their CSV files where they are not of others.
 
     Returns:
-        By model the metrics, their intervals, and the obfuscations that it was trained with.
+        By model the metrics, their intervals, and the obfuscations that it was trained with; "models" is their order.
     """
-    found: dict[str, Any] = {"metrics": {}, "intervals": {}, "images": {}, "seen": {}}
-    for name in [*config.models, *config.predictions]:
+    names = [*config.models, *config.predictions]
+    found: dict[str, Any] = {"models": names, "metrics": {}, "intervals": {}, "images": {}, "seen": {}}
+    for name in names:
         if name in config.predictions:
             predictions = measured.read_csvs(config.predictions[name], list(OBFUSCATIONS))
         else:

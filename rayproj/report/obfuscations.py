@@ -86,8 +86,8 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
     any_model = next(iter(result["metrics"].values()))
     columns = [column for column in columns if f"{column}-top-1" in any_model]
     rows, top = {}, {}
-    for name, found in result["metrics"].items():
-        intervals = result["intervals"][name]
+    for name in result["models"]:
+        found, intervals = result["metrics"][name], result["intervals"][name]
         rows[name] = [(found.get(f"{c}-top-1"), intervals.get(f"{c}-top-1")) for c in columns]
         top[name] = {n: [found.get(f"{c}-top-{n}") for c in columns] for n in TOP[1:]}
     kept = {key: result[key] for key in ("images", "seen", "label_weighted")}
@@ -98,7 +98,7 @@ def heat_map(result: dict[str, Any]) -> bytes:
     """SVG: top 1 by obfuscation and model; what a model was trained with is marked."""
     any_model = next(iter(result["metrics"].values()))
     names = [name for name in (CLEAN, *OBFUSCATIONS) if f"{name}-top-1" in any_model]
-    values = np.array([[found.get(f"{n}-top-1", np.nan) for n in names] for found in result["metrics"].values()])
-    marks = np.array([[n in result["seen"][model] for n in names] for model in result["metrics"]])
+    values = np.array([[result["metrics"][m].get(f"{n}-top-1", np.nan) for n in names] for m in result["models"]])
+    marks = np.array([[n in result["seen"][model] for n in names] for model in result["models"]])
     lines = [names.index(n) for n in names[1:] if OBFUSCATIONS[n].held_out][:1]
-    return figures.svg(figures.heat_map(values, list(result["metrics"]), names, marks, [1, *lines]))
+    return figures.svg(figures.heat_map(values, result["models"], names, marks, [1, *lines]))
