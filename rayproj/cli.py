@@ -1,5 +1,5 @@
 """The `rayproj` command: demo, chain, sweep, submit, plan, status, logs, stop, resume, privacy, export, dataset, grid,
-evaluate, verify, gc, doctor."""
+gallery, evaluate, verify, gc, doctor."""
 
 from __future__ import annotations
 
@@ -87,6 +87,12 @@ def main(argv: list[str] | None = None) -> int:
     grid.add_argument(
         "--per-cell", type=int, default=4, metavar="N", help="images of one kind at most (default: %(default)d)"
     )
+    gallery = commands.add_parser("gallery", help="a page that shows each obfuscation at several draws")
+    gallery.add_argument("images", metavar="URI", help="a dataset, or a folder of images of ImageNet")
+    gallery.add_argument("file", metavar="FILE", help="an HTML file")
+    gallery.add_argument("--draws", type=int, default=6, metavar="N", help="pictures of each (default: %(default)d)")
+    gallery.add_argument("--photos", default="", metavar="URI", help="a dataset of other pictures to compose with")
+    gallery.add_argument("--learned", default="", metavar="RUN", help="run dir of jobs/learn_obfuscations.py")
     _add_evaluate(commands)
     verify = commands.add_parser("verify", help="read and hash every file of the checkpoints and datasets of a folder")
     verify.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
@@ -184,6 +190,11 @@ def _run(arguments: argparse.Namespace) -> int:
         from rayproj.report.grid import write_grid
 
         print(write_grid(arguments.dataset, arguments.file, arguments.per_cell))
+        return 0
+    if arguments.command == "gallery":
+        from rayproj.report.obfuscations import write_gallery
+
+        print(write_gallery(arguments.images, arguments.file, arguments.draws, arguments.photos, arguments.learned))
         return 0
     if arguments.command == "evaluate":
         from rayproj.report import skewsize

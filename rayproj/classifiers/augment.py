@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from rayproj import keyed
+from rayproj.obfuscation import ObfuscateConfig, mixture
 
 GREY = 128  # what comes in where an image was moved away
 
@@ -25,6 +26,7 @@ class AugmentConfig:
     colour: float = 0.0  # strength of changes of brightness, contrast, saturation and hue, up to 1
     rand_augment: int = 0  # operations on each image (Cubuk et al. 2020, "RandAugment"); 0: none
     magnitude: float = 9.0  # of them, up to 30
+    obfuscate: ObfuscateConfig = field(default_factory=ObfuscateConfig)
 
     def problems(self) -> list[str]:
         found = [] if 0 <= self.colour <= 1 else [f"augment.colour must lie in [0, 1], not {self.colour:g}."]
@@ -38,7 +40,9 @@ def augmented(images: Tensor, row: Tensor, seed: int, config: AugmentConfig) -> 
     images = shifted_and_flipped(images, row, seed, config.shift, config.flip)
     if config.colour:
         images = coloured(images, row, seed, config.colour)
-    return rand_augmented(images, row, seed, config.rand_augment, config.magnitude) if config.rand_augment else images
+    if config.rand_augment:
+        images = rand_augmented(images, row, seed, config.rand_augment, config.magnitude)
+    return mixture(images, row, seed, config.obfuscate) if config.obfuscate.names else images
 
 
 def shifted_and_flipped(images: Tensor, row: Tensor, seed: int, shift: int, flip: bool) -> Tensor:

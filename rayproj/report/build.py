@@ -6,17 +6,19 @@ import base64
 import json
 import os
 import platform
+from functools import partial
 from importlib import metadata
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
-from rayproj.report import figures
+from rayproj.report import figures, obfuscations
 from rayproj.storage.store import Store, from_json
 
 PACKAGES = (
@@ -128,6 +130,10 @@ def gather(stages: Stages) -> dict[str, Any]:
             report["watermark"] = found["watermark"]
         if private:
             report["privacy_and_use"] = privacy_and_use(stages)
+    if measured := stages.of("evaluate_obfuscations"):
+        report["obfuscations"] = {
+            name: {**obfuscations.tables(done[name]), "metrics": done[name]["metrics"]} for name in measured
+        }
     ordered = sorted(done.items(), key=lambda item: item[1]["finished_at"])
     report["stages"] = {name: {"job": r["job"], "seconds": r["seconds"]} for name, r in ordered}
     report["environment"] = environment()
@@ -257,6 +263,10 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
         found["accuracy"] = data_uri(figures.svg(figures.accuracy_bars(result["accuracy"], chance, TITLES)), "svg+xml")
         matrices = figures.confusions(result["confusion"], result["classes"], TITLES)
         found["confusion"] = data_uri(figures.svg(matrices), "svg+xml")
+    for name in stages.of("evaluate_obfuscations"):
+        found[f"heat map of {name}"] = data_uri(obfuscations.heat_map(stages.results[name]), "svg+xml")
+    for name in filter(partial(_may_be_shown, stages), stages.of("obfuscate")):
+        found[f"gallery of {name}"] = data_uri(figures.png(_gallery(stages, name)), "png")
     spans = [{"stage": name, **span} for name in stages.stores for span in stages.lines(name, "timeline.jsonl")]
     if spans:
         found["timeline"] = data_uri(figures.svg(figures.timeline(spans)), "svg+xml")
@@ -279,6 +289,22 @@ def attacked_images(stages: Stages, count: int) -> dict[str, tuple[np.ndarray, n
                     names = [dataset.header.classes[label] for label in attacked["label"]]
                     found[f"{name}, {threat}"] = (clean, attacked[f"{threat}_image"], names)
     return found
+
+
+def _may_be_shown(stages: Stages, name: str) -> bool:
+    """Whether an obfuscated dataset is of test or of synthetic images: whoever reads a report may see no private image."""
+    origin = Dataset.open(stages.results[name]["dataset"]).header.provenance["obfuscated_from"]
+    return origin == stages.root.at("data/test").uri or origin.startswith(stages.root.at("synthetic").uri)
+
+
+def _gallery(stages: Stages, name: str) -> Figure:
+    """The first images of an obfuscated dataset, a row for each obfuscation."""
+    dataset = Dataset.open(stages.results[name]["dataset"])
+    names = dataset.header.fields["obfuscation"].values
+    per_name = dataset.header.num_samples // len(names)
+    reader, count = Reader(dataset, ["image"]), min(10, per_name)
+    rows = [reader.gather(k * per_name + np.arange(count))["image"] for k in range(len(names))]
+    return figures.samples({"": np.stack(rows)}, list(names), zoom=0.5)
 
 
 def build(root: str, places: dict[str, str]) -> tuple[dict[str, Any], str]:

@@ -327,6 +327,33 @@ def perturbed(rows: dict[str, tuple[np.ndarray, np.ndarray, list[str]]]) -> Figu
     return figure
 
 
+def heat_map(values: np.ndarray, rows: list[str], columns: list[str], marks: np.ndarray, lines: list[int]) -> Figure:
+    """Shares as percents, in colour.
+
+    Args:
+        values: [rows, columns] in [0, 1]; not a number where there is none.
+        marks: bool, of the same shape: what is printed bold, in a box.
+        lines: columns before which a line separates.
+    """
+    size = (0.42 * len(columns) + 2.2, 0.36 * len(rows) + 1.9)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for y, x in np.argwhere(np.isfinite(values)):
+        ink = "black" if values[y, x] > 0.6 else "white"
+        weight = "bold" if marks[y, x] else "normal"
+        axis.text(x, y, f"{100 * values[y, x]:.0f}", ha="center", va="center", fontsize=7, color=ink, weight=weight)
+        if marks[y, x]:
+            box = plt.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, edgecolor=ink, linewidth=0.8)
+            axis.add_patch(box)
+    for x in lines:
+        axis.axvline(x - 0.5, color="white", linewidth=3)
+    axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return figure
+
+
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
     """As many axes, at most PANELS in a row."""
     columns = min(PANELS, count)

@@ -19,6 +19,7 @@ from rayproj.classifiers.augment import (
     rand_augmented,
     shifted_and_flipped,
 )
+from rayproj.obfuscation import Assets, AssetsConfig, ObfuscateConfig, obfuscate
 
 
 def rows(n: int, step: int = 0) -> Tensor:
@@ -43,7 +44,15 @@ def test_shifts_and_flips_written_out() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("config", [AugmentConfig(colour=0.8), AugmentConfig(rand_augment=2), AugmentConfig(1, False)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        AugmentConfig(colour=0.8),
+        AugmentConfig(rand_augment=2),
+        AugmentConfig(1, False),
+        AugmentConfig(0, False, obfuscate=ObfuscateConfig(["training"], share=0.9)),
+    ],
+)
 def test_an_image_is_changed_alike_whatever_its_mates(channels: int, config: AugmentConfig) -> None:
     images = drawn(16, channels)
     whole = augmented(images, rows(16), 3, config)
@@ -103,3 +112,28 @@ def test_the_magnitude_is_how_far_it_goes() -> None:
 @pytest.mark.parametrize("wrong", [{"colour": 1.5}, {"magnitude": 31.0}, {"shift": -1}, {"rand_augment": -1}])
 def test_what_cannot_be_asked_for(wrong: dict[str, float]) -> None:
     assert AugmentConfig(**wrong).problems() and not AugmentConfig().problems()  # type: ignore[arg-type]
+
+
+def test_a_share_of_images_is_obfuscated_each_by_one_of_the_names() -> None:
+    names, images, row = ["InvertLines", "LineShift", "RotateImage"], drawn(300), rows(300)
+    config = AugmentConfig(0, False, obfuscate=ObfuscateConfig(names, share=0.4))
+    changed = augmented(images, row, 7, config)
+    ways = [obfuscate(name, images, row, 7, Assets.load(AssetsConfig()))[0] for name in names]
+    same = [(changed == other).flatten(1).all(1) for other in (images, *ways)]
+    assert (torch.stack(same).sum(0) >= 1).all(), "as it was, or as one of them makes it"
+    shares = [float(s.float().mean()) for s in same]
+    assert abs(shares[0] - 0.6) < 0.08 and all(abs(s - 0.4 / 3) < 0.07 for s in shares[1:])
+    assert torch.equal(augmented(images, row, 7, AugmentConfig(0, False)), images)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"names": ["Blurring"]}, "no obfuscation 'Blurring'"),
+        ({"names": ["StyleTransfer"]}, "StyleTransfer needs the run dir"),
+        ({"share": 1.5}, "must lie in"),
+    ],
+)
+def test_obfuscations_that_cannot_be_had(wrong: dict[str, object], said: str) -> None:
+    assert said in ObfuscateConfig(**wrong).problems()[0]  # type: ignore[arg-type]
+    assert not ObfuscateConfig(["all"]).problems(), "of sets, what was not learned is left out"

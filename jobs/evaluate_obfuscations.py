@@ -1,0 +1,44 @@
+"""Measure classifiers under obfuscations as Stimberg et al. 2023 do: several at once, shard by shard, by a pool of makers.
+
+python jobs/evaluate_obfuscations.py configs/evaluate_obfuscations.yaml key=value ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rayproj.data.dataset import Dataset
+from rayproj.evaluation.guessing import GuessConfig, header_of, result_of
+from rayproj.evaluation.obfuscations import summary
+from rayproj.runtime.command import command
+from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.run import Run, RunConfig
+from rayproj.tracking.tracker import TrackingConfig
+
+
+@dataclass
+class Config:
+    evaluate: GuessConfig = field(default_factory=GuessConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def main(config: Config) -> dict[str, Any]:
+    with Run.open("evaluate_obfuscations", config) as run:
+        if run.result:
+            return run.result
+        for name in config.evaluate.models:
+            guesses = Dataset.create(f"{config.evaluate.out}/{name}", header_of(config.evaluate, name))
+            maker = {"config": asdict(config.evaluate), "model": name, "out": guesses.uri}
+            produce(run, guesses, "rayproj.evaluation.guessing:Guesser", config.pool, maker)
+        result = result_of(config.evaluate)
+        rows = [[name, *summary(metrics).values()] for name, metrics in result["metrics"].items()]
+        columns = ["model", *summary(next(iter(result["metrics"].values())))]
+        run.tracker.event({"type": "table", "name": "obfuscations", "columns": columns, "rows": rows})
+        return run.finish(result)
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(Config, main))

@@ -1,0 +1,126 @@
+"""The obfuscations by name, alone and as a mixture in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayproj import keyed
+from rayproj.errors import UserError
+from rayproj.obfuscation import colour, composition, learned, overlay, transformation
+from rayproj.obfuscation.assets import Assets, AssetsConfig
+from rayproj.obfuscation.base import Obfuscation
+
+CLEAN = "Clean"  # the benchmark's name of the images as they are
+
+# In the order of the benchmark: by name, those that are held out at the end.
+OBFUSCATIONS: dict[str, type[Obfuscation]] = {
+    kind.name(): kind
+    for kind in (
+        learned.AdversarialPatches,
+        composition.BackgroundBlurComposition,
+        colour.ColorNoiseBlocks,
+        colour.Halftoning,
+        composition.HighContrastBorder,
+        overlay.IconOverlay,
+        overlay.ImageOverlay,
+        overlay.Interleave,
+        colour.InvertLines,
+        transformation.LineShift,
+        transformation.PerspectiveTransform,
+        composition.PhotoComposition,
+        transformation.RotateBlocks,
+        transformation.RotateImage,
+        learned.StyleTransfer,
+        transformation.SwirlWarp,
+        overlay.TextOverlay,
+        learned.Texturize,
+        transformation.WavyColorWarp,
+        overlay.ColorPatternOverlay,
+        colour.LowContrastTriangles,
+        composition.PerspectiveComposition,
+    )
+}
+TRAINING = tuple(name for name, kind in OBFUSCATIONS.items() if not kind.held_out)
+HELD_OUT = tuple(name for name, kind in OBFUSCATIONS.items() if kind.held_out)
+GROUPS = tuple(sorted({kind.group for kind in OBFUSCATIONS.values()}))
+SETS = {
+    "all": tuple(OBFUSCATIONS),
+    "training": TRAINING,
+    "held_out": HELD_OUT,
+    **{group: tuple(name for name in TRAINING if OBFUSCATIONS[name].group == group) for group in GROUPS},
+}
+
+
+def chosen(names: Sequence[str], assets: AssetsConfig | None = None) -> tuple[str, ...]:
+    """The obfuscations of a list of names and of sets: all, training, held_out, or a group (without what is held out). Of
+    sets, those are left out that need what was not learned.
+
+    Raises:
+        UserError: a name that is neither.
+    """
+    found: list[str] = []
+    for name in names:
+        if name not in OBFUSCATIONS and name not in SETS:
+            raise UserError(f"There is no obfuscation '{name}'; there are {', '.join([*OBFUSCATIONS, *SETS])}.")
+        learned = assets is None or bool(assets.learned)
+        found += [n for n in SETS.get(name, ()) if learned or not OBFUSCATIONS[n].needs] or [name]
+    return tuple(name for name in OBFUSCATIONS if name in found)
+
+
+def obfuscate(name: str, images: Tensor, row: Tensor, seed: int, assets: Assets) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Obfuscate images, uint8 [B, C, H, W], by parameters that are drawn for their rows, int64 [B, 3].
+
+    Returns:
+        uint8 of the same shape, and the parameters of each image.
+
+    Raises:
+        UserError: it needs what was not learned.
+    """
+    drawn = OBFUSCATIONS[name].draw(row, seed)
+    return drawn(images, assets), drawn.records()
+
+
+def regenerate(name: str, images: Tensor, records: Sequence[dict[str, Any]], assets: Assets) -> Tensor:
+    """The same images again from the parameters of `obfuscate`, bit for bit, on the same kind of device."""
+    return OBFUSCATIONS[name].of(records, images.device)(images, assets)
+
+
+@dataclass
+class ObfuscateConfig:
+    """Obfuscations of training images."""
+
+    # Of which one is drawn for an image: names, or all, training, held_out, colour, composition, learned, overlay,
+    # transformation. []: none. Whoever trains on those that are held out has nothing left that would be new.
+    names: list[str] = field(default_factory=list)
+    share: float = 0.5  # of the images that are obfuscated
+    assets: AssetsConfig = field(default_factory=AssetsConfig)
+
+    def problems(self) -> list[str]:
+        found = [] if 0 <= self.share <= 1 else [f"obfuscate.share must lie in [0, 1], not {self.share:g}."]
+        try:
+            lacking = [n for n in chosen(self.names, self.assets) if OBFUSCATIONS[n].needs and not self.assets.learned]
+        except UserError as error:
+            return [*found, str(error)]
+        if lacking:
+            found.append(
+                f"obfuscate.names: {lacking[0]} needs the run dir of jobs/learn_obfuscations.py in obfuscate.assets.learned."
+            )
+        return found
+
+
+def mixture(images: Tensor, row: Tensor, seed: int, config: ObfuscateConfig) -> Tensor:
+    """Images, uint8 [B, C, H, W], of which a share is obfuscated, each by one of those that the config names."""
+    names = chosen(config.names, config.assets)
+    assets = Assets.load(config.assets, str(images.device))
+    draw = keyed.uniform(seed, "obfuscations", row, (2,))
+    which = torch.where(draw[:, 0] < config.share, (draw[:, 1] * len(names)).long(), -1).tolist()
+    found = images.clone()
+    for number in sorted(set(which) - {-1}):
+        place = torch.tensor([i for i, w in enumerate(which) if w == number], device=images.device)
+        found[place] = obfuscate(names[number], images[place], row[place], seed, assets)[0]
+    return found

@@ -1,0 +1,104 @@
+"""Obfuscations to be looked at: a page with several draws of each, and the tables of the report."""
+
+from __future__ import annotations
+
+import base64
+import inspect
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayproj.data.encodings import ENCODINGS
+from rayproj.errors import UserError
+from rayproj.evaluation.obfuscations import SETS, TOP
+from rayproj.obfuscation.assets import Assets, AssetsConfig
+from rayproj.obfuscation.registry import CLEAN, OBFUSCATIONS, chosen, obfuscate
+from rayproj.obfuscation.writing import NOTICE, open_images
+from rayproj.report import figures
+
+LEAST = 160  # pixels of a picture's side on the page; smaller images are drawn larger
+
+
+def write_gallery(uri: str, file: str, draws: int = 6, photos: str = "", learned: str = "", seed: int = 0) -> str:
+    """Write an HTML page: each obfuscation in words, with its ranges, and so many images under parameters drawn for each.
+
+    Raises:
+        UserError: the images or assets are not there.
+    """
+    from jinja2 import Environment
+
+    images = open_images(uri, 224)
+    if "image" not in images.header.fields:
+        raise UserError(f"'{uri}' has no images; give a dataset that has.")
+    index = np.arange(min(draws, images.header.num_samples))
+    shown = torch.from_numpy(images.gather(index)["image"])
+    row = torch.from_numpy(np.stack([index, np.zeros_like(index), np.zeros_like(index)], 1))
+    config = AssetsConfig(photos=photos, learned=learned)
+    assets = Assets.load(config)
+    sections: list[dict[str, Any]] = [
+        {"name": CLEAN, "text": "The images as they are.", "pictures": [(_uri(x), "") for x in shown.numpy()]}
+    ]
+    for name in chosen(["all"], config):
+        changed, records = obfuscate(name, shown, row, seed, assets)
+        kind = OBFUSCATIONS[name]
+        sections.append(
+            {
+                "name": name,
+                "group": kind.group + (", held out" if kind.held_out else ""),
+                "text": inspect.getdoc(kind),
+                "ranges": ", ".join(f"{n} {r.low:.3g} to {r.high:.3g}" for n, r in kind.ranges().items()),
+                "pictures": [(_uri(x), _text(r)) for x, r in zip(changed.numpy(), records, strict=True)],
+            }
+        )
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        files("rayproj.report").joinpath("gallery.html").read_text()
+    )
+    Path(file).write_text(template.render(sections=sections, notice=NOTICE, least=LEAST), encoding="utf-8")
+    return file
+
+
+def _uri(image: np.ndarray) -> str:
+    times = max(1, LEAST // image.shape[1])
+    large = image.repeat(times, axis=1).repeat(times, axis=2)
+    return f"data:image/jpeg;base64,{base64.b64encode(ENCODINGS['jpg'].encode(large)).decode()}"
+
+
+def _text(record: dict[str, Any]) -> str:
+    def short(value: Any) -> str:
+        if isinstance(value, list):
+            return "[" + ", ".join(map(short, value)) + "]"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{name} {short(value)}" for name, value in record.items())
+
+
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    """What a report shows of a result of jobs/evaluate_obfuscations.py.
+
+    Returns:
+        "rows", by model: the columns for one guess with their intervals; "top", by model and number of guesses the same
+        without; "images", how many of them; and "label_weighted".
+    """
+    columns = [CLEAN, *(f"{kind}-{title}" for title in SETS for kind in ("mean", "worst"))]
+    any_model = next(iter(result["metrics"].values()))
+    columns = [column for column in columns if f"{column}-top-1" in any_model]
+    rows, top = {}, {}
+    for name in result["models"]:
+        found, intervals = result["metrics"][name], result["intervals"][name]
+        rows[name] = [(found.get(f"{c}-top-1"), intervals.get(f"{c}-top-1")) for c in columns]
+        top[name] = {n: [found.get(f"{c}-top-{n}") for c in columns] for n in TOP[1:]}
+    kept = {key: result[key] for key in ("images", "seen", "label_weighted")}
+    return {"columns": columns, "rows": rows, "top": top, **kept}
+
+
+def heat_map(result: dict[str, Any]) -> bytes:
+    """SVG: top 1 by obfuscation and model; what a model was trained with is marked."""
+    any_model = next(iter(result["metrics"].values()))
+    names = [name for name in (CLEAN, *OBFUSCATIONS) if f"{name}-top-1" in any_model]
+    values = np.array([[result["metrics"][m].get(f"{n}-top-1", np.nan) for n in names] for m in result["models"]])
+    marks = np.array([[n in result["seen"][model] for n in names] for model in result["models"]])
+    lines = [names.index(n) for n in names[1:] if OBFUSCATIONS[n].held_out][:1]
+    return figures.svg(figures.heat_map(values, result["models"], names, marks, [1, *lines]))
