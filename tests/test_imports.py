@@ -13,7 +13,7 @@ LAYERS = [
     {"data"},
     {"engine"},
     {"diffusion", "privacy", "classifiers", "robustness", "evaluation"},
-    {"synthesis", "curation"},
+    {"synthesis", "curation", "discovery"},
 ]
 BELOW_RAY = LAYERS[0] | LAYERS[1] | LAYERS[2]
 KNOW_NO_LOSS = {"runtime", "tracking"}

@@ -1,0 +1,363 @@
+"""What draws the images of a slice: our own diffusion model, any pipeline of diffusers, or a dataset of real images."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from rayproj import config as configuration
+from rayproj import keyed
+from rayproj.data.dataset import Dataset, Field
+from rayproj.data.reader import Columns, Reader
+from rayproj.data.split import assign
+from rayproj.diffusion.conditions import LABEL, TEXT, Condition, Conditions
+from rayproj.diffusion.sampling import SamplerConfig
+from rayproj.diffusion.task import DiffusionConfig, TrainedModel
+from rayproj.discovery.slices import Slice, Term, described
+from rayproj.errors import UserError
+from rayproj.storage.store import Store
+from rayproj.synthesis.plan import GenerateConfig, commit_hash, plan
+
+PROMPT, CAPTION = "prompt", "caption"
+AT_ONCE = 4096  # rows of a dataset whose attributes are read at once
+
+
+@dataclass
+class GeneratorConfig:
+    """One of three: model, pipeline or images."""
+
+    model: str = ""  # run dir of a diffusion model of ours; an attribute that it has as a property is drawn by that
+    pipeline: str = ""  # folder of a pipeline of diffusers that takes a prompt, or class labels
+    size: list[int] = field(default_factory=list)  # of a pipeline: height and width in pixels
+    trust_code: bool = False  # run the code that comes in the pipeline's folder, such as that of `rayproj export`
+    images: str = ""  # a dataset of real images with labels; no image is taken twice
+    caption: str = "caption"  # of images: the field with descriptions, if there is one
+    # Of images: a field of which equal values stay together, all for finding slices or all for confirming them, such as the
+    # person or the figure that is shown. "": every image by itself.
+    group: str = ""
+    prompt: str = "{label}"  # of a label that `labels` gives none
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)  # of a pipeline, steps and guidance alone count
+
+    def problems(self) -> list[str]:
+        found = []
+        if sum(map(bool, (self.model, self.pipeline, self.images))) != 1:
+            found.append("discover.generator needs one of model, pipeline and images.")
+        if self.pipeline and (len(self.size) != 2 or min(self.size) < 1):
+            found.append("discover.generator.size is [height, width] of the pipeline's images.")
+        return found
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be drawn, on the way to a generator: the ids that key the randomness, and rows of a dataset."""
+
+    slices: Sequence[Slice]
+    ids: np.ndarray
+    rows: np.ndarray
+
+
+class Generator(Protocol):
+    """Draws images of slices.
+
+    Attributes:
+        shape: [C, H, W] of an image.
+        fields: further ones that come with each image.
+        said: what a dataset's provenance says of it; equal where the same is drawn.
+    """
+
+    shape: tuple[int, ...]
+    fields: dict[str, Field]
+    said: dict[str, Any]
+
+    def values(self, attribute: str, given: Sequence[str]) -> list[str]:
+        """The values of an attribute that are looked at: those given, or all that are known.
+
+        Raises:
+            UserError: it has no such attribute or value.
+        """
+        ...
+
+    def terms(self, columns: Columns, slices: Sequence[Slice]) -> list[frozenset[Term]]:
+        """What is known of each image that was drawn."""
+        ...
+
+    def choose(self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int]) -> list[list[int]]:
+        """Rows to draw for each slice, at most as many as wanted, -1 where there are none to choose from.
+
+        Args:
+            confirming: whether to take from the images that confirm; the first slice of a label is its base then, and no
+                image is taken for both.
+            taken: rows that are used up.
+        """
+        ...
+
+    def draw(self, asked: Asked) -> Columns:
+        """ "image" uint8 [B, C, H, W], and the fields."""
+        ...
+
+
+def open_generator(
+    config: GeneratorConfig, labels: dict[str, str], attributes: dict[str, list[str]], seed: int, device: str
+) -> Generator:
+    """A generator; its networks are loaded when it draws.
+
+    Args:
+        labels: each label's prompt.
+        attributes: and the values that are looked at.
+
+    Raises:
+        UserError: there is none, or it cannot draw what is asked for.
+    """
+    if config.images:
+        return RealImages(config, labels, attributes, seed)
+    if config.pipeline:
+        return Pipeline(config, labels, seed, device)
+    return OwnModel(config, labels, attributes, seed, device)
+
+
+def prompt_of(of: Slice, labels: dict[str, str], properties: Sequence[str] = ()) -> str:
+    """The label's prompt, then the values and phrases of the slice, but for those that are drawn by a property."""
+    said = [value for name, value in of.values.items() if name not in properties]
+    return ", ".join([labels[of.label], *said, *of.phrases])
+
+
+class _Drawn:
+    """What generators without a fixed set of images have in common."""
+
+    def __init__(self) -> None:
+        self.fields = {PROMPT: Field("str")}
+
+    def values(self, attribute: str, given: Sequence[str]) -> list[str]:
+        if not given:
+            raise UserError(f"discover.attributes.{attribute}: list the values that are to be drawn.")
+        return list(given)
+
+    def terms(self, columns: Columns, slices: Sequence[Slice]) -> list[frozenset[Term]]:
+        return [frozenset(s.terms) for s in slices]
+
+    def choose(self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int]) -> list[list[int]]:
+        return [[-1] * count for _, count in wanted]
+
+
+class OwnModel(_Drawn):
+    """A run of jobs/train_diffusion.py or jobs/finetune_private.py."""
+
+    def __init__(
+        self, config: GeneratorConfig, labels: dict[str, str], attributes: dict[str, list[str]], seed: int, device: str
+    ) -> None:
+        super().__init__()
+        self.config, self.labels, self.seed, self.device = config, labels, seed, device
+        run = Store(config.model)
+        if not run.exists("config.yaml"):
+            raise UserError(f"There is no run at '{config.model}'; give the run dir of a trained diffusion model.")
+        diffusion = configuration.section(DiffusionConfig, run.read("config.yaml"), "diffusion")
+        self.latents = Dataset.open(diffusion.latents).header
+        conditions = Conditions.of(diffusion.conditioned, self.latents)
+        self.properties = [name for name in conditions.values if name != LABEL]
+        self.by_label, self.by_text = LABEL in conditions.values, bool(conditions.text)
+        properties = {name: attributes[name] for name in self.properties if attributes.get(name)}
+        prompts = list(labels.values()) if self.by_text else []
+        generate = GenerateConfig(
+            model=config.model, out="", samples=1, properties=properties, prompts=prompts, sampler=config.sampler
+        )
+        header = plan(generate, seed)
+        self.shape = header.fields["image"].shape
+        kept = ("model", "model_commit", "autoencoder_commit", "sampler", "private")
+        self.said = {name: header.provenance[name] for name in kept}
+        unknown = [name for name in labels if name not in self.latents.classes]
+        if not self.by_text and (unknown or not self.by_label):
+            there = ", ".join(self.latents.classes) if self.by_label else "none, and no text"
+            raise UserError(
+                f"The model '{config.model}' cannot draw '{next(iter(unknown or labels))}'; it knows {there}."
+            )
+        foreign = sorted(set(attributes) - set(self.properties))
+        if not self.by_text and foreign:
+            raise UserError(
+                f"discover.attributes.{foreign[0]}: the model '{config.model}' has no such property and takes no text; its "
+                f"properties are {', '.join(self.properties) or 'none'}."
+            )
+
+    def values(self, attribute: str, given: Sequence[str]) -> list[str]:
+        known = self.latents.values_of(attribute) if attribute in self.properties else ()
+        return super().values(attribute, list(given) or known)
+
+    @cached_property
+    def model(self) -> TrainedModel:
+        model = TrainedModel(self.config.model, self.device)
+        if commit_hash(model.commit) != self.said["model_commit"]:
+            raise UserError(
+                f"The model '{self.config.model}' has a newer commit by now; give discover.out another place."
+            )
+        model.prepare(self.config.sampler)
+        model.draws(self.shape)
+        return model
+
+    def draw(self, asked: Asked) -> Columns:
+        prompts = [prompt_of(s, self.labels, self.properties) for s in asked.slices]
+        condition: Condition = self.model.conditions.nothing(len(prompts), self.device)
+        for name in self.model.conditions.values:
+            known = self.latents.values_of(name)
+            named = [s.label if name == LABEL else s.values.get(name, "") for s in asked.slices]
+            numbers = [known.index(value) if value in known else -1 for value in named]
+            condition[name] = torch.tensor(numbers, device=self.device)
+        if self.by_text:
+            condition[TEXT] = self.model.text(prompts)
+        ids = torch.from_numpy(asked.ids).to(self.device)
+        images = self.model.draw(condition, ids, self.seed, self.config.sampler).cpu().numpy()
+        return {"image": images, PROMPT: np.array(prompts, object)}
+
+
+class Pipeline(_Drawn):
+    """A pipeline of diffusers."""
+
+    def __init__(self, config: GeneratorConfig, labels: dict[str, str], seed: int, device: str) -> None:
+        super().__init__()
+        self.config, self.labels, self.seed, self.device = config, labels, seed, device
+        index = Path(config.pipeline, "model_index.json")
+        if not index.is_file():
+            raise UserError(f"'{config.pipeline}' is no folder of a diffusers pipeline: it has no model_index.json.")
+        self.shape = (3, *config.size)
+        sampler = {"steps": config.sampler.steps, "guidance": config.sampler.guidance}
+        digest = hashlib.sha256(index.read_bytes())
+        for file in sorted(Path(config.pipeline).rglob("*.safetensors")):
+            with file.open("rb") as data:
+                digest.update(hashlib.file_digest(data, "sha256").digest())
+        self.said = {"pipeline": config.pipeline, "pipeline_digest": digest.hexdigest()[:16], "sampler": sampler}
+
+    @cached_property
+    def pipeline(self) -> Any:
+        from diffusers import DiffusionPipeline
+
+        try:
+            pipeline: Any = DiffusionPipeline.from_pretrained(
+                self.config.pipeline, trust_remote_code=self.config.trust_code, local_files_only=True
+            ).to(self.device)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"The pipeline '{self.config.pipeline}' cannot be loaded ({str(error).splitlines()[0]}); if its folder has "
+                "code that you trust, say discover.generator.trust_code=true."
+            ) from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def draw(self, asked: Asked) -> Columns:
+        prompts = [prompt_of(s, self.labels) for s in asked.slices]
+        takes = inspect.signature(self.pipeline.__call__).parameters
+        by = PROMPT if PROMPT in takes else "class_labels"
+        if by not in takes:
+            raise UserError(f"The pipeline '{self.config.pipeline}' takes neither a prompt nor class labels.")
+        if by == "class_labels" and any(s.terms for s in asked.slices):
+            raise UserError(
+                f"The pipeline '{self.config.pipeline}' takes class labels alone, and no attribute or words."
+            )
+        # A generator for each image: what it shows depends on no other.
+        index = torch.from_numpy(asked.ids)
+        row = torch.stack([index, torch.zeros_like(index), torch.zeros_like(index)], dim=1)
+        seeds = (keyed.uniform(self.seed, "pipeline", row).double() * 2**52).long().tolist()
+        size = dict(zip(("height", "width"), self.config.size, strict=True))
+        images = self.pipeline(
+            **{by: prompts, **{name: side for name, side in size.items() if name in takes}},
+            num_inference_steps=self.config.sampler.steps,
+            guidance_scale=self.config.sampler.guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pil",
+        ).images
+        found = np.stack([np.moveaxis(np.asarray(image.convert("RGB")), -1, 0) for image in images])
+        if found.shape[1:] != self.shape:
+            raise UserError(
+                f"The pipeline '{self.config.pipeline}' draws {found.shape[2]}x{found.shape[3]} pixels; give that in "
+                "discover.generator.size."
+            )
+        return {"image": found, PROMPT: np.array(prompts, object)}
+
+
+class RealImages:
+    """A dataset of labelled images: of every slice those that there are, in a keyed order, none of them twice."""
+
+    def __init__(
+        self, config: GeneratorConfig, labels: dict[str, str], attributes: dict[str, list[str]], seed: int
+    ) -> None:
+        self.dataset = Dataset.open(config.images)
+        header = self.dataset.header
+        kept = [name for name, f in header.fields.items() if not f.array and name != LABEL]
+        wanted = [LABEL, *attributes, *([config.group] if config.group else [])]
+        if missing := [name for name in wanted if name not in [LABEL, *kept] or name not in header.fields]:
+            raise UserError(f"{self.dataset.uri} has no field '{missing[0]}'; it has {', '.join(header.fields)}.")
+        self.captioned = config.caption in kept
+        if unknown := [name for name in labels if name not in header.classes]:
+            raise UserError(
+                f"{self.dataset.uri} has no images of '{unknown[0]}'; its classes are {', '.join(header.classes)}."
+            )
+        self.shape = header.fields["image"].shape
+        self.caption = config.caption
+        carried = [*attributes, *([config.caption] if self.captioned else [])]
+        self.fields = {name: Field("str") for name in carried} | {"row": Field("int")}
+        self.said = {"images": self.dataset.uri, "manifest": self.dataset.manifest_hash()}
+        self.said["private"] = header.provenance.get("private")
+        self.columns = self._read([*wanted, *carried])
+        self.label = self.columns[LABEL]
+        self.order = np.array(sorted(range(header.num_samples), key=lambda row: _position(row, seed)))
+        groups = self.columns[config.group] if config.group else [str(i) for i in range(header.num_samples)]
+        halves = {"finding": 0.5, "confirming": 0.5}
+        self.confirms: np.ndarray = np.array([assign(str(g), halves, seed) == "confirming" for g in groups])
+        self.known = [self._terms(i, attributes) for i in range(header.num_samples)]
+        self.reader = Reader(self.dataset, ["image"])
+
+    def _read(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Scalars by name, as texts."""
+        header, names = self.dataset.header, list(dict.fromkeys(names))
+        reader, parts = Reader(self.dataset, names), []
+        for begin in range(0, header.num_samples, AT_ONCE):
+            parts.append(reader.gather(np.arange(begin, min(begin + AT_ONCE, header.num_samples))))
+        found = {}
+        for name in names:
+            values, column = header.values_of(name), np.concatenate([part[name] for part in parts])
+            texts = [(values[v] if v >= 0 else "") if values else str(v) for v in column]
+            found[name] = np.array(texts, object)
+        return found
+
+    def _terms(self, row: int, attributes: dict[str, list[str]]) -> frozenset[Term]:
+        own = {Term(name, self.columns[name][row]) for name in attributes if self.columns[name][row]}
+        if not self.captioned:
+            return frozenset(own)
+        return frozenset(own) | described(self.columns[self.caption][row], self.label[row])
+
+    def values(self, attribute: str, given: Sequence[str]) -> list[str]:
+        there = sorted(set(self.columns[attribute]) - {""})
+        if unknown := [value for value in given if value not in there]:
+            raise UserError(
+                f"{self.dataset.uri} has no image with {attribute}={unknown[0]}; it has {', '.join(there)}."
+            )
+        return list(given) or there
+
+    def terms(self, columns: Columns, slices: Sequence[Slice]) -> list[frozenset[Term]]:
+        return [self.known[row] for row in columns["row"]]
+
+    def choose(self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int]) -> list[list[int]]:
+        used, found = set(taken), []
+        for of, count in wanted:
+            there = self.order[(self.label == of.label)[self.order] & (self.confirms == confirming)[self.order]]
+            terms = set(of.terms)
+            rows = [int(row) for row in there if row not in used and terms <= self.known[row]]
+            if confirming and not terms:
+                count = min(count, len(rows) // 2)  # the other half is left for the slices
+            found.append(rows[:count])
+            if not confirming or not terms:
+                used |= set(found[-1])
+        return found
+
+    def draw(self, asked: Asked) -> Columns:
+        carried = {name: self.columns[name][asked.rows] for name in self.fields if name != "row"}
+        return {"image": self.reader.gather(asked.rows)["image"], "row": asked.rows, **carried}
+
+
+def _position(row: int, seed: int) -> bytes:
+    return hashlib.blake2b(f"discovery/{seed}/{row}".encode(), digest_size=8).digest()
