@@ -6,6 +6,7 @@ Its samples hold the image, what was asked for, and what every classifier said o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,7 +133,7 @@ class Bench:
             fields[FEATURE] = Field("npy", (dimensions,))
         if stage.finding and self.captions:
             fields[SHOWS] = Field("str")
-        drawn = [row for chosen in rows for row in chosen]
+        drawn, whole = [row for chosen in rows for row in chosen], configuration.to_dict(self.config)
         return Header(
             name=f"{stage.name} of {len(self.labels)} labels",
             fields=fields,
@@ -148,7 +149,7 @@ class Bench:
                 "seed": self.seed,
                 "classifiers": {name: c.digest for name, c in self.classifiers.items()},
                 "index": index,
-                "examine": configuration.to_dict(self.config),
+                "examine": {f.name: whole[f.name] for f in dataclasses.fields(ExamineConfig)},
             },
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -304,10 +305,13 @@ class RealImages:
         self.said["private"] = header.provenance.get("private")
         self.columns = self._read([*wanted, *carried])
         self.label = self.columns[LABEL]
-        self.order = np.array(sorted(range(header.num_samples), key=lambda row: _position(row, seed)))
         groups = self.columns[config.group] if config.group else [str(i) for i in range(header.num_samples)]
+        self.groups = groups
+        self.order = sorted(range(header.num_samples), key=lambda row: _position(row, seed))
         halves = {"finding": 0.5, "confirming": 0.5}
-        self.confirms: np.ndarray = np.array([assign(str(g), halves, seed) == "confirming" for g in groups])
+        # Not by the group alone, by which the parts of an import are cut too.
+        parts = [assign(f"discovery/{group}", halves, seed) for group in groups]
+        self.confirms: np.ndarray = np.array(parts, object) == "confirming"
         self.known = [self._terms(i, attributes) for i in range(header.num_samples)]
         self.reader = Reader(self.dataset, ["image"])
 
@@ -344,9 +348,16 @@ class RealImages:
     def choose(self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int]) -> list[list[int]]:
         used, found = set(taken), []
         for of, count in wanted:
-            there = self.order[(self.label == of.label)[self.order] & (self.confirms == confirming)[self.order]]
             terms = set(of.terms)
-            rows = [int(row) for row in there if row not in used and terms <= self.known[row]]
+            rows = [
+                row
+                for row in self.order
+                if self.label[row] == of.label
+                and self.confirms[row] == confirming
+                and row not in used
+                and terms <= self.known[row]
+            ]
+            rows = in_turn([self.groups[row] for row in rows], rows)
             if confirming and not terms:
                 count = min(count, len(rows) // 2)  # the other half is left for the slices
             found.append(rows[:count])
@@ -357,6 +368,17 @@ class RealImages:
     def draw(self, asked: Asked) -> Columns:
         carried = {name: self.columns[name][asked.rows] for name in self.fields if name != "row"}
         return {"image": self.reader.gather(asked.rows)["image"], "row": asked.rows, **carried}
+
+
+def in_turn(groups: Sequence[str], rows: Sequence[int]) -> list[int]:
+    """The first row of every group, then the second of every group that has one, and so on: images of one group are no
+    independent examples, so that any number of rows is to have as many groups as it can."""
+    seen: Counter[str] = Counter()
+    rounds = []
+    for group in groups:
+        rounds.append(seen[group])
+        seen[group] += 1
+    return [row for _, row in sorted(zip(rounds, rows, strict=True), key=lambda pair: pair[0])]
 
 
 def _position(row: int, seed: int) -> bytes:

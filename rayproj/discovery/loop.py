@@ -54,7 +54,7 @@ class DiscoverConfig(ExamineConfig):
     slices: int = 8  # that are tested, at most
     longest: int = 2  # terms of a slice
     level: float = 0.05  # of the false discovery rate
-    least_ratio: float = 1.5  # to be a finding, a slice fails this many times as often as its label
+    least_ratio: float = 1.25  # to be a finding, a slice also fails this many times as often as its label
     scale_up: int = 0  # further images of the slices that were found, of which the failures become a dataset
     shard_size: int = 64
 
@@ -95,7 +95,7 @@ class Search:
         return self.done[-1]
 
 
-def discover(config: DiscoverConfig, seed: int, make: Make, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
     """Search for slices in which the classifier fails more than on their label as such.
 
     Returns:
@@ -115,12 +115,11 @@ def discover(config: DiscoverConfig, seed: int, make: Make, report: Callable[[di
         if wanted:
             search.run(f"find-{number}", wanted)
     proposals = propose(looked(search.done), config.slices, config.longest)
-    report({"type": "note", "text": f"{len(proposals)} slices seem to fail more, by {search.looked_at} images."})
     tests: list[dict[str, Any]] = []
     if proposals:
         wanted = confirming([p.slice for p in proposals], config.images - search.looked_at)
         tests = tested(search, proposals, search.run("confirm", wanted, confirming=True))
-    found = {
+    found: dict[str, Any] = {
         "findings": [test for test in tests if test["finding"]],
         "tested": [test for test in tests if not test["finding"]],
         "base": base_rates(search.done),
