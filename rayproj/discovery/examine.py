@@ -24,7 +24,7 @@ from rayproj.discovery.captions import (
     open_captioner,
     open_embedder,
 )
-from rayproj.discovery.generators import Asked, Generator, GeneratorConfig, open_generator
+from rayproj.discovery.generators import ROW, Asked, Generator, GeneratorConfig, open_generator
 from rayproj.discovery.models import Examined, ExaminedConfig, open_classifier
 from rayproj.discovery.slices import Slice, Term, described
 from rayproj.errors import UserError
@@ -250,5 +250,5 @@ def results(bench: Bench, dataset: Dataset) -> Results:
         terms = [t | described(c, s.label) for t, c, s in zip(terms, captions, slices, strict=True)]
     if not bench.config.words:
         terms = [frozenset(term for term in t if term.attribute) for t in terms]
-    rows = columns.get("row", np.full(len(slices), -1))
+    rows = columns.get(ROW, np.full(len(slices), -1))
     return Results(dataset, slices, answers, failed, terms, captions, columns.get(FEATURE), rows)

@@ -27,7 +27,7 @@ from rayproj.errors import UserError
 from rayproj.storage.store import Store
 from rayproj.synthesis.plan import GenerateConfig, commit_hash, plan
 
-PROMPT, CAPTION = "prompt", "caption"
+PROMPT, ROW = "prompt", "row"
 AT_ONCE = 4096  # rows of a dataset whose attributes are read at once
 
 
@@ -286,53 +286,69 @@ class RealImages:
     def __init__(
         self, config: GeneratorConfig, labels: dict[str, str], attributes: dict[str, list[str]], seed: int
     ) -> None:
+        self.config, self.attributes, self.seed = config, list(attributes), seed
         self.dataset = Dataset.open(config.images)
         header = self.dataset.header
-        kept = [name for name, f in header.fields.items() if not f.array and name != LABEL]
+        there = [name for name, f in header.fields.items() if not f.array]
         wanted = [LABEL, *attributes, *([config.group] if config.group else [])]
-        if missing := [name for name in wanted if name not in [LABEL, *kept] or name not in header.fields]:
-            raise UserError(f"{self.dataset.uri} has no field '{missing[0]}'; it has {', '.join(header.fields)}.")
-        self.captioned = config.caption in kept
+        if missing := [name for name in wanted if name not in there]:
+            raise UserError(f"{self.dataset.uri} has no field '{missing[0]}'; it has {', '.join(there)}.")
         if unknown := [name for name in labels if name not in header.classes]:
-            raise UserError(
-                f"{self.dataset.uri} has no images of '{unknown[0]}'; its classes are {', '.join(header.classes)}."
-            )
-        self.shape = header.fields["image"].shape
-        self.caption = config.caption
+            known = ", ".join(header.classes)
+            raise UserError(f"{self.dataset.uri} has no images of '{unknown[0]}'; its classes are {known}.")
+        self.captioned = config.caption in there
         carried = [*attributes, *([config.caption] if self.captioned else [])]
-        self.fields = {name: Field("str") for name in carried} | {"row": Field("int")}
-        self.said = {"images": self.dataset.uri, "manifest": self.dataset.manifest_hash()}
-        self.said["private"] = header.provenance.get("private")
-        self.columns = self._read([*wanted, *carried])
-        self.label = self.columns[LABEL]
-        groups = self.columns[config.group] if config.group else [str(i) for i in range(header.num_samples)]
-        self.groups = groups
-        self.order = sorted(range(header.num_samples), key=lambda row: _position(row, seed))
-        halves = {"finding": 0.5, "confirming": 0.5}
-        # Not by the group alone, by which the parts of an import are cut too.
-        parts = [assign(f"discovery/{group}", halves, seed) for group in groups]
-        self.confirms: np.ndarray = np.array(parts, object) == "confirming"
-        self.known = [self._terms(i, attributes) for i in range(header.num_samples)]
-        self.reader = Reader(self.dataset, ["image"])
+        self.shape, self.fields = (
+            header.fields["image"].shape,
+            {**dict.fromkeys(carried, Field("str")), ROW: Field("int")},
+        )
+        self.said = {
+            "images": self.dataset.uri,
+            "manifest": self.dataset.manifest_hash(),
+            "private": header.provenance.get("private"),
+        }
+        self.reader = Reader(self.dataset, ["image", *carried])
 
-    def _read(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Scalars by name, as texts."""
-        header, names = self.dataset.header, list(dict.fromkeys(names))
-        reader, parts = Reader(self.dataset, names), []
-        for begin in range(0, header.num_samples, AT_ONCE):
-            parts.append(reader.gather(np.arange(begin, min(begin + AT_ONCE, header.num_samples))))
-        found = {}
-        for name in names:
-            values, column = header.values_of(name), np.concatenate([part[name] for part in parts])
-            texts = [(values[v] if v >= 0 else "") if values else str(v) for v in column]
-            found[name] = np.array(texts, object)
+    @cached_property
+    def columns(self) -> dict[str, list[str]]:
+        """Label, attributes, caption and group of all images."""
+        names = list(dict.fromkeys([LABEL, *self.attributes, *([self.config.caption] if self.captioned else [])]))
+        names += [self.config.group] if self.config.group and self.config.group not in names else []
+        reader, total, found = Reader(self.dataset, names), self.dataset.header.num_samples, dict[str, list[str]]()
+        for begin in range(0, total, AT_ONCE):
+            part = reader.gather(np.arange(begin, min(begin + AT_ONCE, total)))
+            for name in names:
+                found.setdefault(name, []).extend(self._texts(name, part[name]))
         return found
 
-    def _terms(self, row: int, attributes: dict[str, list[str]]) -> frozenset[Term]:
-        own = {Term(name, self.columns[name][row]) for name in attributes if self.columns[name][row]}
-        if not self.captioned:
-            return frozenset(own)
-        return frozenset(own) | described(self.columns[self.caption][row], self.label[row])
+    def _texts(self, name: str, column: np.ndarray) -> list[str]:
+        values = self.dataset.header.values_of(name)
+        return [(values[v] if v >= 0 else "") if values else str(v) for v in column]
+
+    @cached_property
+    def known(self) -> list[frozenset[Term]]:
+        """The terms of all images."""
+        found = []
+        for row, label in enumerate(self.columns[LABEL]):
+            values = {name: self.columns[name][row] for name in self.attributes}
+            words = described(self.columns[self.config.caption][row], label) if self.captioned else frozenset()
+            found.append(words | {Term(name, value) for name, value in values.items() if value})
+        return found
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """What must not be torn apart."""
+        return self.columns[self.config.group] if self.config.group else list(map(str, range(len(self.known))))
+
+    @cached_property
+    def order(self) -> dict[tuple[str, bool], list[int]]:
+        """By label, and whether they confirm: the images in the order in which they are taken."""
+        halves, found = {"finding": 0.5, "confirming": 0.5}, dict[tuple[str, bool], list[int]]()
+        for row in sorted(range(len(self.known)), key=lambda row: _position(row, self.seed)):
+            # Not by the group alone, by which the parts of an import are cut too.
+            half = assign(f"discovery/{self.groups[row]}", halves, self.seed)
+            found.setdefault((self.columns[LABEL][row], half == "confirming"), []).append(row)
+        return found
 
     def values(self, attribute: str, given: Sequence[str]) -> list[str]:
         there = sorted(set(self.columns[attribute]) - {""})
@@ -343,20 +359,13 @@ class RealImages:
         return list(given) or there
 
     def terms(self, columns: Columns, slices: Sequence[Slice]) -> list[frozenset[Term]]:
-        return [self.known[row] for row in columns["row"]]
+        return [self.known[row] for row in columns[ROW]]
 
     def choose(self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int]) -> list[list[int]]:
         used, found = set(taken), []
         for of, count in wanted:
-            terms = set(of.terms)
-            rows = [
-                row
-                for row in self.order
-                if self.label[row] == of.label
-                and self.confirms[row] == confirming
-                and row not in used
-                and terms <= self.known[row]
-            ]
+            terms, there = set(of.terms), self.order.get((of.label, confirming), [])
+            rows = [row for row in there if row not in used and terms <= self.known[row]]
             rows = in_turn([self.groups[row] for row in rows], rows)
             if confirming and not terms:
                 count = min(count, len(rows) // 2)  # the other half is left for the slices
@@ -366,8 +375,9 @@ class RealImages:
         return found
 
     def draw(self, asked: Asked) -> Columns:
-        carried = {name: self.columns[name][asked.rows] for name in self.fields if name != "row"}
-        return {"image": self.reader.gather(asked.rows)["image"], "row": asked.rows, **carried}
+        columns = self.reader.gather(asked.rows)
+        carried = {n: np.array(self._texts(n, columns[n]), object) for n in self.fields if n != ROW}
+        return {"image": columns["image"], ROW: asked.rows, **carried}
 
 
 def in_turn(groups: Sequence[str], rows: Sequence[int]) -> list[int]:
