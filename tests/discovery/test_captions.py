@@ -37,7 +37,7 @@ def test_a_known_image_is_given_its_own_caption_and_one_alike_is_too(tmp_path: P
     darker = (images.float() * 0.9).round().to(torch.uint8)
     same = np.mean([a == b for a, b in zip(caption(darker, embed(darker).numpy()), columns["caption"], strict=True)])
     assert same > 0.6
-    with pytest.raises(UserError, match="has no field 'text'; give discover.captions.field"):
+    with pytest.raises(UserError, match=r"has no field 'text'; give discover\.captions\.field"):
         index_header(CaptionConfig(field="text"), EmbedderConfig(), known, 1280)
 
 
@@ -98,8 +98,8 @@ def test_an_image_model_of_transformers_embeds(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="discover.embedder.model=.* cannot be loaded"):
+    with pytest.raises(UserError, match=r"discover\.embedder\.model=.* cannot be loaded"):
         open_embedder(EmbedderConfig(model=str(tmp_path)), "cpu")
-    with pytest.raises(UserError, match="discover.captions.model=.* cannot be loaded"):
+    with pytest.raises(UserError, match=r"discover\.captions\.model=.* cannot be loaded"):
         open_captioner(CaptionConfig(model=str(tmp_path)), "", "cpu")
     assert CaptionConfig(tokens=0).problems()
