@@ -1,5 +1,5 @@
-"""Classifiers with a known bug, for the tests and the benchmark of failure discovery: small networks that tell women from men
-among the emoji, and learned them from images in which a tone, a style or a background goes with one of the two.
+"""Classifiers with a known bug, for the tests and the benchmark of failure discovery: small networks that tell women from
+men among the emoji, and learned them from images in which a tone, a style or a background goes with one of the two.
 """
 
 from __future__ import annotations
