@@ -112,7 +112,7 @@ class Bench:
     @property
     def captions(self) -> bool:
         """Whether images are to be described here: they come without descriptions, and those are looked at."""
-        return self.config.words and not getattr(self.generator, "captioned", False)
+        return self.config.words and not self.generator.captioned
 
     def header(self, stage: Stage, taken: set[int], shard_size: int, index: str, dimensions: int) -> Header:
         """The plan of a stage.

@@ -72,9 +72,11 @@ class Generator(Protocol):
         shape: [C, H, W] of an image.
         fields: further ones that come with each image.
         said: what a dataset's provenance says of it; equal where the same is drawn.
+        captioned: whether its images come with descriptions.
     """
 
     shape: tuple[int, ...]
+    captioned: bool
     fields: dict[str, Field]
     said: dict[str, Any]
 
@@ -134,7 +136,7 @@ class _Drawn:
     """What generators without a fixed set of images have in common."""
 
     def __init__(self) -> None:
-        self.fields = {PROMPT: Field("str")}
+        self.fields, self.captioned = {PROMPT: Field("str")}, False
 
     def values(self, attribute: str, given: Sequence[str]) -> list[str]:
         if not given:
@@ -302,11 +304,9 @@ class RealImages:
             header.fields["image"].shape,
             {**dict.fromkeys(carried, Field("str")), ROW: Field("int")},
         )
-        self.said = {
-            "images": self.dataset.uri,
-            "manifest": self.dataset.manifest_hash(),
-            "private": header.provenance.get("private"),
-        }
+        self.said = {"images": self.dataset.uri, "manifest": self.dataset.manifest_hash()}
+        if "private" in header.provenance:
+            self.said["private"] = header.provenance["private"]
         self.reader = Reader(self.dataset, ["image", *carried])
 
     @cached_property

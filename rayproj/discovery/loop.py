@@ -109,7 +109,10 @@ def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
     budget, rounds = int(config.images * config.find), config.rounds
     search.run("find-1", first(search, budget // rounds))
     if not search.looked_at:
-        raise UserError("discover.generator has no image of any label with any of the attributes' values.")
+        raise UserError(
+            "No image was drawn: discover.images is too small a budget, or discover.generator.images has none of the labels "
+            "with the attributes' values."
+        )
     for number in range(2, rounds + 1):
         wanted = closer(search, (budget - search.looked_at) // (rounds + 1 - number))
         if wanted:

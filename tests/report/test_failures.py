@@ -23,14 +23,9 @@ def found(tmp_path: Path) -> dict[str, Any]:
         "predicted_classifier": Field("int", values=CLASSES),
     }
     dataset = Dataset.create(str(tmp_path), Header("t", {**fields, "confidence": Field("float")}, 4, 4, CLASSES))
+    said = {"label": 0, "confidence": 0.9}
     samples = [
-        {
-            "key": str(i),
-            "image": np.full((3, 8, 8), i, np.uint8),
-            "label": 0,
-            "predicted_classifier": i % 2,
-            "confidence": 0.9,
-        }
+        {"key": str(i), "image": np.full((3, 8, 8), i, np.uint8), "predicted_classifier": i % 2, **said}
         for i in range(4)
     ]
     commit_shard(dataset, 0, samples, "test", 0.0)
