@@ -73,10 +73,12 @@ class Generator(Protocol):
         fields: further ones that come with each image.
         said: what a dataset's provenance says of it; equal where the same is drawn.
         captioned: whether its images come with descriptions.
+        takes_words: whether images can be asked for by what their descriptions would say.
     """
 
     shape: tuple[int, ...]
     captioned: bool
+    takes_words: bool
     fields: dict[str, Field]
     said: dict[str, Any]
 
@@ -136,7 +138,7 @@ class _Drawn:
     """What generators without a fixed set of images have in common."""
 
     def __init__(self) -> None:
-        self.fields, self.captioned = {PROMPT: Field("str")}, False
+        self.fields, self.captioned, self.takes_words = {PROMPT: Field("str")}, False, True
 
     def values(self, attribute: str, given: Sequence[str]) -> list[str]:
         if not given:
@@ -165,9 +167,9 @@ class OwnModel(_Drawn):
         self.latents = Dataset.open(diffusion.latents).header
         conditions = Conditions.of(diffusion.conditioned, self.latents)
         self.properties = [name for name in conditions.values if name != LABEL]
-        self.by_label, self.by_text = LABEL in conditions.values, bool(conditions.text)
+        self.by_label, self.takes_words = LABEL in conditions.values, bool(conditions.text)
         properties = {name: attributes[name] for name in self.properties if attributes.get(name)}
-        prompts = list(labels.values()) if self.by_text else []
+        prompts = list(labels.values()) if self.takes_words else []
         generate = GenerateConfig(
             model=config.model, out="", samples=1, properties=properties, prompts=prompts, sampler=config.sampler
         )
@@ -176,13 +178,13 @@ class OwnModel(_Drawn):
         kept = ("model", "model_commit", "autoencoder_commit", "sampler", "private")
         self.said = {name: header.provenance[name] for name in kept}
         unknown = [name for name in labels if name not in self.latents.classes]
-        if not self.by_text and (unknown or not self.by_label):
+        if not self.takes_words and (unknown or not self.by_label):
             there = ", ".join(self.latents.classes) if self.by_label else "none, and no text"
             raise UserError(
                 f"The model '{config.model}' cannot draw '{next(iter(unknown or labels))}'; it knows {there}."
             )
         foreign = sorted(set(attributes) - set(self.properties))
-        if not self.by_text and foreign:
+        if not self.takes_words and foreign:
             raise UserError(
                 f"discover.attributes.{foreign[0]}: the model '{config.model}' has no such property and takes no text; its "
                 f"properties are {', '.join(self.properties) or 'none'}."
@@ -211,7 +213,7 @@ class OwnModel(_Drawn):
             named = [s.label if name == LABEL else s.values.get(name, "") for s in asked.slices]
             numbers = [known.index(value) if value in known else -1 for value in named]
             condition[name] = torch.tensor(numbers, device=self.device)
-        if self.by_text:
+        if self.takes_words:
             condition[TEXT] = self.model.text(prompts)
         ids = torch.from_numpy(asked.ids).to(self.device)
         images = self.model.draw(condition, ids, self.seed, self.config.sampler).cpu().numpy()
@@ -298,7 +300,7 @@ class RealImages:
         if unknown := [name for name in labels if name not in header.classes]:
             known = ", ".join(header.classes)
             raise UserError(f"{self.dataset.uri} has no images of '{unknown[0]}'; its classes are {known}.")
-        self.captioned = config.caption in there
+        self.captioned = self.takes_words = config.caption in there
         carried = [*attributes, *([config.caption] if self.captioned else [])]
         self.shape, self.fields = (
             header.fields["image"].shape,

@@ -29,10 +29,10 @@ def issues(found: dict[str, Any]) -> dict[str, Any]:
 
 def title(finding: dict[str, Any]) -> str:
     """A finding in one line."""
+    label, times = finding["label"], finding["ratio"]["value"]
     where = " and ".join(term.name for term in Slice.from_json(finding["slice"]).terms)
-    times = finding["ratio"]["value"]
-    more = f"{times:.1f} times as often as elsewhere" if times else "and never elsewhere"
-    return f"{finding['label']} with {where} is misclassified, mostly as {finding['wrong']}, {more}"
+    more = f"{times:.1f} times as often as {label} as such" if times else f"which {label} as such never is"
+    return f"{label} with {where} is misclassified, mostly as {finding['wrong']}, {more}"
 
 
 def _issue(finding: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

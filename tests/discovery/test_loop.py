@@ -159,6 +159,10 @@ def test_bad_input_is_said(folder: Path, tmp_path: Path) -> None:
         ({"classifier": {"model": str(tmp_path / "gone.pt")}}, "There is no classifier at"),
         ({"classifier": {"model": str(folder / "clean.pt")}}, "does not name its classes"),
         ({"generator": {"images": figures, "group": "family"}}, "has no field 'family'"),
+        (
+            {"generator": {"images": figures, "caption": "-"}, "words": True},
+            "what draws the images has no captions; look at",
+        ),
     ):
         with pytest.raises(UserError, match=says):
             discover(config(folder, "clean", tmp_path / "out", **changes), 0, planted.make)
