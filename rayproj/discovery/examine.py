@@ -105,9 +105,7 @@ class Bench:
         self.generator: Generator = open_generator(config.generator, self.labels, config.attributes, seed, device)
         if config.words and not self.generator.takes_words:
             lacks = "has no captions" if config.generator.images else "takes no text"
-            raise UserError(
-                f"discover.words: what draws the images {lacks}; look at attributes alone: discover.words=false."
-            )
+            raise UserError(f"discover.words: what draws the images {lacks}; look at attributes alone, by words=false.")
         self.attributes = {n: self.generator.values(n, values) for n, values in config.attributes.items()}
 
     def accepted(self, label: str) -> list[str]:
