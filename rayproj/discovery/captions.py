@@ -49,8 +49,10 @@ class CaptionConfig:
 
 
 def open_embedder(config: EmbedderConfig, device: str) -> Embedder:
-    """Raises:
-    UserError: there is no such model.
+    """The embedder of a config, ready.
+
+    Raises:
+        UserError: there is no such model.
     """
     return _Transformers(config.model, device) if config.model else EfficientNetLite0Features(config.size, device)
 
@@ -81,11 +83,13 @@ class _Transformers:
 
 
 def open_captioner(config: CaptionConfig, known: str, device: str) -> Captioner:
-    """Raises:
-    UserError: there is no such model.
+    """The captioner of a config, ready.
 
     Args:
         known: the dataset that `Indexer` wrote, where the config names no model.
+
+    Raises:
+        UserError: there is no such model.
     """
     return _Written(config, device) if config.model else Retrieval(known)
 

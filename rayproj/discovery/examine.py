@@ -234,6 +234,11 @@ class Results:
     features: np.ndarray | None
     rows: np.ndarray
 
+    @property
+    def name(self) -> str:
+        """Of the stage."""
+        return str(self.dataset.header.provenance["stage"])
+
 
 def results(bench: Bench, dataset: Dataset) -> Results:
     """Read a stage whose shards are all there."""

@@ -1,7 +1,8 @@
 """The search: look at images, propose slices, look closer, and confirm on other images what stands out.
 
-    find-1       images of every label, over all combinations of the attributes
-    find-2, ...  images of the slices that seem to fail more, and of those slices without one of their terms
+    look-1       images of every label, over all combinations of the attributes
+    closer-2     images of the slices that seem to fail more, and of those slices without one of their terms; where none
+                 does, look-2: more images of every label
     confirm      other images of the slices proposed by then, and of their labels as such: the only ones that are tested
     scale        if asked for: many images of the slices that were confirmed
     adversarial  of these, the failures
@@ -107,16 +108,18 @@ def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
     """
     search = prepared(config, seed, make)
     budget, rounds = int(config.images * config.find), config.rounds
-    search.run("find-1", first(search, budget // rounds))
+    search.run("look-1", first(search, budget // rounds))
     if not search.looked_at:
         raise UserError(
             "No image was drawn: discover.images is too small a budget, or discover.generator.images has none of the labels "
             "with the attributes' values."
         )
     for number in range(2, rounds + 1):
-        wanted = closer(search, (budget - search.looked_at) // (rounds + 1 - number))
-        if wanted:
-            search.run(f"find-{number}", wanted)
+        images = (budget - search.looked_at) // (rounds + 1 - number)
+        if slices := suspected(search):
+            search.run(f"closer-{number}", shared(slices, images))
+        else:
+            search.run(f"look-{number}", first(search, images))
     proposals = propose(looked(search.done), config.slices, config.longest)
     tests: list[dict[str, Any]] = []
     if proposals:
@@ -129,7 +132,7 @@ def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
         "images": search.looked_at,
         "budget": config.images,
         "level": config.level,
-        "stages": {stage.dataset.header.provenance["stage"]: _manifest(stage.dataset) for stage in search.done},
+        "stages": {stage.name: _manifest(stage.dataset) for stage in search.done},
         "classifier": config.classifier.model,
         "classes": list(search.bench.classifiers[OWN].classes),
     }
@@ -177,12 +180,11 @@ def shared(slices: list[Slice], images: int) -> list[tuple[Slice, int]]:
     return [(of, each + (k < more)) for k, of in enumerate(slices) if each + (k < more)]
 
 
-def closer(search: Search, images: int) -> list[tuple[Slice, int]]:
-    """Images of the slices that seem to fail more, and of those without one of their terms."""
+def suspected(search: Search) -> list[Slice]:
+    """The slices that seem to fail more, and those slices without one of their terms."""
     config = search.config
     proposals = propose(looked(search.done), 2 * config.slices, config.longest)
-    slices = list(dict.fromkeys(of for p in proposals for of in [p.slice, *p.slice.shorter()]))
-    return shared(slices, images) if slices else []
+    return list(dict.fromkeys(of for p in proposals for of in [p.slice, *p.slice.shorter()]))
 
 
 def looked(done: list[Results]) -> Looked:
@@ -193,7 +195,7 @@ def looked(done: list[Results]) -> Looked:
         answers=np.concatenate([stage.answers[OWN] for stage in done]),
         failed=np.concatenate([stage.failed[OWN] for stage in done]),
         terms=[terms for stage in done for terms in stage.terms],
-        base=np.concatenate([np.full(len(stage.slices), k == 0) for k, stage in enumerate(done)]),
+        base=np.concatenate([np.full(len(stage.slices), stage.name.startswith("look")) for stage in done]),
         features=np.concatenate(features) if features else None,
     )
 

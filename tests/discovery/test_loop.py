@@ -47,7 +47,7 @@ def config(folder: Path, name: str, out: Path, **changes: Any) -> DiscoverConfig
 
 def drawn(out: Path) -> int:
     """Images in all stages of a search."""
-    stages = [path for path in out.iterdir() if path.name.startswith(("find", "confirm"))]
+    stages = [path for path in out.iterdir() if path.name.startswith(("look", "closer", "confirm"))]
     return sum(Dataset.open(str(path)).header.num_samples for path in stages)
 
 
@@ -68,7 +68,7 @@ def test_a_background_is_found_by_name_with_a_page_issues_and_an_adversarial_dat
     assert set(columns["background"][at]) == {"green"} and (columns["label"][at] == 0).all()
     assert (columns["predicted_classifier"][at] != 0).sum() == first["rate"]["failures"]
     figures, roles = Reader(Dataset.open(str(folder / "figures")), ["role"]), []
-    for name in ("find-1", "find-2", "confirm"):
+    for name in ("look-1", "closer-2", "confirm"):
         rows = Dataset.open(str(tmp_path / "out" / name)).header.provenance["rows"]
         roles.append(set(figures.gather(np.array(rows))["role"]))
     assert not (roles[0] | roles[1]) & roles[2]

@@ -55,7 +55,7 @@ def test_killed_and_started_again_it_finds_the_same(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         found = json.loads((tmp_path / name / "failures.json").read_text())
         assert found["search"]["images"] <= 64
-        assert Dataset.open(str(tmp_path / name / "find-1")).complete
+        assert Dataset.open(str(tmp_path / name / "look-1")).complete
         texts.append(to_json(found).replace(str(tmp_path / name).encode(), b"ROOT"))
         assert (tmp_path / name / "failures.html").read_text().startswith("<!doctype html>")
     assert texts[0] == texts[1]
