@@ -78,7 +78,7 @@ def write_marked(root: str) -> None:
         commit_shard(dataset, shard, samples, "test", 0.0)
 
 
-def train_and_evaluate(world: World, root: str) -> dict[str, Any]:
+def train_only(world: World, root: str) -> None:
     if world.rank == 0:
         write_bars(f"{root}/train", 0)
         write_bars(f"{root}/test", 1)
@@ -97,7 +97,11 @@ def train_and_evaluate(world: World, root: str) -> dict[str, Any]:
     task = ClassificationTask(SMALL, train_set.header, 0, AugmentConfig(0, False))
     link = regression.Recorder("a")
     train(Recipe(task, PlainStep(60, 0, world.world_size), batches, settings), world, Store(f"{root}/classifier"), link)
-    return evaluate(config(root), world, link)
+
+
+def train_and_evaluate(world: World, root: str) -> dict[str, Any]:
+    train_only(world, root)
+    return evaluate(config(root), world, regression.Recorder("a"))
 
 
 def evaluate_only(world: World, root: str) -> dict[str, Any]:

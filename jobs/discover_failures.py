@@ -1,0 +1,47 @@
+"""Find where a classifier fails more: generate, classify, describe the failures, generate again, test what stands out.
+
+python jobs/discover_failures.py configs/discover_failures.yaml key=value ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayproj.data.dataset import Dataset
+from rayproj.discovery.loop import DiscoverConfig, discover
+from rayproj.report import failures
+from rayproj.runtime.command import command
+from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.run import Run, RunConfig
+from rayproj.storage.store import Store, to_json
+from rayproj.tracking.tracker import TrackingConfig
+
+
+@dataclass
+class Config:
+    discover: DiscoverConfig = field(default_factory=DiscoverConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def main(config: Config) -> dict[str, Any]:
+    with Run.open("discover_failures", config) as run:
+        if run.result:
+            return run.result
+
+        def make(dataset: Dataset, maker: str, values: dict[str, Any]) -> None:
+            produce(run, dataset, maker, config.pool, values)
+
+        found = discover(config.discover, config.run.seed, make)
+        store = Store(config.discover.out)
+        store.write("failures.json", to_json(failures.issues(found)))
+        store.write("failures.html", failures.page(found).encode())
+        if folder := store.local_path():
+            run.tracker.event({"type": "file", "name": "failures", "path": str(folder / "failures.html")})
+        return run.finish(found)
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(Config, main))

@@ -1,0 +1,354 @@
+"""The search: look at images, propose slices, look closer, and confirm on other images what stands out.
+
+    look-1       images of every label, over all combinations of the attributes
+    closer-2     images of the slices that seem to fail more, and of those slices without one of their terms; where none
+                 does, look-2: more images of every label
+    confirm      other images of the slices proposed by then, and of their labels as such: the only ones that are tested
+    scale        if asked for: many images of the slices that were confirmed
+    adversarial  of these, the failures
+
+A stage is a dataset of committed shards, planned as a pure function of the config and of the stages before, so a search that
+was stopped anywhere goes on, and ends with the same findings.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayproj.data.dataset import Dataset, Header
+from rayproj.data.importing import ImportConfig, import_dataset
+from rayproj.data.reader import Reader
+from rayproj.data.sources.base import SourceConfig, SourceKind
+from rayproj.data.writer import commit_shard
+from rayproj.discovery.captions import index_header, open_embedder
+from rayproj.discovery.examine import FEATURE, OWN, Bench, ExamineConfig, Results, Stage, results
+from rayproj.discovery.generators import prompt_of
+from rayproj.discovery.proportions import Rate, adjusted, higher, ratio
+from rayproj.discovery.propose import Looked, Proposal, propose
+from rayproj.discovery.slices import Slice, Term
+from rayproj.errors import UserError
+
+EXAMINER, INDEXER = "rayproj.discovery.examine:Examiner", "rayproj.discovery.captions:Indexer"
+SHOWN = 12  # images of a finding that are named
+
+Make = Callable[[Dataset, str, dict[str, Any]], Any]
+"""Makes the shards of a planned dataset that are not there yet, by the maker of that name, given those values."""
+
+
+@dataclass
+class DiscoverConfig(ExamineConfig):
+    """What is examined, with how many images, and what counts as a finding."""
+
+    out: str = "???"  # a folder for the datasets of all stages, failures.json and failures.html
+    images: int = 4000  # that the search may look at
+    find: float = 0.5  # share of them by which slices are found; the others confirm
+    rounds: int = 2  # of finding
+    slices: int = 8  # that are tested, at most
+    longest: int = 2  # terms of a slice
+    level: float = 0.05  # of the false discovery rate
+    least_ratio: float = 1.25  # to be a finding, a slice also fails this many times as often as its label
+    scale_up: int = 0  # further images of the slices that were found, of which the failures become a dataset
+    shard_size: int = 64
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        names = ("images", "rounds", "slices", "longest", "shard_size")
+        found += [f"discover.{name} must be positive." for name in names if getattr(self, name) <= 0]
+        if not 0 < self.find < 1:
+            found.append(f"discover.find is a share in (0, 1), not {self.find:g}.")
+        if not 0 < self.level < 1:
+            found.append(f"discover.level lies in (0, 1), not {self.level:g}.")
+        return found if self.scale_up >= 0 else [*found, "discover.scale_up must not be negative."]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search under way."""
+
+    config: DiscoverConfig
+    bench: Bench
+    make: Make
+    index: str = ""
+    dimensions: int = 0
+    done: list[Results] = field(default_factory=list)
+
+    @property
+    def looked_at(self) -> int:
+        return sum(len(stage.slices) for stage in self.done)
+
+    def run(self, name: str, wanted: list[tuple[Slice, int]], confirming: bool = False) -> Results:
+        """Draw and classify images of slices, or read them if they are there."""
+        stage = Stage(name, wanted, self.looked_at, not confirming, confirming)
+        taken = {int(row) for found in self.done for row in found.rows if row >= 0}
+        header = self.bench.header(stage, taken, self.config.shard_size, self.index, self.dimensions)
+        dataset = Dataset.create(f"{self.config.out}/{name}", header)
+        self.make(dataset, EXAMINER, {"out": dataset.uri})
+        self.done.append(results(self.bench, dataset))
+        return self.done[-1]
+
+
+def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
+    """Search for slices in which the classifier fails more than on their label as such.
+
+    Returns:
+        "findings", the clearest first, "tested" slices that were none, the base rates, the images looked at, and the
+        adversarial dataset with its transfer to the other classifiers. It is the same whenever and wherever it is searched.
+
+    Raises:
+        UserError: what the config names is not there or does not go together.
+    """
+    search = prepared(config, seed, make)
+    budget, rounds = int(config.images * config.find), config.rounds
+    search.run("look-1", first(search, budget // rounds))
+    if not search.looked_at:
+        raise UserError(
+            "No image was drawn: discover.images is too small a budget, or discover.generator.images has none of the labels "
+            "with the attributes' values."
+        )
+    for number in range(2, rounds + 1):
+        images = (budget - search.looked_at) // (rounds + 1 - number)
+        if slices := suspected(search):
+            search.run(f"closer-{number}", shared(slices, images))
+        else:
+            search.run(f"look-{number}", first(search, images))
+    proposals = propose(looked(search.done), config.slices, config.longest)
+    tests: list[dict[str, Any]] = []
+    if proposals:
+        wanted = confirming([p.slice for p in proposals], config.images - search.looked_at)
+        tests = tested(search, proposals, search.run("confirm", wanted, confirming=True))
+    found: dict[str, Any] = {
+        "findings": [test for test in tests if test["finding"]],
+        "tested": [test for test in tests if not test["finding"]],
+        "base": base_rates(search.done),
+        "images": search.looked_at,
+        "budget": config.images,
+        "level": config.level,
+        "stages": {stage.name: _manifest(stage.dataset) for stage in search.done},
+        "classifier": config.classifier.model,
+        "classes": list(search.bench.classifiers[OWN].classes),
+    }
+    if config.scale_up and found["findings"]:
+        found["adversarial"] = scaled_up(search, [Slice.of(*test["slice"]) for test in found["findings"]])
+    return found
+
+
+def prepared(config: DiscoverConfig, seed: int, make: Make) -> Search:
+    """The search before its first image; known images are embedded, where captions are retrieved from them."""
+    bench = Bench(config, seed, "cpu")
+    if not config.words:
+        return Search(config, bench, make)
+    width = int(
+        open_embedder(config.embedder, "cpu")(torch.zeros(1, *bench.generator.shape, dtype=torch.uint8)).shape[1]
+    )
+    if not bench.captions or config.captions.model:
+        return Search(config, bench, make, "", width)
+    uri = config.captions.images
+    if not uri:
+        source = SourceConfig(kind=SourceKind.emoji, attributes=["caption", "style"])
+        import_dataset(ImportConfig(source=source, out=f"{config.out}/known"), lambda event: None)
+        uri = f"{config.out}/known/train"
+    known = Dataset.open(uri)
+    index = Dataset.create(f"{config.out}/index", index_header(config.captions, config.embedder, known, width))
+    make(index, INDEXER, {"out": index.uri, "batch": config.batch})
+    return Search(config, bench, make, index.uri, width)
+
+
+def first(search: Search, images: int) -> list[tuple[Slice, int]]:
+    """So many images over all labels and combinations of attributes alike; the first ones get what is left over."""
+    named = search.bench.attributes
+    combinations: Iterable[tuple[str, ...]] = product(*named.values())
+    combined = [
+        Slice.of(label, [Term(n, v) for n, v in zip(named, values, strict=True) if v])
+        for values in combinations
+        for label in search.bench.labels
+    ]
+    return shared(combined, images)
+
+
+def shared(slices: list[Slice], images: int) -> list[tuple[Slice, int]]:
+    """So many images over all slices alike, the first ones one more where they do not divide."""
+    each, more = divmod(images, len(slices))
+    return [(of, each + (k < more)) for k, of in enumerate(slices) if each + (k < more)]
+
+
+def suspected(search: Search) -> list[Slice]:
+    """The slices that seem to fail more, and those slices without one of their terms."""
+    config = search.config
+    proposals = propose(looked(search.done), 2 * config.slices, config.longest)
+    return list(dict.fromkeys(of for p in proposals for of in [p.slice, *p.slice.shorter()]))
+
+
+def looked(done: list[Results]) -> Looked:
+    """The images by which slices are found."""
+    features = [stage.features for stage in done if stage.features is not None]
+    return Looked(
+        labels=np.array([of.label for stage in done for of in stage.slices], object),
+        answers=np.concatenate([stage.answers[OWN] for stage in done]),
+        failed=np.concatenate([stage.failed[OWN] for stage in done]),
+        terms=[terms for stage in done for terms in stage.terms],
+        base=np.concatenate([np.full(len(stage.slices), stage.name.startswith("look")) for stage in done]),
+        features=np.concatenate(features) if features else None,
+    )
+
+
+def confirming(slices: list[Slice], images: int) -> list[tuple[Slice, int]]:
+    """Of every slice as many images, and of every label of theirs twice as many: all its slices are held against it."""
+    labels = [Slice(label) for label in dict.fromkeys(of.label for of in slices)]
+    each = images // (2 * len(labels) + len(slices))
+    return [(of, 2 * each) for of in labels] + [(of, each) for of in slices] if each else []
+
+
+def tested(search: Search, proposals: list[Proposal], on: Results) -> list[dict[str, Any]]:
+    """Every proposal with its rates on fresh images, the most significant first.
+
+    Two hypotheses are tested of each: that it fails more than its label, and that it is taken for its most common wrong
+    class more often. The level is held over all of them together.
+    """
+    config, rows = search.config, list[dict[str, Any]]()
+    places = {of: np.flatnonzero([s == of for s in on.slices]) for of in dict.fromkeys(on.slices)}
+    hypotheses: list[tuple[int, str, float]] = []
+    for number, proposal in enumerate(proposals):
+        own, base = (places.get(of, np.zeros(0, int)) for of in (proposal.slice, Slice(proposal.slice.label)))
+        if not len(own) or not len(base):
+            continue
+        rates = [Rate(int(on.failed[OWN][at].sum()), len(at)) for at in (own, base)]
+        as_wrong = [Rate(int((on.answers[OWN][at] == proposal.wrong).sum()), len(at)) for at in (own, base)]
+        rows.append(_row(search, proposal, on, own, base, rates, as_wrong) | {"number": number})
+        hypotheses.append((len(rows) - 1, "p", higher(*rates)))
+        if as_wrong[0] != rates[0] or as_wrong[1] != rates[1]:  # else both say the same
+            hypotheses.append((len(rows) - 1, "p_as", higher(*as_wrong)))
+    for (place, name, p), q in zip(hypotheses, adjusted([p for _, _, p in hypotheses]), strict=True):
+        rows[place] |= {name: p, name.replace("p", "q", 1): q}
+    for row in rows:
+        any_class = row["q"] <= config.level and _at_least(row["ratio"], config.least_ratio)
+        one_class = row.get("q_as", 1.0) <= config.level and _at_least(row["ratio_as"], config.least_ratio)
+        row["finding"] = any_class or one_class
+        row["hypotheses"] = len(hypotheses)
+    return sorted(rows, key=lambda row: (not row["finding"], min(row["p"], row.get("p_as", 1.0)), row["name"]))
+
+
+def _row(
+    search: Search,
+    proposal: Proposal,
+    on: Results,
+    own: np.ndarray,
+    base: np.ndarray,
+    rates: list[Rate],
+    as_wrong: list[Rate],
+) -> dict[str, Any]:
+    failed, answers = on.failed, on.answers[OWN]
+    mistakes = [int(i) for i in own if failed[OWN][i]]
+    sure = Reader(on.dataset, ["confidence"]).gather(np.array(mistakes, int))["confidence"]
+    order = np.argsort(-sure, kind="stable")
+    others = {}
+    for name in search.config.others:
+        theirs = [Rate(int(failed[name][at].sum()), len(at)) for at in (own, base)]
+        others[name] = {"slice": theirs[0].described(), "base": theirs[1].described(), "p": higher(*theirs)}
+    # Where all others agree on one wrong class, the picture may not show what it was to show.
+    agreed = [i for i in mistakes if others and len({on.answers[n][i] for n in [OWN, *others]}) == 1]
+    captions = Counter(on.captions[i] for i in mistakes if on.captions[i])
+    return {
+        "name": proposal.slice.name,
+        "slice": proposal.slice.to_json(),
+        "label": proposal.slice.label,
+        "prompt": prompt_of(proposal.slice, search.bench.labels),
+        "rate": rates[0].described(),
+        "base_rate": rates[1].described(),
+        "ratio": _ratio(*rates),
+        "wrong": proposal.wrong,
+        "rate_as": as_wrong[0].described(),
+        "base_rate_as": as_wrong[1].described(),
+        "ratio_as": _ratio(*as_wrong),
+        "confused": dict(Counter(answers[mistakes].tolist()).most_common()),
+        "captions": dict(captions.most_common(5)),
+        "others": others,
+        "label_doubted": Rate(len(agreed), len(mistakes)).described() if others and mistakes else None,
+        "dataset": on.dataset.uri,
+        "failures": [mistakes[k] for k in order[:SHOWN]],
+        "right": [int(i) for i in own if not failed[OWN][i]][:SHOWN],
+        "p_found": proposal.p,
+    }
+
+
+def _ratio(own: Rate, base: Rate) -> dict[str, float | None]:
+    """None for what is infinite, which JSON has no word for."""
+    found = zip(("value", "low", "high"), ratio(own, base), strict=True)
+    return {name: value if math.isfinite(value) else None for name, value in found}
+
+
+def _at_least(of: dict[str, float | None], least: float) -> bool:
+    """A base without failures is exceeded however often."""
+    return of["value"] is None or of["value"] >= least
+
+
+def base_rates(done: list[Results]) -> dict[str, dict[str, float]]:
+    """Of each label, over the first look at all of it."""
+    rates = {}
+    for label in dict.fromkeys(of.label for of in done[0].slices):
+        failed = done[0].failed[OWN][[of.label == label for of in done[0].slices]]
+        rates[label] = Rate(int(failed.sum()), len(failed)).described()
+    return rates
+
+
+def scaled_up(search: Search, slices: list[Slice]) -> dict[str, Any]:
+    """Further images of the slices, their failures as a dataset, and how many of them other classifiers fail on too."""
+    config = search.config
+    stage = search.run("scale", shared(slices, config.scale_up), confirming=True)
+    failures = np.flatnonzero(stage.failed[OWN])
+    found: dict[str, Any] = {"images": len(stage.slices), "failures": len(failures)}
+    if not len(failures):
+        return found
+    found["dataset"] = _adversarial(config, stage, failures)
+    found["transfer"] = {
+        name: {
+            "drawn": Rate(int(failed.sum()), len(failed)).described(),
+            "adversarial": Rate(int(failed[failures].sum()), len(failures)).described(),
+        }
+        for name, failed in stage.failed.items()
+    }
+    found["slices"] = {
+        of.name: Rate(int(stage.failed[OWN][at].sum()), len(at)).described()
+        for of in slices
+        if len(at := np.flatnonzero([s == of for s in stage.slices]))
+    }
+    return found
+
+
+def _adversarial(config: DiscoverConfig, stage: Results, failures: np.ndarray) -> str:
+    """Write the failures among a stage's images; returns the dataset's place."""
+    header = stage.dataset.header
+    fields = {name: f for name, f in header.fields.items() if name != FEATURE}
+    said = {n: v for n, v in header.provenance.items() if n not in ("slices", "rows")}
+    planned = Header(
+        name=f"failures of {config.classifier.model}",
+        fields=fields,
+        num_samples=len(failures),
+        shard_size=config.shard_size,
+        classes=header.classes,
+        provenance={**said, "scaled_from": stage.dataset.uri, "manifest_of": stage.dataset.manifest_hash(),
+                    "slices": [cell for cell, _ in header.provenance["slices"]]},
+    )  # fmt: skip
+    dataset, reader = Dataset.create(f"{config.out}/adversarial", planned), Reader(stage.dataset, list(fields))
+    for shard in range(planned.num_shards):
+        if dataset.record(shard) is not None:
+            continue
+        began, span = time.time(), planned.shard_range(shard)
+        columns = reader.gather(failures[span.start : span.stop])
+        arrays = [name for name, f in fields.items() if f.array]
+        values = {n: columns[n] if n in arrays else columns[n].tolist() for n in fields}
+        samples = [{"key": f"{i:08d}", **{n: v[k] for n, v in values.items()}} for k, i in enumerate(columns["index"])]
+        commit_shard(dataset, shard, samples, "discovery", time.time() - began)
+    return dataset.uri
+
+
+def _manifest(dataset: Dataset) -> dict[str, Any]:
+    return {"dataset": dataset.uri, "images": dataset.header.num_samples, "manifest": dataset.manifest_hash()}

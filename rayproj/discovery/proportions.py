@@ -1,0 +1,67 @@
+"""Exact statistics of failure rates. Everything is conservative: nothing is asymptotic, since failures are rare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import special, stats
+
+
+@dataclass(frozen=True)
+class Rate:
+    """So many failures among so many images."""
+
+    failures: int
+    images: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.failures <= self.images:
+            raise ValueError(f"{self.failures} failures among {self.images} images are none.")
+
+    @property
+    def value(self) -> float:
+        """The share of failures; NaN of no images."""
+        return self.failures / self.images if self.images else float("nan")
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Clopper and Pearson's (1934), which covers at least `level`; (0, 1) of no images."""
+        k, n, tail = self.failures, self.images, (1 - level) / 2
+        low = special.betaincinv(k, n - k + 1, tail) if k else 0.0
+        return float(low), float(special.betaincinv(k + 1, n - k, 1 - tail) if k < n else 1.0)
+
+    def described(self) -> dict[str, float]:
+        """With its 95 % interval, for a report."""
+        low, high = self.interval()
+        return {"failures": self.failures, "images": self.images, "rate": self.value, "low": low, "high": high}
+
+
+def higher(of: Rate, base: Rate) -> float:
+    """p of Fisher's exact test that one rate is no higher than the other, one-sided, of independent images."""
+    return float(higher_each(np.array([of.failures]), np.array([of.images]), base.failures, base.images)[0])
+
+
+def higher_each(failures: np.ndarray, images: np.ndarray, base_failures: Any, base_images: Any) -> np.ndarray:
+    """`higher` of many rates, float64 [n], each against its base: the upper tail of the hypergeometric distribution."""
+    found: np.ndarray = stats.hypergeom.sf(failures - 1, images + base_images, failures + base_failures, images)
+    return found
+
+
+def ratio(of: Rate, base: Rate, level: float = 0.95) -> tuple[float, float, float]:
+    """How many times as high one rate is as the other, with an interval that covers at least `level`.
+
+    The interval is of the ends of Clopper and Pearson's of both at level (1 + level) / 2, which all but (1 - level) hold at
+    once (Bonferroni); it needs no failure of the base, where that of a logarithm has no end.
+    """
+    each = (1 + level) / 2
+    (low, high), (base_low, base_high) = of.interval(each), base.interval(each)
+    value = of.value / base.value if base.failures else float("inf") if of.failures else float("nan")
+    return value, low / base_high, high / base_low if base_low > 0 else float("inf")
+
+
+def adjusted(p: Sequence[float]) -> list[float]:
+    """q of each of several tests: findings with q ≤ a have a false discovery rate of at most a (Benjamini and Hochberg
+    1995), also where tests share a base, which makes them depend positively (Benjamini and Yekutieli 2001)."""
+    return [float(q) for q in stats.false_discovery_control(np.asarray(p, np.float64))] if len(p) else []

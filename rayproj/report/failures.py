@@ -1,0 +1,105 @@
+"""What a search for failures found: failures.html, a section for each finding, and failures.json for issue trackers."""
+
+from __future__ import annotations
+
+import base64
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from rayproj.data.dataset import Dataset
+from rayproj.data.encodings import ENCODINGS
+from rayproj.data.reader import Reader
+from rayproj.discovery.examine import OWN
+from rayproj.discovery.slices import Slice
+
+SIDE = 96  # of an image on the page, in pixels
+
+
+def issues(found: dict[str, Any]) -> dict[str, Any]:
+    """failures.json: an issue for each finding with "title", "body" in Markdown, "labels" and "statistics"; and the whole
+    search.
+
+    Args:
+        found: what `rayproj.discovery.loop.discover` returned.
+    """
+    return {"issues": [_issue(finding, found) for finding in found["findings"]], "search": found}
+
+
+def title(finding: dict[str, Any]) -> str:
+    """A finding in one line."""
+    label, times = finding["label"], finding["ratio"]["value"]
+    where = " and ".join(term.name for term in Slice.from_json(finding["slice"]).terms)
+    more = f"{times:.1f} times as often as {label} as such" if times else f"which {label} as such never is"
+    return f"{label} with {where} is misclassified, mostly as {finding['wrong']}, {more}"
+
+
+def _issue(finding: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    own, base = finding["rate"], finding["base_rate"]
+    confused = ", ".join(f"{name} {count}" for name, count in finding["confused"].items())
+    lines = [
+        f"Of {own['images']} images of **{finding['name']}** the classifier `{found['classifier']}` fails on "
+        f"{_percent(own)}; of {base['images']} images of {finding['label']} as such, on {_percent(base)}.",
+        "",
+        f"- ratio: {_ratio(finding['ratio'])}",
+        f"- one-sided Fisher test: p = {finding['p']:.3g}; q = {finding['q']:.3g} over {finding['hypotheses']} hypotheses "
+        "(Benjamini and Hochberg)",
+        f"- answers: {confused}",
+        f"- drawn by: `{finding['prompt']}`",
+        f"- images: `{finding['dataset']}`, samples {', '.join(map(str, finding['failures']))}",
+    ]
+    if "p_as" in finding:
+        rates = f"{_percent(finding['rate_as'])} against {_percent(finding['base_rate_as'])}"
+        lines.insert(4, f"- as {finding['wrong']}: {rates}, p = {finding['p_as']:.3g}, q = {finding['q_as']:.3g}")
+    for name, other in finding["others"].items():
+        lines.append(f"- {name} fails on {_percent(other['slice'])}, and elsewhere on {_percent(other['base'])}")
+    kept = ("rate", "base_rate", "ratio", "rate_as", "base_rate_as", "ratio_as", "p", "q", "p_as", "q_as", "hypotheses")
+    return {
+        "title": title(finding),
+        "body": "\n".join(lines),
+        "labels": ["model-failure", finding["label"], finding["wrong"]],
+        "statistics": {name: finding[name] for name in kept if name in finding},
+    }
+
+
+def page(found: dict[str, Any]) -> str:
+    """failures.html as text that needs no other file."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": _percent, "ratio": _ratio, "title": title}
+    template = environment.from_string(files("rayproj.report").joinpath("failures.html").read_text(encoding="utf-8"))
+    pictures = {finding["name"]: _pictures(finding) for finding in found["findings"]}
+    return template.render(found=found, pictures=pictures, side=SIDE)
+
+
+def _pictures(finding: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
+    """The images that fail and those that do not, each with the answer and how sure it is."""
+    dataset = Dataset.open(finding["dataset"])
+    reader = Reader(dataset, ["image", f"predicted_{OWN}", "confidence"])
+    names = dataset.header.values_of(f"predicted_{OWN}")
+    shown = {}
+    for kind in ("failures", "right"):
+        columns = reader.gather(np.array(finding[kind], np.int64))
+        shown[kind] = [
+            {"uri": _uri(image), "says": f"{names[answer]} {sure:.2f}"}
+            for image, answer, sure in zip(
+                columns["image"], columns[f"predicted_{OWN}"], columns["confidence"], strict=True
+            )
+        ]
+    return shown
+
+
+def _uri(image: np.ndarray) -> str:
+    return f"data:image/png;base64,{base64.b64encode(ENCODINGS['png'].encode(image)).decode()}"
+
+
+def _percent(rate: dict[str, float]) -> str:
+    return f"{100 * rate['rate']:.1f} % ({100 * rate['low']:.1f}–{100 * rate['high']:.1f})"
+
+
+def _ratio(of: dict[str, float | None]) -> str:
+    value, low, high = (of[name] for name in ("value", "low", "high"))
+    ends = f"{low or 0:.2f}–{'∞' if high is None else f'{high:.2f}'}"
+    return f"{'∞' if value is None else f'{value:.2f}'} ({ends})"

@@ -1,0 +1,179 @@
+"""The search on real classifiers of real images: planted bugs are found by their names within a budget, a classifier without
+one yields nothing, and a search that is stopped and started again ends the same."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayproj import config as configuration
+from rayproj.data.dataset import Dataset
+from rayproj.data.reader import Reader
+from rayproj.discovery.loop import DiscoverConfig, discover
+from rayproj.errors import UserError
+from rayproj.report.failures import issues, page
+from rayproj.storage.store import to_json
+from tests.support import planted
+
+ATTRIBUTES: dict[str, list[str]] = {"tone": [], "style": [], "background": []}
+BUDGET = 1000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Test figures as a dataset, and classifiers: without a bug, and with that of a background."""
+    path = tmp_path_factory.mktemp("planted")
+    planted.write(str(path / "figures"), planted.figures("test", 99))
+    for bug in ("", "background"):
+        planted.train(path / f"{bug or 'clean'}.pt", bug)
+    return path
+
+
+def config(folder: Path, name: str, out: Path, **changes: Any) -> DiscoverConfig:
+    known = {"classes": list(planted.LABELS), "probabilities": True}
+    values = {
+        "classifier": {"model": str(folder / f"{name}.pt"), **known},
+        "generator": {"images": str(folder / "figures"), "group": "role"},
+        "out": str(out),
+        "images": BUDGET,
+        "words": False,
+        "attributes": ATTRIBUTES,
+    }
+    others = {n: {"model": str(folder / f"{n}.pt"), **known} for n in changes.pop("others", [])}
+    return configuration.from_dict(DiscoverConfig, {**values, "others": others, **changes})
+
+
+def drawn(out: Path) -> int:
+    """Images in all stages of a search."""
+    stages = [path for path in out.iterdir() if path.name.startswith(("look", "closer", "confirm"))]
+    return sum(Dataset.open(str(path)).header.num_samples for path in stages)
+
+
+def test_a_background_is_found_by_name_with_a_page_issues_and_an_adversarial_dataset(
+    folder: Path, tmp_path: Path
+) -> None:
+    given = config(folder, "background", tmp_path / "out", others=["clean"], scale_up=60)
+    found = discover(given, 0, planted.make)
+    first = found["findings"][0]
+    assert first["slice"] == ["female", [["background", "green"]]] and first["wrong"] == "male"
+    assert first["rate"]["low"] > first["base_rate"]["high"] and first["q"] <= 0.05 < first["others"]["clean"]["p"]
+    assert found["images"] == drawn(tmp_path / "out") <= BUDGET
+
+    # What it says can be counted again from the dataset of the confirming images, which are of other roles than the rest.
+    confirm = Dataset.open(first["dataset"])
+    columns = Reader(confirm).gather(np.arange(confirm.header.num_samples))
+    at = columns["slice"] == confirm.header.provenance["slices"].index([first["slice"], first["rate"]["images"]])
+    assert set(columns["background"][at]) == {"green"} and (columns["label"][at] == 0).all()
+    assert (columns["predicted_classifier"][at] != 0).sum() == first["rate"]["failures"]
+    figures, roles = Reader(Dataset.open(str(folder / "figures")), ["role"]), []
+    for name in ("look-1", "closer-2", "confirm"):
+        rows = Dataset.open(str(tmp_path / "out" / name)).header.provenance["rows"]
+        roles.append(set(figures.gather(np.array(rows))["role"]))
+    assert not (roles[0] | roles[1]) & roles[2]
+
+    more = found["adversarial"]
+    failures = Dataset.open(more["dataset"])
+    assert failures.header.num_samples == more["failures"] and 0 < more["failures"] <= more["images"] <= 60
+    wrong = Reader(failures, ["label", "predicted_classifier", "row"]).gather(np.arange(more["failures"]))
+    assert (wrong["label"] != wrong["predicted_classifier"]).all()
+    assert not set(wrong["row"]) & set(columns["row"]), "further images"
+    assert more["transfer"]["classifier"]["adversarial"]["rate"] == 1 > more["transfer"]["clean"]["adversarial"]["rate"]
+
+    issue = issues(found)["issues"][0]
+    assert issue["title"].startswith("female with background=green is misclassified, mostly as male, ")
+    assert f"q = {first['q']:.3g}" in issue["body"] and issue["labels"] == ["model-failure", "female", "male"]
+    html = page(found)
+    assert html.count("<section") == len(found["findings"]) and html.count("data:image/png;base64,") >= 12
+    assert "<link" not in html and "<script" not in html and "src=\"http" not in html  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "bug, changes, value",
+    [
+        ("background", {"words": True, "attributes": {}}, "green"),  # open-ended, by the captions of the figures
+        pytest.param("tone", {"words": True, "attributes": {}}, "dark", marks=pytest.mark.slow),
+        pytest.param("tone", {}, "dark", marks=pytest.mark.slow),
+        pytest.param("style", {}, "openmoji", marks=pytest.mark.slow),
+    ],
+)
+def test_a_shortcut_is_found_by_name(
+    bug: str, changes: dict[str, Any], value: str, folder: Path, tmp_path: Path
+) -> None:
+    if not (folder / f"{bug}.pt").exists():
+        planted.train(folder / f"{bug}.pt", bug)
+    found = discover(config(folder, bug, tmp_path / "out", **changes), 0, planted.make)
+    attribute = "" if changes else bug
+    assert found["findings"][0]["slice"] == ["female", [[attribute, value]]]
+    assert found["findings"][0]["wrong"] == "male" and found["images"] <= BUDGET
+
+
+def test_a_classifier_without_the_bug_yields_nothing(folder: Path, tmp_path: Path) -> None:
+    """The backgrounds were drawn at random, in training too, so that its failures have nothing to do with them."""
+    for seed in range(4):
+        given = config(folder, "clean", tmp_path / str(seed), attributes={"background": []}, images=600)
+        found = discover(given, seed, planted.make)
+        assert found["findings"] == [] and found["images"] <= 600
+        assert max(rate["failures"] for rate in found["base"].values()) > 5, "it does fail"
+    assert "none are findings" in page(found)
+
+
+def test_stopped_anywhere_it_ends_the_same(folder: Path, tmp_path: Path) -> None:
+    whole = issues(discover(config(folder, "background", tmp_path / "whole"), 3, planted.make))
+
+    def dies(dataset: Dataset, maker: str, values: dict[str, Any]) -> None:
+        planted.make(dataset, maker, values, limit=3)
+        if not dataset.complete:
+            raise KeyboardInterrupt
+
+    given, starts = config(folder, "background", tmp_path / "parts"), 0
+    while True:
+        starts += 1
+        try:
+            parts = issues(discover(given, 3, dies))
+            break
+        except KeyboardInterrupt:
+            continue
+    assert starts >= 4
+    text = to_json(parts).replace(str(tmp_path / "parts").encode(), str(tmp_path / "whole").encode())
+    assert text == to_json(whole)
+
+
+def test_no_budget_is_exceeded(folder: Path, tmp_path: Path) -> None:
+    for number, (images, find, rounds, slices) in enumerate([(7, 0.5, 2, 8), (150, 0.9, 3, 20), (301, 0.2, 1, 1)]):
+        given = config(folder, "clean", tmp_path / str(number), images=images, find=find, rounds=rounds, slices=slices)
+        found = discover(given, 0, planted.make)
+        assert found["images"] == drawn(tmp_path / str(number)) <= images
+        assert len(found["findings"] + found["tested"]) <= slices
+
+
+def test_bad_input_is_said(folder: Path, tmp_path: Path) -> None:
+    figures = str(folder / "figures")
+    for changes, says in (
+        ({"generator": {"images": str(tmp_path / "none")}}, "There is no dataset at"),
+        ({"attributes": {"mood": []}}, "has no field 'mood'"),
+        ({"attributes": {"tone": ["pale"]}}, "has no image with tone=pale; it has dark"),
+        ({"labels": {"child": ""}}, "The classifier 'classifier' has no class 'child'; it has female, male"),
+        ({"labels": {"child": ""}, "accepted": {"child": ["male"]}}, "has no images of 'child'"),
+        ({"classifier": {"model": str(tmp_path / "gone.pt")}}, "There is no classifier at"),
+        ({"classifier": {"model": str(folder / "clean.pt")}}, "does not name its classes"),
+        ({"generator": {"images": figures, "group": "family"}}, "has no field 'family'"),
+        (
+            {"generator": {"images": figures, "caption": "-"}, "words": True},
+            "what draws the images has no captions",
+        ),
+    ):
+        with pytest.raises(UserError, match=says):
+            discover(config(folder, "clean", tmp_path / "out", **changes), 0, planted.make)
+    assert not (tmp_path / "out").exists()
+    for values, says in (
+        ({"images": 0}, "discover.images must be positive"),
+        ({"find": 1.0}, r"discover.find is a share in \(0, 1\)"),
+        ({"generator": {}}, "needs one of model, pipeline and images"),
+        ({"generator": {"pipeline": "p"}}, "size is"),
+        ({"words": False, "attributes": {}}, "needs attributes, words=true, or both"),
+    ):
+        given = config(folder, "clean", tmp_path / "out", **values)
+        problems = [*given.problems(), *given.generator.problems()]
+        assert any(re.search(says, problem) for problem in problems), problems

@@ -1,0 +1,71 @@
+"""Failure rates against closed forms, published values, scipy's own tables, and by simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rayproj.discovery.proportions import Rate, adjusted, higher, higher_each, ratio
+
+
+def test_intervals_of_clopper_and_pearson() -> None:
+    assert Rate(5, 100).interval() == pytest.approx((0.0164319, 0.1128349), abs=1e-7)
+    assert Rate(0, 100).interval() == pytest.approx((0.0, 0.0362167), abs=1e-7)
+    assert Rate(0, 0).interval() == (0, 1) and math.isnan(Rate(0, 0).value)
+    for failures, images in ((3, 17), (17, 17), (0, 4), (1, 400)):
+        theirs = stats.binomtest(failures, images).proportion_ci(0.9, method="exact")
+        assert Rate(failures, images).interval(0.9) == pytest.approx((theirs.low, theirs.high))
+    with pytest.raises(ValueError, match="5 failures among 4 images"):
+        Rate(5, 4)
+
+
+def test_one_rate_against_another() -> None:
+    assert higher(Rate(5, 100), Rate(10, 1000)) == pytest.approx(0.00807096, abs=1e-8)
+    assert higher(Rate(30, 100), Rate(1, 1000)) == pytest.approx(1.932e-32, rel=1e-3)
+    assert higher(Rate(0, 10), Rate(0, 10)) == higher(Rate(0, 10), Rate(5, 10)) == 1
+    # By counting: of all ways to place 3 failures on 5 + 5 images, those with all three among the first five.
+    assert higher(Rate(3, 5), Rate(0, 5)) == pytest.approx(math.comb(5, 3) / math.comb(10, 3))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 60, 50)
+    failures, base = rng.integers(0, images + 1), Rate(7, 90)
+    one_by_one = [
+        stats.fisher_exact([[f, n - f], [base.failures, base.images - base.failures]], alternative="greater").pvalue
+        for f, n in zip(failures, images, strict=True)
+    ]
+    np.testing.assert_allclose(
+        higher_each(failures, images, base.failures, base.images), one_by_one, rtol=1e-9, atol=1e-300
+    )
+
+
+def test_the_ratio_and_its_interval() -> None:
+    value, low, high = ratio(Rate(30, 100), Rate(10, 100))
+    assert value == pytest.approx(3) and 1 < low < 3 < high
+    assert ratio(Rate(3, 100), Rate(0, 100))[0] == ratio(Rate(3, 100), Rate(0, 100))[2] == math.inf
+    assert ratio(Rate(60, 100), Rate(0, 100))[1] > 10, "a base without failures has an upper end too"
+    assert math.isnan(ratio(Rate(0, 9), Rate(0, 9))[0])
+    rng, covered, draws = np.random.default_rng(1), 0, 1500
+    for a, b in rng.binomial([[40, 120]], [[0.3, 0.1]], (draws, 2)):
+        _, low, high = ratio(Rate(int(a), 40), Rate(int(b), 120))
+        covered += low <= 3 <= high
+    assert covered / draws >= 0.95
+
+
+def test_false_discoveries_stay_under_the_level() -> None:
+    """Of slices without an effect against a base that they share, and of some with one."""
+    rng, level, trials, slices = np.random.default_rng(2), 0.05, 400, 12
+    false, shares, power = 0, [], []
+    for trial in range(trials):
+        planted = 0 if trial % 2 else 3
+        rates = np.where(np.arange(slices) < planted, 0.5, 0.1)
+        base = Rate(int(rng.binomial(200, 0.1)), 200)
+        q = np.array(adjusted([higher(Rate(int(k), 60), base) for k in rng.binomial(60, rates)]))
+        found = q <= level
+        if planted:
+            shares.append(found[planted:].sum() / max(1, found.sum()))
+            power.append(found[:planted].mean())
+        else:
+            false += found.any()
+    assert false / (trials / 2) <= level + 2 * math.sqrt(level * (1 - level) / (trials / 2))
+    assert np.mean(shares) <= level and np.mean(power) > 0.99
+    assert adjusted([]) == [] and adjusted([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])

@@ -1,0 +1,62 @@
+"""The page and the issues of a search, from its result and datasets alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.data.writer import commit_shard
+from rayproj.discovery.proportions import Rate
+from rayproj.report.failures import issues, page, title
+
+CLASSES = ("cat", "<dog>")
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> dict[str, Any]:
+    """A search with one finding, that never fails elsewhere."""
+    fields = {
+        "image": Field("png", (3, 8, 8)),
+        "label": Field("int"),
+        "predicted_classifier": Field("int", values=CLASSES),
+    }
+    dataset = Dataset.create(str(tmp_path), Header("t", {**fields, "confidence": Field("float")}, 4, 4, CLASSES))
+    said = {"label": 0, "confidence": 0.9}
+    samples = [
+        {"key": str(i), "image": np.full((3, 8, 8), i, np.uint8), "predicted_classifier": i % 2, **said}
+        for i in range(4)
+    ]
+    commit_shard(dataset, 0, samples, "test", 0.0)
+    own, base = Rate(2, 4).described(), Rate(0, 4).described()
+    finding = {
+        "name": "cat, style=<b>", "slice": ["cat", [["style", "<b>"], ["", "on grass"]]], "label": "cat", "wrong": "<dog>",
+        "rate": own, "base_rate": base, "ratio": {"value": None, "low": 0.1, "high": None}, "p": 0.2, "q": 0.3,
+        "hypotheses": 1, "confused": {"<dog>": 2}, "prompt": "a cat", "dataset": dataset.uri, "failures": [3, 1],
+        "right": [0, 2], "others": {"elder": {"slice": own, "base": base, "p": 0.2}}, "captions": {}, "label_doubted": None,
+    }  # fmt: skip
+    return {
+        "findings": [finding], "tested": [], "base": {"cat": base}, "images": 8, "budget": 10, "level": 0.5, "stages": {},
+        "classifier": "a run", "classes": list(CLASSES),
+    }  # fmt: skip
+
+
+def test_an_issue_says_what_a_tracker_needs(found: dict[str, Any]) -> None:
+    issue = issues(found)["issues"][0]
+    assert issue["title"] == title(found["findings"][0]) == (
+        "cat with style=<b> and 'on grass' is misclassified, mostly as <dog>, which cat as such never is"
+    )  # fmt: skip
+    low, high = Rate(2, 4).interval()
+    assert (
+        f"50.0 % ({100 * low:.1f}–{100 * high:.1f})" in issue["body"] and "q = 0.3 over 1 hypotheses" in issue["body"]
+    )
+    assert "- elder fails on 50.0 %" in issue["body"] and "samples 3, 1" in issue["body"]
+    assert issue["statistics"]["rate"]["failures"] == 2 and issue["labels"] == ["model-failure", "cat", "<dog>"]
+
+
+def test_the_page_needs_no_other_file_and_shows_names_as_they_are(found: dict[str, Any]) -> None:
+    html = page(found)
+    assert html.count("data:image/png;base64,") == 4 and "&lt;dog&gt; 0.90" in html and "<dog>" not in html
+    assert "1 were tested, and 1 is a finding" in html and "∞ (0.10–∞)" in html
+    assert "none are findings" in page({**found, "findings": []})
