@@ -106,7 +106,7 @@ def _read(
     """
     source = _without_label(open_source(config.source), config.no_label)
     kept = {part: _labels(source.classes, names) for part, names in config.classes.items()}
-    parts: dict[str, list[Sample]] = {}
+    parts: dict[str, list[Sample]] = {part: [] for part in config.fractions}
     without_label: Counter[str] = Counter()
     for sample in source.rows():
         split, group = sample.pop("split"), sample["group"]
@@ -117,6 +117,7 @@ def _read(
         elif part not in kept or sample["label"] in kept[part]:
             label = -1 if part == UNLABELLED else sample["label"]
             parts.setdefault(part, []).append(sample | {"label": label})
+    parts = {part: samples for part, samples in parts.items() if samples}
     missing = sorted({*config.fractions, *kept} - parts.keys())
     if missing:
         raise UserError(

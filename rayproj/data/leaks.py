@@ -30,8 +30,7 @@ def crossing(parts: Mapping[str, Sequence[Hashable]]) -> Iterator[tuple[str, int
     """What is in two parts: (part, index in it, the part that had it before), by the keys of the samples of each.
 
     Parts come in the order of `ROLES`, with those of other names before the evaluated ones, as they are given. `train` and
-    `unlabelled` are both for training, and the shapes <part>/<height>x<width> of a part are one: these may have keys in
-    common.
+    `unlabelled` are both for training and may have keys in common.
     """
     first: dict[Hashable, str] = {}
     for part in sorted(parts, key=_rank):
@@ -42,13 +41,11 @@ def crossing(parts: Mapping[str, Sequence[Hashable]]) -> Iterator[tuple[str, int
 
 
 def _rank(part: str) -> int:
-    base = part.partition("/")[0]
-    return ROLES.index(base) + (base in EVALUATED) if base in ROLES else len(ROLES) - len(EVALUATED)
+    return ROLES.index(part) + (part in EVALUATED) if part in ROLES else len(ROLES) - len(EVALUATED)
 
 
 def _side(part: str) -> str:
-    base = part.partition("/")[0]
-    return TRAIN if base == UNLABELLED else base
+    return TRAIN if part == UNLABELLED else part
 
 
 def take_out(

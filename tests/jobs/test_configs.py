@@ -107,6 +107,7 @@ def emoji_upscale(folder: Path) -> list[str]:
 def medical_chain(*imports: str) -> list[str]:
     """What all of them have, behind their imports."""
     classifier = ["classifier={channels: [8]}", "augment.shift=1", *SHORT[:2], ONE]
+    judged = [f"evaluate.{said}" for said in ("samples=4", "feature_size=32", "group_examples=2", "bootstraps=20")]
     return [
         *imports,
         *stage("train_autoencoder", "autoencoder={channels: [8, 16], norm_groups: 4}", *SHORT),
@@ -114,8 +115,7 @@ def medical_chain(*imports: str) -> list[str]:
         *stage("train_diffusion", UNET, *SHORT),
         *stage("generate", "generate.samples=24", "generate.shard_size=8", "generate.sampler.steps=2", "pool.actors=1"),
         *(word for arm in ("real", "oversampled", "synthetic") for word in stage(f"classifier_{arm}", *classifier)),
-        *stage("evaluate_id", "evaluate.samples=4", "evaluate.feature_size=32", "evaluate.group_examples=2"),
-        *stage("evaluate_ood", "evaluate.samples=4", "evaluate.feature_size=32", "evaluate.group_examples=2"),
+        *(word for name in ("evaluate_id", "evaluate_ood") for word in stage(name, *judged)),
     ]
 
 
