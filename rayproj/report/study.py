@@ -106,9 +106,8 @@ def read(config: StudyConfig) -> Points:
         trained.setdefault(setting, {})[seed] = row["runs"][jobs["train_classifier"]]
     seeds = sorted(found.get((config.baseline, "", ""), {}))
     if not seeds:
-        raise UserError(
-            f"The sweep has no arm '{config.baseline}' for the baseline; it has {', '.join(s[0] for s in found)}."
-        )
+        arms = dict.fromkeys(arm for arm, *_ in found)
+        raise UserError(f"The sweep has no arm '{config.baseline}'; it has {', '.join(arms)}.")
     if wrong := [setting for setting, by in found.items() if sorted(by) != seeds]:
         raise UserError(f"'{wrong[0][0]}' was not run under the seeds of '{config.baseline}': {', '.join(seeds)}.")
     clusters = {
