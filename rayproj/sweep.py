@@ -215,7 +215,7 @@ def _run(every: list[Point], room: RoomConfig, run: Run) -> dict[str, str]:
 
 
 def _stop(busy: dict[Any, Point]) -> None:
-    """Have the points that run commit and leave, if they do so in time; a point that is between two stages is asked again."""
+    """Have the points that run commit and leave, if they do so in time; one that is between two stages is asked again."""
     deadline, waiting = time.monotonic() + STOP_SECONDS, list(busy)
     for ref in waiting:
         ray.cancel(ref)  # those that wait for room; one that runs looks up only when its jobs leave

@@ -56,6 +56,19 @@ def test_a_mapping_replaces_a_dict_and_a_dotted_key_adds_to_it(tmp_path: Path) -
     assert config.load(Schema, path, ["inner={lr: 2}"]).inner == Inner(2.0)
 
 
+@dataclass
+class Listed:
+    inner: list[Inner] = field(default_factory=list)
+
+
+def test_a_list_of_sections_has_their_defaults_and_their_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "inner: [{lr: 2}, {color: blue}]\n")
+    assert config.load(Listed, path).inner == [Inner(2.0), Inner(color=Color.blue)]
+    assert config.load(Listed, path, ["inner=[{sides: [3, 4]}]"]).inner == [Inner(sides=(3, 4))]
+    with pytest.raises(UserError, match="'inner' cannot be"):
+        config.load(Listed, path, ["inner=[{lrr: 2}]"])
+
+
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", "stepz: 1\ninner:\n  lr: fast\n")
     with pytest.raises(UserError) as error:

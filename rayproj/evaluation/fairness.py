@@ -199,11 +199,11 @@ def replicates(right: np.ndarray, groups: Sequence[Any]) -> dict[str, np.ndarray
 def _counts(right: np.ndarray, groups: Sequence[Any], cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How many images of each cluster and group are right, [runs, clusters, groups], and how many there are."""
     group = np.unique([str(g) for g in groups], return_inverse=True)[1]
-    shape = (len(right), cluster.max() + 1, group.max() + 1)
-    hits, images = np.zeros(shape), np.zeros(shape)
-    np.add.at(hits, (slice(None), cluster, group), right)
-    np.add.at(images, (slice(None), cluster, group), 1)
-    return hits, images
+    shape = (int(cluster.max()) + 1, int(group.max()) + 1)
+    cell = np.ravel_multi_index((cluster, group), shape)
+    hits = [np.bincount(cell, run, math.prod(shape)).reshape(shape) for run in right]
+    images = np.bincount(cell, minlength=math.prod(shape)).reshape(shape)
+    return np.stack(hits), np.broadcast_to(images, (len(right), *shape))
 
 
 def _of_counts(hits: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
