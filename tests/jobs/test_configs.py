@@ -125,8 +125,9 @@ def test_the_fairness_study_in_small(tmp_path: Path) -> None:
         root,
         *stage("train_autoencoder", "autoencoder={channels: [8, 16, 16], norm_groups: 4, latent_channels: 4}", *SHORT),
         *stage("judge", "train.steps=4"),
+        *stage("base", "train.steps=4"),
         *stage("models", f"sweep.set={model}", f"sweep.grids.models.axes={pools}"),
-        *(word for w in "13" for word in stage(f"guidance_{w}", "generate.samples=12", "generate.sampler.steps=2")),
+        *(word for w in "14" for word in stage(f"guidance_{w}", "generate.samples=12", "generate.sampler.steps=2")),
         *stage("points", f"sweep.set={[*classifier, *tests]}"),
         f"points.sweep.grids={{arms: {{{grid}, axes: {arms}}}, alpha: {{{grid}, axes: {none}}}}}",
         *stage(
