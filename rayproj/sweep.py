@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import io
 import os
+import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import product
@@ -26,10 +28,11 @@ from rayproj import chain
 from rayproj import config as configuration
 from rayproj.errors import Interrupted, UserError
 from rayproj.runtime import interrupt
-from rayproj.runtime.run import Run
+from rayproj.runtime.run import Run, wish_stop
 from rayproj.storage.store import Store, from_json, to_json
 
 POLL_SECONDS = 0.5
+STOP_SECONDS = 60.0  # that points have to commit
 Axes = dict[str, Any]
 """Name -> {name of a value: its overrides, such as [train.steps=100]}; or a key of the config -> a list of its values."""
 
@@ -207,10 +210,20 @@ def _run(every: list[Point], room: RoomConfig, run: Run) -> dict[str, str]:
                     run.store.write(f"failed/{point.name}.txt", str(error).encode())
                     run.tracker.event({"type": "warning", "text": f"{point.name} failed: {failed[point.name]}"})
     finally:
-        for ref in busy:
-            ray.cancel(ref)  # as Ctrl-C: what runs commits and leaves
-        ray.wait(list(busy), num_returns=len(busy), timeout=60) if busy else None
+        _stop(busy)
     return failed
+
+
+def _stop(busy: dict[Any, Point]) -> None:
+    """Have the points that run commit and leave, if they do so in time; one that is between two stages is asked again."""
+    deadline, waiting = time.monotonic() + STOP_SECONDS, list(busy)
+    for ref in waiting:
+        ray.cancel(ref)  # those that wait for room; one that runs looks up only when its jobs leave
+    while waiting and time.monotonic() < deadline:
+        for folder in (folder for ref in waiting for folder in busy[ref].runs().values()):
+            with suppress(UserError):  # it has not begun, or is done
+                wish_stop(folder)
+        waiting = ray.wait(waiting, num_returns=len(waiting), timeout=2 * POLL_SECONDS)[1]
 
 
 def _why(error: Exception) -> str:
@@ -221,7 +234,7 @@ def _why(error: Exception) -> str:
 def _work(stages: list[list[tuple[str, str, dict[str, Any]]]], folder: str) -> None:
     """One point, in a worker of Ray's."""
     os.chdir(folder)  # relative paths mean the driver's folder
-    interrupt.listen()
+    interrupt.forget()
     try:
         chain.run(
             [

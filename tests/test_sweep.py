@@ -83,7 +83,7 @@ sweep:
   out: {folder}/points
   grids:
     seeds: {{{template}, axes: {{run.seed: [0, 1, 2]}}}}
-    ranks: {{{template}, axes: {{kind: {{group: [cluster.ranks=1], later: ["data={folder}/later"]}}}}}}
+    others: {{{template}, axes: {{kind: {{later: ["data={folder}/later"], group: [cluster.ranks=1]}}}}}}
 run: {{dir: {folder}/sweep}}
 room: {{at_once: 1}}
 tracking: {{wandb: disabled}}
@@ -111,13 +111,13 @@ def test_a_killed_sweep_goes_on_and_a_failed_point_is_tried_again(tmp_path: Path
     assert "1 of 5 points failed (kind=later)" in done.stderr
     assert "There is no dataset" in (tmp_path / "sweep" / "failed" / "kind=later.txt").read_text()
     rows = json.loads((tmp_path / "sweep" / "table.json").read_text())
-    assert [row["point"] for row in rows] == ["seed=0", "seed=1", "seed=2", "kind=group"], "the others are done"
+    assert [row["point"] for row in rows] == ["seed=0", "seed=1", "seed=2", "kind=group"], "also what came after it"
 
     images.write(f"{tmp_path}/later", 120)
     assert run("rayproj", "sweep", str(config)).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "finished points are untouched"
     rows = {row["point"]: row for row in json.loads((tmp_path / "sweep" / "table.json").read_text())}
-    assert len(rows) == 5 and rows["seed=1"]["axes"] == {"seed": "1"} and rows["kind=later"]["grids"] == ["ranks"]
+    assert len(rows) == 5 and rows["seed=1"]["axes"] == {"seed": "1"} and rows["kind=later"]["grids"] == ["others"]
     for name, row in rows.items():
         result = json.loads((tmp_path / "points" / name / "result.json").read_text())
         assert row["results"] == {"train_classifier": result} and result["steps"] == 40

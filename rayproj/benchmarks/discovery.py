@@ -23,7 +23,7 @@ import torch
 from rayproj import config as configuration
 from rayproj.benchmarks import planted, synthesis
 from rayproj.benchmarks.runtime import Row, row
-from rayproj.classifiers.model import ClassifierConfig, ConvNet
+from rayproj.classifiers.networks import ClassifierConfig, ConvNet
 from rayproj.data.dataset import Dataset
 from rayproj.data.writer import commit_shard
 from rayproj.discovery.examine import OWN, Bench

@@ -17,7 +17,7 @@ import torch
 from rayproj.benchmarks.obfuscation_plain import PLAIN
 from rayproj.benchmarks.runtime import Row, row
 from rayproj.classifiers.augment import AugmentConfig
-from rayproj.classifiers.model import ClassifierConfig
+from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.dataset import Field, Header
 from rayproj.obfuscation import OBFUSCATIONS, Assets, AssetsConfig, ObfuscateConfig, scenes

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from rayproj.classifiers.model import ClassifierConfig, ConvNet
+from rayproj.classifiers.networks import ClassifierConfig, ConvNet
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.sources.fashion_mnist import EMBEDDED
 from rayproj.data.split import assign

@@ -186,20 +186,31 @@ def _difference(seen: float, drawn: np.ndarray) -> dict[str, Any]:
     return {"difference": float(seen), "interval": [float(low), float(high)], "p": float(p)}
 
 
-def replicates(right: np.ndarray, groups: Sequence[Any], weight: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def replicates(right: np.ndarray, groups: Sequence[Any]) -> dict[str, np.ndarray]:
     """ "accuracy", its "gap" between groups and that of the "worst" group, fp [runs] each.
 
     Args:
         right: bool [runs, n]: whether a run of the same training under another seed is right on an image.
         groups: [n]; the accuracy is the mean over the images.
-        weight: how often each image counts, [n]; None: once.
     """
-    weight = np.ones(right.shape[1]) if weight is None else weight
-    named = np.array([str(g) for g in groups], object)
-    member = np.stack([(named == g) * weight for g in np.unique(named)])
-    counts = member.sum(1)
-    by = (right @ member.T)[:, counts > 0] / counts[counts > 0]
-    return {"accuracy": right @ weight / weight.sum(), "gap": by.max(1) - by.min(1), "worst": by.min(1)}
+    return _of_counts(*(counts.sum(-2) for counts in _counts(right, groups, np.zeros(right.shape[1], int))))
+
+
+def _counts(right: np.ndarray, groups: Sequence[Any], cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many images of each cluster and group are right, [runs, clusters, groups], and how many there are."""
+    group = np.unique([str(g) for g in groups], return_inverse=True)[1]
+    shape = (int(cluster.max()) + 1, int(group.max()) + 1)
+    cell = np.ravel_multi_index((cluster, group), shape)
+    hits = [np.bincount(cell, run, math.prod(shape)).reshape(shape) for run in right]
+    images = np.bincount(cell, minlength=math.prod(shape)).reshape(shape)
+    return np.stack(hits), np.broadcast_to(images, (len(right), *shape))
+
+
+def _of_counts(hits: np.ndarray, images: np.ndarray) -> dict[str, np.ndarray]:
+    """The measures of `replicates`, of counts by group [..., groups]; a group without an image has no say."""
+    by = np.where(images > 0, hits / np.maximum(images, 1), np.nan)
+    best, worst = np.nanmax(by, -1), np.nanmin(by, -1)
+    return {"accuracy": hits.sum(-1) / images.sum(-1), "gap": best - worst, "worst": worst}
 
 
 def paired_over_seeds(
@@ -217,24 +228,18 @@ def paired_over_seeds(
     """
     assert ours.shape == theirs.shape, "not the same seeds or images"
     rng, (seeds, n) = np.random.default_rng(seed), ours.shape
-    names = np.arange(n).astype(str) if clusters is None else np.array([str(c) for c in clusters], object)
-    kinds, place = np.unique(names, return_inverse=True)
-
-    def differences(chosen: np.ndarray, weight: np.ndarray | None) -> list[float]:
-        sides = [replicates(side[chosen], groups, weight) for side in (ours, theirs)]
-        return [float((sides[0][name] - sides[1][name]).mean()) for name in sides[0]]
-
-    seen = differences(np.arange(seeds), None)
-    drawn = np.array(
-        [
-            differences(
-                rng.integers(0, seeds, seeds),
-                np.bincount(rng.integers(0, len(kinds), len(kinds)), minlength=len(kinds))[place].astype(float),
-            )
-            for _ in range(bootstraps)
-        ]
-    )
-    return {name: _difference(seen[k], drawn[:, k]) for k, name in enumerate(("accuracy", "gap", "worst"))}
+    place = np.arange(n) if clusters is None else np.unique([str(c) for c in clusters], return_inverse=True)[1]
+    kinds = int(place.max()) + 1
+    hits, images = _counts(np.concatenate([ours, theirs]), groups, place)
+    # How often each cluster and seed is drawn, [draws, ...]; the first draw is what was seen.
+    often = np.concatenate([np.ones((1, kinds)), rng.multinomial(kinds, np.full(kinds, 1 / kinds), bootstraps)])
+    share = np.concatenate([np.ones((1, seeds)), rng.multinomial(seeds, np.full(seeds, 1 / seeds), bootstraps)]) / seeds
+    found = {}
+    measured = _of_counts(*(np.einsum("dk,rkg->drg", often, counts, optimize=True) for counts in (hits, images)))
+    for name, values in measured.items():
+        differences = ((values[:, :seeds] - values[:, seeds:]) * share).sum(1)
+        found[name] = _difference(differences[0], differences[1:])
+    return found
 
 
 def adjusted(p: Sequence[float]) -> list[float]:

@@ -330,12 +330,8 @@ def page(template: str, **values: Any) -> str:
     def read(name: str) -> str:
         return files("rayproj.report").joinpath(name).read_text()
 
-    loader = FunctionLoader(read)
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
-        .get_template(template)
-        .render(values)
-    )
+    made = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(read))
+    return made.get_template(template).render(values)
 
 
 def readme_picture(root: str) -> bytes:

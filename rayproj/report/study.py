@@ -106,9 +106,8 @@ def read(config: StudyConfig) -> Points:
         trained.setdefault(setting, {})[seed] = row["runs"][jobs["train_classifier"]]
     seeds = sorted(found.get((config.baseline, "", ""), {}))
     if not seeds:
-        raise UserError(
-            f"The sweep has no arm '{config.baseline}' for the baseline; it has {', '.join(s[0] for s in found)}."
-        )
+        arms = dict.fromkeys(arm for arm, *_ in found)
+        raise UserError(f"The sweep has no arm '{config.baseline}'; it has {', '.join(arms)}.")
     if wrong := [setting for setting, by in found.items() if sorted(by) != seeds]:
         raise UserError(f"'{wrong[0][0]}' was not run under the seeds of '{config.baseline}': {', '.join(seeds)}.")
     clusters = {
@@ -274,9 +273,9 @@ def _both(row: dict[str, Any]) -> str:
     return f"accuracy {row['accuracy']['mean']:.3f}, gap {row['gap']['mean']:.3f}"
 
 
-def samples(config: StudyConfig, per_cell: int = 8) -> dict[str, np.ndarray]:
-    """Images of each set, uint8 [cells, per_cell, C, H, W], and the cells' names under ""."""
-    columns: dict[str, Any] = {}
+def samples(config: StudyConfig, per_cell: int = 8) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Images of each set, uint8 [cells, per_cell, C, H, W], and the cells' names."""
+    columns, names = dict[str, np.ndarray](), list[str]()
     for title, uri in config.shown.items():
         dataset = Dataset.open(uri)
         cells = cells_of([dataset], config.shown_by)
@@ -285,8 +284,8 @@ def samples(config: StudyConfig, per_cell: int = 8) -> dict[str, np.ndarray]:
             at = np.flatnonzero(cells.numbers == number)[:per_cell]
             images = Reader(dataset, ["image"]).gather(at)["image"]
             rows.append(np.concatenate([images, np.full((per_cell - len(at), *images.shape[1:]), 255, np.uint8)]))
-        columns[title], columns[""] = np.stack(rows), list(cells.names)
-    return columns
+        columns[title], names = np.stack(rows), list(cells.names)
+    return columns, names
 
 
 def build(config: StudyConfig) -> tuple[dict[str, Any], str, bytes]:
@@ -297,7 +296,5 @@ def build(config: StudyConfig) -> tuple[dict[str, Any], str, bytes]:
     for axis, arms in found["curves"].items():
         pictures[f"curve {axis}"] = data_uri(figures.svg(figures.measures_over(axis, arms)), "svg+xml")
     if config.shown:
-        columns = samples(config)
-        cells = columns.pop("")
-        pictures["samples"] = data_uri(figures.png(figures.samples(columns, cells)), "png")
+        pictures["samples"] = data_uri(figures.png(figures.samples(*samples(config))), "png")
     return found, page("study.html", study=found, pictures=pictures), plotted

@@ -32,6 +32,11 @@ def request() -> None:
     _wish.set()
 
 
+def forget() -> None:
+    """Begin a piece of work in a process in which one before was to stop."""
+    _wish.clear()
+
+
 def requested() -> bool:
     return _wish.is_set()
 

@@ -85,6 +85,14 @@ def test_what_is_left_out_is_listed_and_counts_add_up(images: str, tmp_path: Pat
     assert Dataset.open(dataset.uri).manifest_hash() == before
 
 
+def test_what_stays_is_counted_by_cell(images: str, tmp_path: Path) -> None:
+    found = curate(config(images, tmp_path, cells=["label", "style"]), lambda event: None)["cells"]
+    before, after = (Dataset.open(uri) for uri in (images, str(tmp_path / "out")))
+    there, kept = (Reader(d).gather(np.arange(d.header.num_samples))["style"].tolist() for d in (before, after))
+    assert found == {f"a × {s}": {"samples": there.count(s), "kept": kept.count(s)} for s in sorted(set(there))}
+    assert sum(cell["kept"] for cell in found.values()) == 29
+
+
 def test_planted_copies_weigh_as_one_image(images: str, tmp_path: Path) -> None:
     result = curate(config(images, tmp_path, duplicates=DuplicatesConfig(0.85, 0.0)), lambda event: None)
     assert result["clusters"] == {"1": 24, "5": 1} and result["effective"] == pytest.approx(25)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rayproj import classifiers
-from rayproj.classifiers.model import ClassifierConfig, ConvNet
+from rayproj.classifiers.networks import ClassifierConfig, ConvNet
 from rayproj.discovery.models import ExaminedConfig, open_classifier
 from rayproj.errors import UserError
 from rayproj.export import export

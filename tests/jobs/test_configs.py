@@ -1,12 +1,14 @@
 """The large chains of configs/, shrunk by overrides alone, with everything that they name: trained and drawn from."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from rayproj.data.cells import cells_of
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from tests.support import medical, pipelines
@@ -172,3 +174,47 @@ def test_a_medical_chain_is_planned_before_there_are_files(config) -> None:  # t
     assumed = ["--samples", "200000", "--shape", "3x32x32", "--classes", "2"]
     planned = run("rayproj", "plan", "chain", str(ROOT / "configs" / f"{config.__name__}.yaml"), *assumed)
     assert planned.returncode == 0 and "parameters" in planned.stdout, planned.stderr
+
+
+def test_the_fairness_study_in_small(tmp_path: Path) -> None:
+    """One model, two arms and two seeds; where α is 0, the classifier is the baseline's, bit for bit."""
+    root, classifier = f"root={tmp_path}/root", ["train.train.steps=4", "evaluate.evaluate.group_examples=5"]
+    images = f"{tmp_path}/root/models/pool=95/synthetic"
+    place = f"{tmp_path}/root/data"
+    tests = [f"evaluate.evaluate.test={place}/noto", f"evaluate.evaluate.tests={{openmoji: {place}/openmoji}}"]
+    seeds = "train.run.seed: [0, 1]"
+    arms = f'{{arm: {{heuristic: [], both: ["train.mix={{{images}/both: 0.5}}"]}}, {seeds}}}'
+    none = f'{{arm: {{both: ["train.mix={{{images}/both: 0}}"]}}, alpha: {{0: []}}, {seeds}}}'
+    grid = f'template: configs/fairness_point.yaml, set: ["train.data={place}/train_95"]'
+    drawn = [
+        f"{name}.generate.{k}" for name in ("label", "both") for k in ("samples=24", "shard_size=12", "sampler.steps=2")
+    ]
+    model = ["diffusion.train.steps=3", "filtered.curate.rules.copied.at_least=0", *drawn]
+    pools = f'{{pool: {{95: ["encode.images={{pool: {place}/pool_95}}"]}}}}'
+    words = [
+        root,
+        *stage("train_autoencoder", "autoencoder={channels: [8, 16, 16], norm_groups: 4, latent_channels: 4}", *SHORT),
+        *stage("judge", "train.steps=4"),
+        *stage("base", "train.steps=4"),
+        *stage("models", f"sweep.set={model}", f"sweep.grids.models.axes={pools}"),
+        *(word for w in "14" for word in stage(f"guidance_{w}", "generate.samples=12", "generate.sampler.steps=2")),
+        *stage("points", f"sweep.set={[*classifier, *tests]}"),
+        f"points.sweep.grids={{arms: {{{grid}, axes: {arms}}}, alpha: {{{grid}, axes: {none}}}}}",
+        *stage(
+            "report",
+            "study.controls.no_better={both: both}",
+            f"study.filters={{95: {tmp_path}/root/models/pool=95/filtered}}",
+        ),
+        *stage("report", f"study.tests={{noto: {place}/noto, openmoji: {place}/openmoji}}", "study.bootstraps=50"),
+        *stage("report", f"study.shown={{real: {place}/train_95, both: {images}/both}}"),
+    ]
+    done = run("rayproj", "chain", str(ROOT / "configs" / "fairness_study.yaml"), *words, timeout=560)
+    assert done.returncode == 0, done.stderr
+    study = json.loads((tmp_path / "root" / "study.json").read_text())
+    assert study["tests"]["noto"]["images"] == study["tests"]["openmoji"]["images"] == 248 and study["seeds"] == 2
+    same = study["controls"][0]
+    assert same["held"] and same["numbers"]["of"] == 2, same
+    assert set(study["filters"]["95"]["cells"]) == {f"{g} × {t}" for g in ("female", "male") for t in ("light", "dark")}
+    drawn_cells = cells_of([Dataset.open(f"{images}/both")], ["label", "tone"])
+    assert drawn_cells.counts.tolist() == [6] * 4, "exact quotas"
+    assert "data:image/png" in (tmp_path / "root" / "study.html").read_text()

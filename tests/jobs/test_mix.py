@@ -62,7 +62,7 @@ def test_real_and_synthetic_images_in_every_batch(tmp_path: Path) -> None:
 
 
 def test_shares_that_leave_nothing() -> None:
-    assert Config(mix={"a": 0.5}).problems() == []
+    assert Config(mix={"a": 0.5}).problems() == Config(mix={"a": 0.0}).problems() == []
     assert "together less than 1" in Config(mix={"a": 0.5, "b": 0.5}).problems()[0]
     assert Config(mix={"a": -1.0}).problems()
 
