@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
+from rayproj.discovery.generators import Asked, GeneratorConfig, open_generator
 from rayproj.discovery.loop import DiscoverConfig, discover
+from rayproj.discovery.slices import Slice
 from rayproj.errors import UserError
 from rayproj.report.failures import issues, page
 from rayproj.storage.store import to_json
-from tests.support import planted
+from tests.support import pipelines, planted
 
 ATTRIBUTES: dict[str, list[str]] = {"tone": [], "style": [], "background": []}
 BUDGET = 1000
@@ -177,3 +181,43 @@ def test_bad_input_is_said(folder: Path, tmp_path: Path) -> None:
         given = config(folder, "clean", tmp_path / "out", **values)
         problems = [*given.problems(), *given.generator.problems()]
         assert any(re.search(says, problem) for problem in problems), problems
+
+
+class Brightness(nn.Module):
+    """Probabilities of "dark" and "bright", by whether the mean of the pixels is above a threshold."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        bright = torch.sigmoid(400 * (images.mean((1, 2, 3)) - self.threshold))
+        return torch.stack([1 - bright, bright], 1)
+
+
+def test_open_ended_with_a_pipeline_and_retrieved_captions(tmp_path: Path) -> None:
+    """A random network, of whose images half are bright: they are described by captions, and asked for in words of those."""
+    pipelines.write(tmp_path / "pipeline")
+    known = planted.write(
+        str(tmp_path / "known"), {n: column[:40] for n, column in planted.figures("test").items()}, 20
+    )
+    generator = {"pipeline": str(tmp_path / "pipeline"), "size": [16, 16], "sampler": {"steps": 1, "guidance": 1.5}}
+    values = {
+        "generator": generator, "labels": {"dark": "a dark thing"}, "captions": {"images": known.uri},
+        "embedder": {"size": 32}, "images": 120, "longest": 1, "out": str(tmp_path / "out"),
+    }  # fmt: skip
+    draws = open_generator(configuration.from_dict(GeneratorConfig, generator), {"dark": "a dark thing"}, {}, 0, "cpu")
+    drawn = draws.draw(Asked([Slice("dark")] * 30, np.arange(30), np.full(30, -1)))["image"]
+    module = Brightness(float(np.median(drawn.mean((1, 2, 3)) / 255)))
+    torch.jit.trace(module, torch.zeros(2, 3, 16, 16)).save(str(tmp_path / "brightness.pt"))
+    classifier = {"model": str(tmp_path / "brightness.pt"), "classes": ["dark", "bright"], "probabilities": True}
+    found = discover(configuration.from_dict(DiscoverConfig, {**values, "classifier": classifier}), 0, planted.make)
+    assert found["images"] <= 120 and 0.2 < found["base"]["dark"]["rate"] < 0.8
+    first = Reader(Dataset.open(str(tmp_path / "out" / "look-1"))).gather(np.arange(30))
+    assert np.array_equal(first["image"], drawn), "an image is a function of its number"
+    captions = set(Reader(known, ["caption"]).gather(np.arange(40))["caption"])
+    assert set(first["shows"]) <= captions and set(first["prompt"]) == {"a dark thing"}
+    second = Dataset.open(str(tmp_path / "out" / ("closer-2" if "closer-2" in found["stages"] else "look-2")))
+    asked = [Slice.from_json(cell) for cell, _ in second.header.provenance["slices"]]
+    prompts = set(Reader(second, ["prompt"]).gather(np.arange(second.header.num_samples))["prompt"])
+    assert prompts == {", ".join(["a dark thing", *of.phrases]) for of in asked}

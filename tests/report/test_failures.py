@@ -45,7 +45,7 @@ def found(tmp_path: Path) -> dict[str, Any]:
 def test_an_issue_says_what_a_tracker_needs(found: dict[str, Any]) -> None:
     issue = issues(found)["issues"][0]
     assert issue["title"] == title(found["findings"][0]) == (
-        "cat with style=<b> and 'on grass' is misclassified, mostly as <dog>, which cat as such never is"
+        "cat with 'on grass' and style=<b> is misclassified, mostly as <dog>, which cat as such never is"
     )  # fmt: skip
     low, high = Rate(2, 4).interval()
     assert (
