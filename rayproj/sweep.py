@@ -13,13 +13,12 @@ from __future__ import annotations
 import io
 import os
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import product
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ray
@@ -28,7 +27,7 @@ from rayproj import chain
 from rayproj import config as configuration
 from rayproj.errors import Interrupted, UserError
 from rayproj.runtime import interrupt
-from rayproj.runtime.run import Run, wish_stop
+from rayproj.runtime.run import Run, require_same, wish_stop
 from rayproj.storage.store import Store, from_json, to_json
 
 POLL_SECONDS = 0.5
@@ -148,8 +147,7 @@ def _stages(grid: GridConfig, folder: str, overrides: list[str]) -> list[list[tu
     if grid.job:
         if grid.job not in chain.jobs():
             raise UserError(f"sweep: there is no job '{grid.job}'; give one of {', '.join(chain.jobs())}.")
-        schema = import_module(f"rayproj.jobs.{grid.job}").Config
-        config = configuration.load(schema, grid.template, [*overrides, f"run.dir={folder}"])
+        config = configuration.load(_job(grid.job).Config, grid.template, [*overrides, f"run.dir={folder}"])
         return [[(grid.job, grid.job, configuration.to_dict(config))]]
     whole = chain.load(grid.template, [*overrides, f"root={folder}"])
     return [
@@ -163,9 +161,13 @@ def sweep(config: SweepConfig, room: RoomConfig, run: Run) -> dict[str, Any]:
 
     Raises:
         Interrupted: a stop was asked for; the points have committed.
+        UserError: a point was begun with another config.
         RuntimeError: points failed; all others are done, and these are tried again by the next start.
     """
     every = points(config)
+    for _, job, values in (stage for point in every for together in point.stages for stage in together):
+        if (there := Store(values["run"]["dir"])).exists("config.yaml"):
+            require_same(there, configuration.from_dict(_job(job).Config, values))
     run.tracker.event({"type": "total", "steps": len(every)})
     run.store.delete_tree("failed")
     failed = _run(every, room, run)
@@ -235,21 +237,13 @@ def _work(stages: list[list[tuple[str, str, dict[str, Any]]]], folder: str) -> N
     """One point, in a worker of Ray's."""
     os.chdir(folder)  # relative paths mean the driver's folder
     interrupt.forget()
-    try:
-        chain.run(
-            [
-                [(module.main, configuration.from_dict(module.Config, values)) for module, values in together]
-                for together in ([(import_module(f"rayproj.jobs.{job}"), v) for _, job, v in part] for part in stages)
-            ]
-        )
-    except Interrupted:
-        raise
-    except Exception:
-        for _, _, values in (stage for part in stages for stage in part):
-            if (place := Store(values["run"]["dir"]).local_path()) and place.is_dir():
-                with Path(place, "log.txt").open("a") as file:
-                    file.write(traceback.format_exc() + "\n")
-        raise
+    chain.run(
+        [[(_job(job).main, configuration.from_dict(_job(job).Config, v)) for _, job, v in part] for part in stages]
+    )
+
+
+def _job(name: str) -> ModuleType:
+    return import_module(f"rayproj.jobs.{name}")
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:

@@ -37,7 +37,7 @@ def test_points_are_all_combinations_and_shared_ones_are_one() -> None:
     seeds = {"run.seed": [0, 1]}
     arms = {"arm": {"plain": [], "focal": ["objective.loss=focal", "train.batch=8"]}}
     found = points(
-        SweepConfig("out", {"arms": grid(**arms, **seeds), "one": grid(arm={"plain": []}, **{"run.seed": [1]})})
+        SweepConfig("out", grids={"arms": grid(**arms, **seeds), "one": grid(arm={"plain": []}, **{"run.seed": [1]})})
     )
     assert [p.name for p in found] == ["arm=plain,seed=0", "arm=plain,seed=1", "arm=focal,seed=0", "arm=focal,seed=1"]
     assert [p.grids for p in found] == [("arms",), ("arms", "one"), ("arms",), ("arms",)]
@@ -49,7 +49,7 @@ def test_points_are_all_combinations_and_shared_ones_are_one() -> None:
 
 def test_a_chain_has_its_root_at_the_point() -> None:
     one = GridConfig(str(ROOT / "configs" / "demo.yaml"), axes={"train_diffusion.train.steps": [5, 6]})
-    found = points(SweepConfig("out", {"steps": one}))
+    found = points(SweepConfig("out", grids={"steps": one}))
     assert [p.name for p in found] == ["steps=5", "steps=6"]
     stages = {name: config for together in found[1].stages for name, _, config in together}
     assert stages["train_diffusion"]["train"]["steps"] == 6
@@ -68,7 +68,7 @@ def test_a_chain_has_its_root_at_the_point() -> None:
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(grids: dict[str, GridConfig], says: str) -> None:
     with pytest.raises(UserError) as refused:
-        points(SweepConfig("out", grids))
+        points(SweepConfig("out", grids=grids))
     assert says in str(refused.value)
 
 
@@ -132,6 +132,13 @@ def test_a_killed_sweep_goes_on_and_a_failed_point_is_tried_again(tmp_path: Path
     ]  # without a group and with one; the images of the last are the same too
     assert all(torch.equal(weights[same[0]][k], weights[other][k]) for other in same[1:] for k in weights[other])
     assert any(not torch.equal(weights["seed=0"][k], weights["seed=1"][k]) for k in weights["seed=0"])
+    job = (tmp_path / "job.yaml").read_text()
+    (tmp_path / "job.yaml").write_text(job.replace("steps: 40", "steps: 41"))
+    other = run("rayproj", "sweep", str(config), f"run.dir={tmp_path}/another")
+    assert other.returncode == 2 and "train.steps was 40, now 41" in other.stderr, (
+        "points of another config are not taken"
+    )
+    (tmp_path / "job.yaml").write_text(job)
     before = (tmp_path / "sweep" / "table.json").stat().st_mtime_ns
     assert run("rayproj", "sweep", str(config)).returncode == 0
     assert (tmp_path / "sweep" / "table.json").stat().st_mtime_ns == before, "a finished sweep does nothing"

@@ -111,7 +111,7 @@ class Run:
         if not store.put_once("run.json", to_json({"job": job, "version": __version__, "created_at": time.time()})):
             _require_job(store, job)
         if not store.put_once("config.yaml", configuration.to_yaml(config).encode()):
-            _require_same(store, config)
+            require_same(store, config)
         run = cls(job, store, config)
         try:
             with run._attempt():
@@ -222,7 +222,12 @@ def _require_job(store: Store, job: str) -> None:
         )
 
 
-def _require_same(store: Store, config: Any) -> None:
+def require_same(store: Store, config: Any) -> None:
+    """Make sure that a run dir is of this config, but for where and how it runs.
+
+    Raises:
+        UserError: it is not, with the differences.
+    """
     texts = configuration.to_yaml(type(config)()), store.read("config.yaml").decode(), configuration.to_yaml(config)
     default, stored, now = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in texts)
     before = default | stored  # what a version before did not have is as it is by default
