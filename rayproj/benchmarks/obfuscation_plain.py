@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
-from rayproj.obfuscation.assets import GLYPH, ICONS, TEXTS, _font
+from rayproj.obfuscation.assets import GLYPH, ICONS, TEXTS, dejavu
 
 Params = dict[str, Any]
 Plain = Callable[[np.ndarray, Params, Sequence[np.ndarray]], np.ndarray]
@@ -221,7 +221,7 @@ def color_pattern_overlay(image: np.ndarray, p: Params, photos: Sequence[np.ndar
 @lru_cache(64)
 def _icon(number: int) -> Image.Image:
     picture = Image.new("L", (GLYPH, GLYPH))
-    font = _font(round(0.85 * GLYPH))
+    font = dejavu(round(0.85 * GLYPH))
     ImageDraw.Draw(picture).text((GLYPH / 2, GLYPH / 2), ICONS[number % len(ICONS)], 255, font, anchor="mm")
     return picture
 
@@ -254,7 +254,7 @@ def interleave(image: np.ndarray, p: Params, photos: Sequence[np.ndarray]) -> np
 def text_overlay(image: np.ndarray, p: Params, photos: Sequence[np.ndarray]) -> np.ndarray:
     height, width = image.shape[:2]
     line = _length(p["size"], image, 4)
-    font, text = _font(round(0.75 * line)), TEXTS[p["text"] % len(TEXTS)]
+    font, text = dejavu(round(0.75 * line)), TEXTS[p["text"] % len(TEXTS)]
     long = round(1.5 * max(height, width))
     layer = Image.new("L", (long, long))
     draw, step = ImageDraw.Draw(layer), font.getlength(text) + line / 2

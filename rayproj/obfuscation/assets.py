@@ -178,7 +178,8 @@ def _noise() -> Tensor:
 
 
 @lru_cache(1)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def dejavu(size: int) -> ImageFont.FreeTypeFont:
+    """The font in so many pixels."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
@@ -188,13 +189,13 @@ def _icons() -> Tensor:
     found = []
     for glyph in ICONS:
         picture = Image.new("L", (GLYPH, GLYPH))
-        ImageDraw.Draw(picture).text((GLYPH / 2, GLYPH / 2), glyph, 255, _font(round(0.85 * GLYPH)), anchor="mm")
+        ImageDraw.Draw(picture).text((GLYPH / 2, GLYPH / 2), glyph, 255, dejavu(round(0.85 * GLYPH)), anchor="mm")
         found.append(np.asarray(picture))
     return torch.from_numpy(np.stack(found))
 
 
 def _texts() -> Tensor:
-    font, width = _font(round(0.75 * LINE)), 0
+    font, width = dejavu(round(0.75 * LINE)), 0
     width = max(int(font.getlength(text)) for text in TEXTS) + LINE // 2
     found = []
     for text in TEXTS:

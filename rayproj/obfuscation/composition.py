@@ -10,7 +10,18 @@ from torch import Tensor
 
 from rayproj.obfuscation.assets import Assets
 from rayproj.obfuscation.base import KEY, Obfuscation, between, whole
-from rayproj.obfuscation.pixels import blurred, inset, per_image, projected, projective, sampled, side, to_bytes
+from rayproj.obfuscation.pixels import (
+    blurred,
+    inset,
+    length,
+    per_image,
+    places,
+    projected,
+    projective,
+    sampled,
+    side,
+    to_bytes,
+)
 
 ANY = 2**16 - 1  # numbers of things of which there are as many as the assets hold: modulo that
 
@@ -87,3 +98,17 @@ def framed(images: Tensor, size: Tensor) -> Tensor:
     middle = torch.full_like(size, 0.5)
     small, inside = inset(images, size, middle, middle, halve=False)
     return torch.where(inside, small, blurred(images, torch.full_like(size, 4 / side(images)).clamp(max=0.1)))
+
+
+def laid(framed_images: Tensor, patches: Tensor, size: Tensor) -> Tensor:
+    """fp32 [B, C, H, W]: the patch of each image, [B, C, s, s] in [0, 255], in all four corners, at a share `size` [B] of
+    the shorter side. Differentiable in the patches."""
+    height, width = framed_images.shape[2:]
+    y, x = places(framed_images, size)
+    pixels = length(size, framed_images)[:, None, None]
+    near = [torch.where(p < pixels, p, p - (n - pixels)) for p, n in ((y, height), (x, width))]
+    inside = [(p >= 0) & (p < pixels) for p in near]
+    scale = patches.shape[2] / pixels
+    v, u = ((((p + 0.5) * scale - 0.5).clamp(0, patches.shape[2] - 1)).float() for p in near)
+    shown = sampled(patches, v, u)
+    return torch.where((inside[0] & inside[1])[:, None], shown, framed_images)

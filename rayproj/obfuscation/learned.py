@@ -10,8 +10,7 @@ from torch import Tensor
 
 from rayproj.obfuscation.assets import Assets, fitted
 from rayproj.obfuscation.base import Obfuscation, between, whole
-from rayproj.obfuscation.composition import ANY, framed
-from rayproj.obfuscation.patches import laid
+from rayproj.obfuscation.composition import ANY, framed, laid
 from rayproj.obfuscation.pixels import grey, mixed, per_image, to_bytes
 from rayproj.obfuscation.styles import StyleNetwork
 

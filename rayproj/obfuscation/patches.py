@@ -13,22 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rayproj import keyed
-from rayproj.obfuscation.composition import framed
-from rayproj.obfuscation.pixels import length, places, sampled
-
-
-def laid(framed_images: Tensor, patches: Tensor, size: Tensor) -> Tensor:
-    """fp32 [B, C, H, W]: the patch of each image, [B, C, s, s] in [0, 255], in all four corners, at a share `size` [B] of
-    the shorter side. Differentiable in the patches."""
-    height, width = framed_images.shape[2:]
-    y, x = places(framed_images, size)
-    pixels = length(size, framed_images)[:, None, None]
-    near = [torch.where(p < pixels, p, p - (n - pixels)) for p, n in ((y, height), (x, width))]
-    inside = [(p >= 0) & (p < pixels) for p in near]
-    scale = patches.shape[2] / pixels
-    v, u = ((((p + 0.5) * scale - 0.5).clamp(0, patches.shape[2] - 1)).float() for p in near)
-    shown = sampled(patches, v, u)
-    return torch.where((inside[0] & inside[1])[:, None], shown, framed_images)
+from rayproj.obfuscation.composition import framed, laid
+from rayproj.obfuscation.learned import AdversarialPatches
 
 
 def train_patches(
@@ -52,8 +38,6 @@ def train_patches(
     Returns:
         uint8 [len(targets), C, side, side], and of the images of the last steps the share that was taken for the target.
     """
-    from rayproj.obfuscation.learned import AdversarialPatches
-
     device, channels = images.device, images.shape[1]
     row = torch.tensor([[k, 0, 0] for k in range(len(targets))])
     start = keyed.normal(seed, "patches", row, (channels, side, side)).to(device)

@@ -15,8 +15,8 @@ from rayproj.engine.world import World
 from rayproj.errors import Interrupted, UserError
 from rayproj.evaluation.learning import LearnConfig, learn
 from rayproj.obfuscation import Assets, AssetsConfig, obfuscate, scenes
-from rayproj.obfuscation.composition import framed
-from rayproj.obfuscation.patches import laid, train_patches
+from rayproj.obfuscation.composition import framed, laid
+from rayproj.obfuscation.patches import train_patches
 from rayproj.obfuscation.styles import RandomFilters, train_styles
 from rayproj.storage.store import Store, to_json
 from tests.support.regression import Recorder
