@@ -177,7 +177,7 @@ def _noise() -> Tensor:
     return (256 * keyed.uniform(0, "obfuscation/noise", row, (3, TILE, TILE))[0]).to(torch.uint8)
 
 
-@lru_cache(1)
+@lru_cache(8)
 def dejavu(size: int) -> ImageFont.FreeTypeFont:
     """The font in so many pixels."""
     import matplotlib
@@ -195,7 +195,7 @@ def _icons() -> Tensor:
 
 
 def _texts() -> Tensor:
-    font, width = dejavu(round(0.75 * LINE)), 0
+    font = dejavu(round(0.75 * LINE))
     width = max(int(font.getlength(text)) for text in TEXTS) + LINE // 2
     found = []
     for text in TEXTS:
