@@ -25,9 +25,9 @@ from rayproj.discovery.captions import (
     open_embedder,
 )
 from rayproj.discovery.generators import ROW, Asked, Generator, GeneratorConfig, open_generator
-from rayproj.discovery.models import Examined, ExaminedConfig, open_classifier
 from rayproj.discovery.slices import Slice, Term, described
 from rayproj.errors import UserError
+from rayproj.evaluation.models import Examined, ExaminedConfig, open_classifier
 
 OWN = "classifier"  # the name of the one whose failures are looked for
 SHOWS = "shows"  # the field with the captioner's words

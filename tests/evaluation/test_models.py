@@ -10,8 +10,8 @@ from torch import nn
 
 from rayproj import classifiers
 from rayproj.classifiers.networks import ClassifierConfig, ConvNet
-from rayproj.discovery.models import ExaminedConfig, open_classifier
 from rayproj.errors import UserError
+from rayproj.evaluation.models import ExaminedConfig, open_classifier
 from rayproj.export import export
 from tests.evaluation.test_job import train_only
 from tests.support.ranks import run_ranks
