@@ -18,7 +18,7 @@ from rayproj.classifiers.epinet import EpistemicConfig, EpistemicNetwork, Kind
 from rayproj.classifiers.networks import ClassifierConfig, build
 from rayproj.evaluation.epistemic import logits_of
 
-ROUNDS, THREADS = 5, 2
+ROUNDS, THREADS = 5, 1
 PART = 20  # the loop over the whole network is timed over this part of the indices, and counted as often
 BATCH, INDICES, CLASSES, SIDE = 64, 1000, 10, 32
 MEMBERS = 10

@@ -58,7 +58,7 @@ def loss_over_compute(result: dict[str, Any], measure: str = "dyadic_nll_exact")
     along its numbers of indices."""
     groups = grouped(result)
     figure, axes = plt.subplots(
-        1, len(groups), figsize=(3.6 * len(groups) + 1.2, 3.2), squeeze=False, layout="constrained"
+        1, len(groups), figsize=(3.3 * len(groups) + 1.8, 3.0), squeeze=False, layout="constrained"
     )
     cost = {(row["network"], row["indices"]): row["inference_flops"] for row in result["costs"]}
     for axis, (title, names) in zip(axes[0], groups.items(), strict=True):
@@ -74,7 +74,7 @@ def loss_over_compute(result: dict[str, Any], measure: str = "dyadic_nll_exact")
         axis.set_title(title)
         axis.set_xlabel("operations per image")
     axes[0][0].set_ylabel(TITLES.get(measure, measure))
-    axes[0][0].legend(frameon=False, fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 
