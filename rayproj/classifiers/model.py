@@ -90,6 +90,7 @@ class StartConfig:
         Raises:
             UserError: the start is not there, or is another kind of network.
         """
+        wanted = network_for(config, images)  # first, so that what it draws is what it would draw without a start
         members = list(self.soup) or [self.run]
         found = of_run(members[0], images)
         if self.soup:
@@ -100,7 +101,7 @@ class StartConfig:
             found = found.merged(torch.tensor(self.mix))
         if config.adapters and not isinstance(found, Adapted):
             found = Adapted(found, config.adapters)
-        wanted, given = network_for(config, images), found.state_dict()
+        given = found.state_dict()
         inside = (
             isinstance(wanted, EpistemicNetwork) and hasattr(wanted, "base") and not isinstance(found, EpistemicNetwork)
         )

@@ -147,7 +147,7 @@ def test_an_ensemble_is_its_members() -> None:
     torch.testing.assert_close(model(x, model.indices(4)), expected)
     torch.testing.assert_close(model.first(2)(x).exp(), expected[:2].softmax(2).mean(0))
     torch.testing.assert_close(model(x, torch.full((1, 1, 4), 0.25))[0], expected.mean(0))
-    single = ConvNet(ClassifierConfig((8, 16)), 3, CLASSES).eval()
+    single = ConvNet(ClassifierConfig(channels=(8, 16)), 3, CLASSES).eval()
     torch.testing.assert_close(Ensemble([single])(x).exp(), single(x).softmax(1))
 
 
@@ -213,7 +213,9 @@ def header(samples: int = 40, side: int = 16, name: str = "x") -> Header:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", [Loss.cross_entropy, Loss.focal])
 def test_losses_are_means_over_the_indices_of_each_example_by_itself(kind: Kind, loss: Loss) -> None:
-    config = ClassifierConfig((8, 16), dropout=0.0, epistemic=EpistemicConfig(kind, index=6, members=4, samples=3))
+    config = ClassifierConfig(
+        channels=(8, 16), dropout=0.0, epistemic=EpistemicConfig(kind, index=6, members=4, samples=3)
+    )
     task = ClassificationTask(config, header(), 3, objective=Objective(ObjectiveConfig(loss)))
     model, row = task.build(), places(7) + torch.tensor([10, 5, 0])
     batch = {"image": images(), "label": torch.arange(7) % CLASSES, "row": row}
