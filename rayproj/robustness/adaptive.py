@@ -181,7 +181,7 @@ def checklist(correct: Mapping[str, np.ndarray], deviation: float, seconds: tupl
     worst = np.stack([right for name, right in correct.items() if name not in STATIC]).all(0)
     on_it = min(share["direct"], share["around"])
     better, worse = int((worst & ~correct["static"]).sum()), int((~worst & correct["static"]).sum())
-    p = binomtest(better, better + worse, 0.5, alternative="greater").pvalue if better + worse else 1.0
+    p = float(binomtest(better, better + worse, 0.5, alternative="greater").pvalue) if better + worse else 1.0
     return [
         Check(
             "Attacks on the defence find more than those on its base do",
@@ -211,7 +211,7 @@ def checklist(correct: Mapping[str, np.ndarray], deviation: float, seconds: tupl
         ),
         Check(
             "Another evaluation would say the same",
-            deviation <= 0.01,
+            bool(deviation <= 0.01),
             f"Evaluated again the share of right images moved by {deviation:.2%} (standard deviation).",
         ),
         Check(

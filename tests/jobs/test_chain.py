@@ -61,7 +61,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def demo(installed: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     code = "import rayproj, sys; from rayproj.cli import main; print(rayproj.__file__); sys.exit(main())"
-    return run(sys.executable, "-c", code, "demo", *SMALL, cwd=cwd, PYTHONPATH=str(installed))
+    return run(sys.executable, "-c", code, "demo", *SMALL, cwd=cwd, timeout=560, PYTHONPATH=str(installed))
 
 
 @pytest.fixture(scope="module")
