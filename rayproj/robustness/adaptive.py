@@ -141,13 +141,13 @@ def deviation(defence: Defence, x: Tensor, label: Tensor, config: AdaptiveConfig
     return torch.stack(again).std(unbiased=False).item()
 
 
-def passes(defence: Callable[[Model], Defence], base: Model, x: Tensor) -> tuple[float, float]:
-    """Forward and backward passes through the base for one answer; (nan, nan) of a defence that does not call it."""
+def passes(defence: Callable[[Model], Defence], base: Model, x: Tensor) -> tuple[float, float] | None:
+    """Forward and backward passes through the base for one answer; None of a defence that does not call it as it is."""
     counted = _Counted(base)
     with torch.no_grad():
         defence(counted)(x)
     if not counted.forwards:
-        return float("nan"), float("nan")
+        return None
     return counted.forwards / len(x), counted.backwards / len(x)
 
 

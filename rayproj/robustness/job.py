@@ -334,12 +334,12 @@ class Cost:
     """What an answer of a defence costs, measured on some images.
 
     Attributes:
-        passes: forward and backward, through the base.
+        passes: forward and backward, through the base; None of a defence that has one of its own.
         seconds: of the base and of the defence, per image.
         deviations: by threat, of the share of its attacked images that are right, over evaluations.
     """
 
-    passes: tuple[float, float]
+    passes: tuple[float, float] | None
     seconds: tuple[float, float]
     deviations: dict[str, float]
 
