@@ -185,7 +185,7 @@ def test_the_fairness_study_in_small(tmp_path: Path) -> None:
     seeds = "train.run.seed: [0, 1]"
     arms = f'{{arm: {{heuristic: [], both: ["train.mix={{{images}/both: 0.5}}"]}}, {seeds}}}'
     none = f'{{arm: {{both: ["train.mix={{{images}/both: 0}}"]}}, alpha: {{0: []}}, {seeds}}}'
-    grid = f'template: configs/fairness_point.yaml, set: ["train.data={place}/train_95"]'
+    grid = f'template: configs/fairness/point.yaml, set: ["train.data={place}/train_95"]'
     drawn = [
         f"{name}.generate.{k}" for name in ("label", "both") for k in ("samples=24", "shard_size=12", "sampler.steps=2")
     ]

@@ -85,7 +85,7 @@ def test_it_stops_asking_about_what_is_broken(threat: Threat) -> None:
     model = small_network(x[:600], label[:600])
     oracle = Oracle(model)
     found = apgd(oracle, x[600:700], label[600:700], rows(100), threat, steps=50)
-    assert found.broken.sum() >= 98 and oracle.forwards < 100 * 10
+    assert found.broken.sum() >= 95 and oracle.forwards < 100 * 10
 
 
 def test_scaled_logits_do_not_hide_a_model_from_dlr() -> None:

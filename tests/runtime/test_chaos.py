@@ -137,7 +137,7 @@ def assert_equal(store: Store, expected: dict[str, np.ndarray], rounding: float 
         np.testing.assert_allclose(np.float32(found["weights"][name]), value, rtol=0, atol=rounding)
 
 
-def until(happened: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 90) -> Any:
+def until(happened: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 180) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := happened()):
         assert process.poll() is None, process.stderr and process.stderr.read()
@@ -152,7 +152,7 @@ def until_committed(store: Store, process: subprocess.Popen[str], step: int = 4)
     until(lambda: any(commit.step >= step for commit in commits(store)), process)
 
 
-def ended(process: subprocess.Popen[str], seconds: float = 120) -> str:
+def ended(process: subprocess.Popen[str], seconds: float = 240) -> str:
     """What a driver said that ended well."""
     _, stderr = process.communicate(timeout=seconds)
     assert process.returncode == 0, stderr
@@ -264,7 +264,7 @@ def test_an_infinite_loss_is_not_tried_again(chaos: Chaos, tmp_path: Path) -> No
 
 def test_samplers_come_and_go_with_the_nodes(chaos: Chaos, tmp_path: Path) -> None:
     """A pool of two has room for one, then for both, then for one again: every shard is there once."""
-    first, samples = chaos.add(), 60
+    first, samples = chaos.add(), 120
     command = [sys.executable, "-m", "tests.support.produce", str(tmp_path), str(samples), "0.3"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=chaos.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

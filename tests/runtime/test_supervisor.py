@@ -82,8 +82,14 @@ def test_too_few_workers_are_explained(open_run) -> None:  # type: ignore[no-unt
 
 
 def test_a_stop_request_reaches_the_ranks(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    def stop() -> None:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and not all((tmp_path / "run" / f"running-{r}").exists() for r in (0, 1)):
+            time.sleep(0.1)
+        interrupt.request()
+
     try:
-        threading.Timer(6.0, interrupt.request).start()
+        threading.Thread(target=stop).start()
         with pytest.raises(Interrupted), open_run(2) as run:
             fit(run, "tests.support.entries:runs_until_stopped", run_cluster(run))
         assert (tmp_path / "run" / "stopped-0").exists() and (tmp_path / "run" / "stopped-1").exists()

@@ -114,6 +114,7 @@ def always_dies(config: dict[str, Any], world: World, link: Link) -> dict[str, A
 
 def runs_until_stopped(config: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     link.report({"type": "metrics", "step": 1, "loss": 1.0})
+    (Path(config["run"]["dir"]) / f"running-{world.rank}").touch()
     while not link.stop_requested():
         time.sleep(0.05)
     (Path(config["run"]["dir"]) / f"stopped-{world.rank}").touch()
