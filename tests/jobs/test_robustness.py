@@ -67,8 +67,8 @@ def test_soups_of_members_and_of_the_branches_of_one(folder: Path) -> None:
     rest += [f"run.dir={folder}/tokens-run"]
     assert job("soup", "configs/soup.yaml", *told, *rest, *QUICK).returncode == 0
     assert json.loads((folder / "tokens-run" / "result.json").read_text())["members"] == [
-        "both:adversarial",
         "both:clean",
+        "both:adversarial",
     ]
 
 
