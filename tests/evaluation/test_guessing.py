@@ -125,7 +125,7 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     source = write_images(f"{tmp_path}/images")
     with pytest.raises(UserError, match=r"no dataset of jobs/obfuscate.py"):
         guessing.open_obfuscated(GuessConfig(source.uri))
-    with pytest.raises(UserError, match="There is no run"):
+    with pytest.raises(UserError, match="There is no classifier at"):
         open_classifier(ExaminedConfig(f"{tmp_path}/nowhere"), "cpu")
     assert (
         GuessConfig().problems()
