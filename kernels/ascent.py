@@ -26,13 +26,15 @@ def move(
     """
     at = step.view(-1, *[1] * (x.dim() - 1))
     direction = gradient / _norm(gradient).clamp(min=1e-12) if euclidean else gradient.sign()
-    found = _projected(x, point + at * direction, eps, euclidean)
+    found = projected(x, point + at * direction, eps, euclidean)
     if momentum == 1:
         return found
-    return _projected(x, point + momentum * (found - point) + (1 - momentum) * (point - before), eps, euclidean)
+    return projected(x, point + momentum * (found - point) + (1 - momentum) * (point - before), eps, euclidean)
 
 
-def _projected(x: Tensor, z: Tensor, eps: float, euclidean: bool) -> Tensor:
+def projected(x: Tensor, z: Tensor, eps: float, euclidean: bool) -> Tensor:
+    """Points brought into the ball around `x` and the box [0, 1]: for ℓ∞ the nearest ones, for ℓ2 first onto the ball
+    and then onto the box, which is inside both."""
     if not euclidean:
         return torch.minimum(torch.maximum(z, x - eps), x + eps).clamp(0, 1)
     delta = z - x

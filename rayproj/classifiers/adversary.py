@@ -23,9 +23,8 @@ class Training(Enum):
     none = "none"
     adversarial = "adversarial"  # on the attacked images alone (Madry et al. 2018)
     trades = "trades"  # cross-entropy, and β times how far the attack moves the prediction (Zhang et al. 2019, eq. 5)
-    together = (
-        "together"  # α of the loss on the images, 1 - α of that on the attacked ones (Rebuffi et al. 2023, eq. 2)
-    )
+    # α of the loss on the images, 1 - α of that on the attacked ones (Rebuffi, Croce and Gowal 2023, eq. 2)
+    co_training = "co_training"
 
 
 @dataclass
@@ -53,7 +52,7 @@ class AdversaryConfig:
     steps: int = 3  # of projected gradient ascent
     step: float = 0.5  # length of each, in radii
     random_start: bool = True
-    alpha: float = 0.5  # together: share of the loss on the images as they are
+    alpha: float = 0.5  # co_training: share of the loss on the images as they are
     beta: float = 6.0  # trades
 
     def problems(self) -> list[str]:

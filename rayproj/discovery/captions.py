@@ -14,6 +14,7 @@ from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
+from rayproj.evaluation.folders import loading
 
 Embedder = Callable[[Tensor], Tensor]
 """uint8 images [B, C, H, W] to features fp32 [B, D]."""
@@ -62,14 +63,9 @@ class _Transformers:
         from transformers import AutoImageProcessor, AutoModel
 
         self.device = device
-        try:
+        with loading(f"discover.embedder.model='{folder}'", "an image model of transformers and its image processor"):
             self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModel.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"discover.embedder.model='{folder}' cannot be loaded ({str(error).splitlines()[0]}); give a folder with an "
-                "image model of transformers and its image processor."
-            ) from error
         model = getattr(model, "vision_model", model)  # of those for images and texts
         self.model = model.to(device).eval().requires_grad_(False)
 
@@ -107,7 +103,8 @@ class _Written:
         )
 
         self.config, self.device = config, device
-        try:
+        wanted = "an image-to-text model, its image processor and its tokenizer"
+        with loading(f"discover.captions.model='{config.model}'", wanted):
             self.processor = AutoImageProcessor.from_pretrained(config.model, local_files_only=True)
             self.tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
             pair = (
@@ -115,11 +112,6 @@ class _Written:
             )
             kind: Any = VisionEncoderDecoderModel if pair else AutoModelForImageTextToText
             model = kind.from_pretrained(config.model, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"discover.captions.model='{config.model}' cannot be loaded ({str(error).splitlines()[0]}); give a folder "
-                "with an image-to-text model, its image processor and its tokenizer."
-            ) from error
         self.model = model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()

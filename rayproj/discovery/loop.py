@@ -32,10 +32,10 @@ from rayproj.data.writer import commit_shard
 from rayproj.discovery.captions import index_header, open_embedder
 from rayproj.discovery.examine import FEATURE, OWN, Bench, ExamineConfig, Results, Stage, results
 from rayproj.discovery.generators import prompt_of
-from rayproj.discovery.proportions import Rate, adjusted, higher, ratio
 from rayproj.discovery.propose import Looked, Proposal, propose
 from rayproj.discovery.slices import Slice, Term
 from rayproj.errors import UserError
+from rayproj.evaluation.proportions import Rate, adjusted, higher, ratio
 
 EXAMINER, INDEXER = "rayproj.discovery.examine:Examiner", "rayproj.discovery.captions:Indexer"
 SHOWN = 12  # images of a finding that are named

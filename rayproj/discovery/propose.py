@@ -12,8 +12,8 @@ from itertools import combinations
 import numpy as np
 
 from rayproj.discovery.clusters import clusters
-from rayproj.discovery.proportions import Rate, higher, higher_each
 from rayproj.discovery.slices import Slice, Term
+from rayproj.evaluation.proportions import Rate, higher, higher_each
 
 SUPPORT = 3  # failures that a slice must have
 BEST = 24  # terms of a group of failures of which pairs are made

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayproj.errors import UserError
+from rayproj.evaluation.folders import loading
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training
 
@@ -29,14 +29,10 @@ class ClipScore:
         from transformers import AutoTokenizer, CLIPModel
 
         self.device, self.name = device, folder
-        try:
+        wanted = "a CLIPModel of transformers and its tokenizer. None comes with this package"
+        with loading(f"evaluate.clip='{folder}'", wanted):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"evaluate.clip='{folder}' cannot be loaded ({str(error).splitlines()[0]}); give a folder with a "
-                "CLIPModel of transformers and its tokenizer. None comes with this package."
-            ) from error
         self.model = model.to(device).eval().requires_grad_(False)
         sizes: Any = self.model.config
         self.side = int(sizes.vision_config.image_size)

@@ -18,6 +18,7 @@ from rayproj import config as configuration
 from rayproj.data.dataset import Dataset
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
+from rayproj.evaluation.folders import loading
 from rayproj.storage.store import Store
 
 EFFICIENTNET = "efficientnet_lite0"
@@ -132,14 +133,9 @@ class _Transformers:
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         self.device = device
-        try:
+        with loading(f"The classifier '{folder}'", "a model for image classification and its image processor"):
             self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"The classifier '{folder}' cannot be loaded ({str(error).splitlines()[0]}); give a folder with a model for "
-                "image classification and its image processor."
-            ) from error
         self.model = model.to(device).eval().requires_grad_(False)
         names = model.config.id2label
         self.classes = tuple(str(names[k]) for k in range(len(names)))

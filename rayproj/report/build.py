@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import platform
 from functools import partial
 from importlib import metadata
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from omegaconf import OmegaConf
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.report import figures, obfuscations
+from rayproj.report.pages import data_uri, rendered
 from rayproj.storage.store import Store, from_json
 
 PACKAGES = (
@@ -319,19 +318,8 @@ def build(root: str, places: dict[str, str]) -> tuple[dict[str, Any], str]:
     imported = stages.results.get("import_data", {})
     configs = {name: stages.config(name) for name in report["stages"]}
     shown = pictures(stages, report)
-    html = page("template.html", report=report, pictures=shown, imported=imported, configs=configs, titles=TITLES)
+    html = rendered("template.html", report=report, pictures=shown, imported=imported, configs=configs, titles=TITLES)
     return report, html
-
-
-def page(template: str, **values: Any) -> str:
-    """One of the templates beside this file with its values, as text that needs no other file."""
-    from jinja2 import Environment, FunctionLoader
-
-    def read(name: str) -> str:
-        return files("rayproj.report").joinpath(name).read_text()
-
-    made = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(read))
-    return made.get_template(template).render(values)
 
 
 def readme_picture(root: str) -> bytes:
@@ -345,7 +333,3 @@ def _ordered(by_name: dict[str, Any]) -> dict[str, Any]:
     return {
         name: by_name[name] for name in [*(n for n in TITLES if n in by_name), *sorted(by_name.keys() - TITLES.keys())]
     }
-
-
-def data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from rayproj.data.encodings import ENCODINGS
 from rayproj.data.reader import Reader
 from rayproj.discovery.examine import OWN
 from rayproj.discovery.slices import Slice
+from rayproj.report.pages import data_uri, rendered
 
 SIDE = 96  # of an image on the page, in pixels
 
@@ -65,13 +64,9 @@ def _issue(finding: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 
 def page(found: dict[str, Any]) -> str:
     """failures.html as text that needs no other file."""
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "ratio": _ratio, "title": title}
-    template = environment.from_string(files("rayproj.report").joinpath("failures.html").read_text(encoding="utf-8"))
+    filters: dict[str, Any] = {"percent": _percent, "ratio": _ratio, "title": title}
     pictures = {finding["name"]: _pictures(finding) for finding in found["findings"]}
-    return template.render(found=found, pictures=pictures, side=SIDE)
+    return rendered("failures.html", filters, found=found, pictures=pictures, side=SIDE)
 
 
 def _pictures(finding: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
@@ -92,7 +87,7 @@ def _pictures(finding: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
 
 
 def _uri(image: np.ndarray) -> str:
-    return f"data:image/png;base64,{base64.b64encode(ENCODINGS['png'].encode(image)).decode()}"
+    return data_uri(ENCODINGS["png"].encode(image), "png")
 
 
 def _percent(rate: dict[str, float]) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import inspect
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from rayproj.obfuscation.assets import Assets, AssetsConfig
 from rayproj.obfuscation.registry import CLEAN, OBFUSCATIONS, chosen, obfuscate
 from rayproj.obfuscation.writing import NOTICE, open_images
 from rayproj.report import figures
+from rayproj.report.pages import data_uri, rendered
 
 LEAST = 160  # pixels of a picture's side on the page; smaller images are drawn larger
 
@@ -28,8 +27,6 @@ def write_gallery(uri: str, file: str, draws: int = 6, photos: str = "", learned
     Raises:
         UserError: the images or assets are not there.
     """
-    from jinja2 import Environment
-
     images = open_images(uri, 224)
     if "image" not in images.header.fields:
         raise UserError(f"'{uri}' has no images; give a dataset that has.")
@@ -53,17 +50,15 @@ def write_gallery(uri: str, file: str, draws: int = 6, photos: str = "", learned
                 "pictures": [(_uri(x), _text(r)) for x, r in zip(changed.numpy(), records, strict=True)],
             }
         )
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("rayproj.report").joinpath("gallery.html").read_text()
-    )
-    Path(file).write_text(template.render(sections=sections, notice=NOTICE, least=LEAST), encoding="utf-8")
+    html = rendered("gallery.html", sections=sections, notice=NOTICE, least=LEAST)
+    Path(file).write_text(html, encoding="utf-8")
     return file
 
 
 def _uri(image: np.ndarray) -> str:
     times = max(1, LEAST // image.shape[1])
     large = image.repeat(times, axis=1).repeat(times, axis=2)
-    return f"data:image/jpeg;base64,{base64.b64encode(ENCODINGS['jpg'].encode(large)).decode()}"
+    return data_uri(ENCODINGS["jpg"].encode(large), "jpeg")
 
 
 def _text(record: dict[str, Any]) -> str:

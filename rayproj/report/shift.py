@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-from importlib.resources import files
 from itertools import cycle
 from typing import Any
 
@@ -13,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from rayproj.report import figures
+from rayproj.report.pages import data_uri, rendered
 
 TITLES = {
     "accuracy": "accuracy",
@@ -98,14 +97,9 @@ def loss_over_severity(result: dict[str, Any], measure: str = "dyadic_nll_exact"
 
 def page(result: dict[str, Any]) -> str:
     """HTML that needs no other file."""
-    from jinja2 import Environment
-
-    pictures = {"compute": _uri(loss_over_compute(result))}
+    pictures = {"compute": data_uri(figures.svg(loss_over_compute(result)), "svg+xml")}
     if any(condition["severity"] for condition in result["conditions"]):
-        pictures["severity"] = _uri(loss_over_severity(result))
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("rayproj.report").joinpath("shift.html").read_text()
-    )
+        pictures["severity"] = data_uri(figures.svg(loss_over_severity(result)), "svg+xml")
     tables = {
         title: {
             (network, count): {m: mean_of(by, names, m) for m in TITLES}
@@ -115,11 +109,8 @@ def page(result: dict[str, Any]) -> str:
         for title, names in grouped(result).items()
     }
     errors = result["corruption_errors"].get("networks", {})
-    return template.render(
-        result=result, pictures=pictures, tables=tables, titles=TITLES, largest=largest(result), sets=grouped(result),
+    return rendered(
+        "shift.html", result=result, pictures=pictures, tables=tables, titles=TITLES, largest=largest(result),
+        sets=grouped(result),
         corruption_errors={network: by_number(counts) for network, counts in errors.items()},
     )  # fmt: skip
-
-
-def _uri(figure: Figure) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(figures.svg(figure)).decode()}"

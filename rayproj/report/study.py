@@ -23,7 +23,8 @@ from rayproj.errors import UserError
 from rayproj.evaluation.fairness import adjusted, paired_over_seeds, replicates
 from rayproj.evaluation.job import MAIN
 from rayproj.report import figures
-from rayproj.report.build import data_uri, environment, page
+from rayproj.report.build import environment
+from rayproj.report.pages import data_uri, rendered
 from rayproj.storage.store import Store, from_json
 
 ARM, SEED = "arm", "seed"
@@ -297,4 +298,4 @@ def build(config: StudyConfig) -> tuple[dict[str, Any], str, bytes]:
         pictures[f"curve {axis}"] = data_uri(figures.svg(figures.measures_over(axis, arms)), "svg+xml")
     if config.shown:
         pictures["samples"] = data_uri(figures.png(figures.samples(*samples(config))), "png")
-    return found, page("study.html", study=found, pictures=pictures), plotted
+    return found, rendered("study.html", study=found, pictures=pictures), plotted

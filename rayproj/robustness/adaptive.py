@@ -110,10 +110,10 @@ def _attacks(
 
     # Of images that the base gets right all the same, the points of its highest loss.
     yield "transfer", [static, *(ascended(base, loss, k, 1, True) for k, loss in enumerate((cross_entropy, to_second)))]
-    for name, model in (("direct", defence), ("around", defence.surrogate)):
+    for name, model in (("direct", defence), ("bpda", defence.surrogate)):
         yield name, [ascended(model, loss, k, draws) for k, loss in enumerate((cross_entropy, margin, to_second))]
     row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 51)], 1)
-    yield "scores", [square(Oracle(defence), x, label, row, threat, config.queries, seed).images]
+    yield "square", [square(Oracle(defence), x, label, row, threat, config.queries, seed).images]
 
 
 class _Counted:
@@ -179,7 +179,7 @@ def checklist(correct: Mapping[str, np.ndarray], deviation: float, seconds: tupl
     examples."""
     share = {name: float(np.mean(right)) for name, right in correct.items()}
     worst = np.stack([right for name, right in correct.items() if name not in STATIC]).all(0)
-    on_it = min(share["direct"], share["around"])
+    on_it = min(share["direct"], share["bpda"])
     better, worse = int((worst & ~correct["static"]).sum()), int((~worst & correct["static"]).sum())
     p = float(binomtest(better, better + worse, 0.5, alternative="greater").pvalue) if better + worse else 1.0
     return [
@@ -190,13 +190,13 @@ def checklist(correct: Mapping[str, np.ndarray], deviation: float, seconds: tupl
         ),
         Check(
             "Gradients find more than scores do",
-            on_it <= share["scores"] + 0.01,
-            f"{on_it:.1%} stay right under gradients, {share['scores']:.1%} under a search by scores.",
+            on_it <= share["square"] + 0.01,
+            f"{on_it:.1%} stay right under gradients, {share['square']:.1%} under a search by scores.",
         ),
         Check(
             "The gradient of the code is not masked",
-            share["direct"] <= share["around"] + 0.02,
-            f"{share['direct']:.1%} stay right where the code's own gradient is followed, {share['around']:.1%} around it.",
+            share["direct"] <= share["bpda"] + 0.02,
+            f"{share['direct']:.1%} stay right where the code's own gradient is followed, {share['bpda']:.1%} around it.",
         ),
         Check(
             "It is no worse than its base without an attack",

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from rayproj import classifiers
@@ -24,6 +23,7 @@ from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.engine.checkpoint import commits
 from rayproj.errors import UserError
+from rayproj.evaluation.proportions import Rate
 from rayproj.robustness import adaptive, defences
 from rayproj.robustness.adaptive import AdaptiveConfig
 from rayproj.robustness.apgd import apgd
@@ -36,7 +36,7 @@ from rayproj.robustness.threats import Norm, Threat, size
 from rayproj.storage.store import Store
 
 CHECKED = 64  # images in the search for signs of masked gradients
-COLUMNS = ("clean", "static", "defended", "transfer", "direct", "around", "scores")
+COLUMNS = ("clean", "static", "defended", "transfer", "direct", "bpda", "square")
 
 
 class Kind(Enum):
@@ -316,8 +316,8 @@ def share(right: np.ndarray) -> dict[str, float]:
     count, n = int(right.sum()), len(right)
     if not n:
         return {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}
-    interval = binomtest(count, n).proportion_ci(0.95)
-    return {"value": count / n, "low": float(interval.low), "high": float(interval.high), "n": n}
+    low, high = Rate(count, n).interval()
+    return {"value": count / n, "low": low, "high": high, "n": n}
 
 
 def masking(config: RobustnessConfig, name: str, device: str, seed: int) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rayproj import keyed
+from rayproj.kernels import ascent
 
 
 class Norm(Enum):
@@ -33,12 +34,9 @@ class Threat:
     def project(self, x: Tensor, z: Tensor) -> Tensor:
         """Points [B, C, H, W] brought into the ball around `x` and the box; exactly the nearest ones for ℓ∞ and ℓ1, and for
         ℓ2 first onto the ball and then onto the box, which is inside both."""
-        if self.norm is Norm.linf:
-            return torch.minimum(torch.maximum(z, x - self.eps), x + self.eps).clamp(0, 1)
-        if self.norm is Norm.l2:
-            delta = z - x
-            return (x + delta * (self.eps / wide(size(delta, Norm.l2), x).clamp(min=1e-12)).clamp(max=1)).clamp(0, 1)
-        return x + project_l1(z - x, x, self.eps)
+        if self.norm is Norm.l1:
+            return x + project_l1(z - x, x, self.eps)
+        return ascent.projected(x, z, self.eps, self.norm is Norm.l2)  # type: ignore[no-any-return]
 
     def start(self, x: Tensor, row: Tensor, seed: int) -> Tensor:
         """A random point of each ball, keyed by (seed, row); rows [B, 3] are (example, restart, attack)."""

@@ -63,7 +63,7 @@ def test_adversarial_training_is_the_loss_of_what_pgd_finds() -> None:
 def test_together_is_the_sum_of_two_passes(config: ClassifierConfig, alpha: float) -> None:
     model, images, label = network(config), batch()[0], batch()[1]
     first, second = ({"mix": torch.eye(2)[k].expand(6, 2)} if isinstance(model, Adapted) else {} for k in (0, 1))
-    adversary = AdversaryConfig(Training.together, [LINF], alpha=alpha)
+    adversary = AdversaryConfig(Training.co_training, [LINF], alpha=alpha)
     z = attacked(model, adversary, second.get("mix"))
     clean = F.cross_entropy(model(images, **first), label, reduction="none")
     hard = F.cross_entropy(model(255 * z, **second), label, reduction="none")
@@ -87,12 +87,12 @@ def test_an_attack_leaves_the_model_as_it_was_but_for_the_gradient_of_the_loss()
     model = network(BRANCHED).train()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     generator = torch.get_rng_state()
-    loss = found(model, AdversaryConfig(Training.together, [LINF], steps=4))
+    loss = found(model, AdversaryConfig(Training.co_training, [LINF], steps=4))
     assert model.training and all(m.training for m in model.modules())
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     torch.set_rng_state(generator)  # dropout drew once for both passes, and not in the attack
-    again = found(model, AdversaryConfig(Training.together, [LINF], steps=1))
+    again = found(model, AdversaryConfig(Training.co_training, [LINF], steps=1))
     assert loss.shape == again.shape
     loss.sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
@@ -109,7 +109,7 @@ def test_each_step_draws_one_of_several_threats_evenly() -> None:
 
 
 def test_what_a_config_cannot_be() -> None:
-    bad = AdversaryConfig(Training.together, [], steps=0, alpha=2)
+    bad = AdversaryConfig(Training.co_training, [], steps=0, alpha=2)
     assert len(bad.problems()) == 3
 
 
@@ -120,7 +120,7 @@ def train_by_stages(world, folder: str) -> dict[int, dict[str, torch.Tensor]]:  
             "data": f"{folder}/data",
             "augment": {"shift": 0, "flip": False},
             "classifier": {"network": "vit", "layers": 1, "dim": 16, "heads": 2, "dropout": 0.0, "adapters": ["token"]},
-            "adversary": {"training": "together", "threats": [{"norm": "linf", "eps": 0.1}], "steps": 2},
+            "adversary": {"training": "co_training", "threats": [{"norm": "linf", "eps": 0.1}], "steps": 2},
             "train": {"steps": 5, "batch": 16, "engine": {"zero_stage": stage, "ema": 0.5, "optimizer": {"lr": 1e-3}}},
             "run": {"dir": f"{folder}/stage{stage}"},
         }

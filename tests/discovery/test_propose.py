@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from rayproj.discovery.proportions import Rate, adjusted, higher
 from rayproj.discovery.propose import Looked, propose
 from rayproj.discovery.slices import Slice, Term
+from rayproj.evaluation.proportions import Rate, adjusted, higher
 
 STYLES, TONES, NOISE = ("flat", "round", "sketch"), ("light", "dark"), ("a1", "a2", "a3", "a4")
 

@@ -8,7 +8,7 @@ import pytest
 
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.writer import commit_shard
-from rayproj.discovery.proportions import Rate
+from rayproj.evaluation.proportions import Rate
 from rayproj.report.failures import issues, page, title
 
 CLASSES = ("cat", "<dog>")

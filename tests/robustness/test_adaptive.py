@@ -64,8 +64,8 @@ def test_doing_nothing_gives_exactly_the_base(data) -> None:  # type: ignore[no-
 def test_one_that_hides_its_gradient_looks_robust_and_is_shown_not_to_be(data, levels: int) -> None:  # type: ignore[no-untyped-def]
     found = verdict(data, lambda base: Quantiser(base, levels))
     share = {name: r.float().mean().item() for name, r in found.correct.items()}
-    assert share["direct"] > share["around"] + 0.1  # the code's own gradient is zero
-    assert found.worst.float().mean() <= share["around"]
+    assert share["direct"] > share["bpda"] + 0.1  # the code's own gradient is zero
+    assert found.worst.float().mean() <= share["bpda"]
     assert "The gradient of the code is not masked" in failed(found)
 
 
@@ -84,7 +84,7 @@ def test_the_anti_adversary_fails_as_it_did_in_the_paper(data) -> None:  # type:
 def test_noise_is_averaged_out_and_judged_by_votes(data) -> None:  # type: ignore[no-untyped-def]
     found = verdict(data, lambda base: RandomNoise(base, 0.1, copies=2), AdaptiveConfig(steps=15, queries=50))
     share = {name: r.float().mean().item() for name, r in found.correct.items()}
-    assert share["around"] < share["defended"] - 0.1
+    assert share["bpda"] < share["defended"] - 0.1
     defence = RandomNoise(data[0], 0.1, copies=2)
     assert 0 < deviation(defence, found.images, data[2], AdaptiveConfig(repeats=8, votes=1)) < 0.1
     assert passes(lambda base: RandomNoise(base, copies=2), data[0], data[1]) == (2, 0)
@@ -138,14 +138,14 @@ def test_a_generative_purifier_is_attacked_around(data) -> None:  # type: ignore
 
     found = verdict(data, lambda b: GenerativePurifier(b, blurred), AdaptiveConfig(steps=15, queries=50))
     share = {name: r.float().mean().item() for name, r in found.correct.items()}
-    assert share["direct"] > share["around"] + 0.1  # nothing leads back through it
+    assert share["direct"] > share["bpda"] + 0.1  # nothing leads back through it
     assert "The gradient of the code is not masked" in failed(found)
 
 
 def test_a_better_one_is_told_from_chance() -> None:
     rng = np.random.default_rng(0)
     static, better = rng.random(400) < 0.4, rng.random(400) < 0.7
-    columns = {n: better for n in ("defended", "transfer", "direct", "around", "scores")}
+    columns = {n: better for n in ("defended", "transfer", "direct", "bpda", "square")}
     items = {c.item: c for c in checklist({"clean": better, "static": static, **columns}, 0.0, (1.0, 3.0))}
     assert all(c.passed for c in items.values())
     assert "3.0 times as long" in items["It costs less than ten times its base"].evidence

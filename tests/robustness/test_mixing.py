@@ -36,7 +36,7 @@ def train(world, folder: str) -> None:  # type: ignore[no-untyped-def]
         "half": {"steps": 0, "start": {"soup": {f"{folder}/linf": 0.5, f"{folder}/l2": 0.5}}},
         "both": {
             "steps": 30, "start": {"run": f"{folder}/base"}, "classifier": {**VIT, "adapters": ["token"]},
-            "adversary": {**linf, "training": "together"},
+            "adversary": {**linf, "training": "co_training"},
         },
         "merged": {"steps": 0, "start": {"run": f"{folder}/both", "mix": [0.25, 0.75]}},
     }  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rayproj.discovery.proportions import Rate, adjusted, higher, higher_each, ratio
+from rayproj.evaluation.proportions import Rate, adjusted, higher, higher_each, ratio
 
 
 def test_intervals_of_clopper_and_pearson() -> None:
