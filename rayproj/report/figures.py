@@ -293,7 +293,8 @@ def robustness_and_cost(found: dict[str, dict[str, Any]]) -> Figure:
                 label = name if marker == "o" else None
                 axis.errorbar([x], [point["value"]], yerr=error, color=colour, marker=marker, capsize=3, label=label)
             axis.plot([1, times], [base["value"], own["value"]], color=colour, linewidth=0.8, linestyle=":")
-        axis.set_xscale("log")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_ylim(0, 1)
         axis.set_xlabel("time of an answer, times its base's")
         axis.set_ylabel(f"right in the worst case, {threat}")
