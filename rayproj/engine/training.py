@@ -105,7 +105,12 @@ def train(
         *means, save_votes, stop_votes = engine.mean_over_ranks(
             [*metrics.values(), float(save_now), float(link.stop_requested())]
         )
-        log.add(dict(zip(metrics, means, strict=True)), _validated(engine, recipe.task, config))
+        try:
+            log.add(dict(zip(metrics, means, strict=True)), _validated(engine, recipe.task, config))
+        except NonFiniteLoss:  # on every rank alike; the commit that is on its way is sound
+            saver.wait()
+            dist.barrier()
+            raise
         stop = stop_votes > 0
         if save_votes > 0 or stop or engine.step == config.steps:
             with engine.timer.phase("checkpoint_stall"):
