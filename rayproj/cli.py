@@ -131,6 +131,7 @@ def _add_evaluate(commands: Any) -> None:
     skew.add_argument(
         "--group", required=True, action="append", metavar="COLUMN", help="again for more, and their pairs"
     )
+    skew.add_argument("--by", default="", metavar="COLUMN", help="such as that of several models: one for each value")
     skew.add_argument(
         "--words", action="store_true", help="predictions are free texts, which may be a class in other words"
     )

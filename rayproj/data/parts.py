@@ -28,7 +28,8 @@ class KeepConfig:
     )  # "label" or attribute -> values that it may have; {}: any
     count: int = 0  # exactly so many; 0: all
     copies: int = 1  # of each
-    become: dict[str, str] = field(default_factory=dict)  # attribute -> the value that they get, such as a wider group
+    # "label" or attribute -> the value that they get, such as a wider group, or a label that is wrong.
+    become: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
         found = [] if self.count >= 0 else [f"data.keep: count must not be negative, not {self.count}."]
@@ -81,8 +82,13 @@ def _taken(parts: Parts, rule: KeepConfig, classes: Sequence[str], seed: int) ->
         raise UserError(
             f"data.keep: {rule} finds {len(there)} samples, and asks for {max(1, rule.count)}; lower its count."
         )
+    become: dict[str, Any] = dict(rule.become)
+    if "label" in become:
+        if become["label"] not in classes:
+            raise UserError(f"data.keep: {rule} makes the label '{become['label']}'; there are {', '.join(classes)}.")
+        become["label"] = list(classes).index(become["label"])
     return [
-        {**sample, **rule.become, "key": sample["key"] + (f"-{copy + 1}" if copy else "")}
+        {**sample, **become, "key": sample["key"] + (f"-{copy + 1}" if copy else "")}
         for sample in there[: rule.count or None]
         for copy in range(rule.copies)
     ]

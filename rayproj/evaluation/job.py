@@ -97,7 +97,7 @@ def evaluate(config: EvaluateConfig, world: World, link: Link, store: Store | No
     classes = Dataset.open(config.test).header.classes
     judged, groups = _judged(config, world, progress)
     if config.predictions and store and world.rank == 0:
-        store.write("predictions.parquet", _table(judged, groups))
+        store.write("predictions.parquet", _table(judged, groups, classes))
     of = {test: _measured(config, classes, found, groups[test], world) for test, found in judged.items()}
     if world.rank == 0 and config.classifiers:
         rows = [[test, name, *v.values()] for test, found in of.items() for name, v in found["accuracy"].items()]
@@ -147,13 +147,14 @@ def _judged(
     return found, groups
 
 
-def _table(judged: dict[str, dict[str, Judged]], groups: dict[str, Attributes]) -> bytes:
+def _table(judged: dict[str, dict[str, Judged]], groups: dict[str, Attributes], classes: tuple[str, ...]) -> bytes:
     """A Parquet file with a row for each classifier and test image, in the order of the set."""
-    tables = []
+    tables, names = [], np.array(classes)
     for test, found in judged.items():
         for name, one in found.items():
-            columns = {"test": [test] * len(one.labels), "classifier": [name] * len(one.labels), "label": one.labels}
-            said = {"prediction": one.predictions, "probabilities": list(one.probabilities.astype(np.float32))}
+            columns = {"test": [test] * len(one.labels), "classifier": [name] * len(one.labels)}
+            columns |= {"label": names[one.labels]}
+            said = {"prediction": names[one.predictions], "probabilities": list(one.probabilities.astype(np.float32))}
             tables.append(pa.table({**columns, **said, **groups[test]}))
     sink = io.BytesIO()
     parquet.write_table(pa.concat_tables(tables), sink)

@@ -36,17 +36,18 @@ def read_table(path: str, columns: Sequence[str]) -> dict[str, list[Any]]:
 
 def of_table(
     path: str, prediction: str, label: str, groups: Sequence[str], *, plain: bool = False, words: bool = False,
-    rare: int = 0, min_examples: int = 10, permutations: int = 200, bootstraps: int = 200, top: int = 5,
+    rare: int = 0, min_examples: int = 10, permutations: int = 200, bootstraps: int = 200, top: int = 5, by: str = "",
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """SkewSize by grouping variable, and by pairs of them.
 
     Args:
         words: predictions are free texts, which become a class where they are one (`mapped`).
+        by: column, such as that of several models, for each of whose values there is one of each.
 
     Raises:
         UserError: the table lacks a column, or holds no row.
     """
-    table = read_table(path, [prediction, label, *groups])
+    table = read_table(path, [prediction, label, *groups, *([by] if by else [])])
     if not table[label]:
         raise UserError(f"'{path}' holds no row.")
     predictions = table[prediction]
@@ -54,10 +55,13 @@ def of_table(
         classes = sorted({str(c) for c in table[label]})
         predictions, table[label] = mapped([str(p) for p in predictions], classes), [str(c) for c in table[label]]
     found = {}
-    for name, values in variables({group: table[group] for group in groups}).items():
-        metric = SkewSize(not plain, min_examples, rare)
-        metric.update(table[label], predictions, values)
-        found[name] = metric.compute(permutations, bootstraps, top=top)
+    owner = table[by] if by else [""] * len(predictions)
+    for of in dict.fromkeys(owner):
+        rows = [k for k, one in enumerate(owner) if one == of]
+        for name, values in variables({group: [table[group][k] for k in rows] for group in groups}).items():
+            metric = SkewSize(not plain, min_examples, rare)
+            metric.update([table[label][k] for k in rows], [predictions[k] for k in rows], values)
+            found[f"{of}, {name}" if by else name] = metric.compute(permutations, bootstraps, top=top)
     return found
 
 
@@ -100,7 +104,7 @@ def run(arguments: Any) -> int:
     found = of_table(
         arguments.table, arguments.prediction, arguments.label, arguments.group, plain=arguments.plain,
         words=arguments.words, rare=arguments.rare, min_examples=arguments.min_examples,
-        permutations=arguments.permutations, bootstraps=arguments.bootstraps, top=arguments.top,
+        permutations=arguments.permutations, bootstraps=arguments.bootstraps, top=arguments.top, by=arguments.by,
     )  # fmt: skip
     print(text_of(found))
     if arguments.out:

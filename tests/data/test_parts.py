@@ -42,6 +42,15 @@ def test_rules_add_up_to_any_joint_distribution() -> None:
     assert len({s["key"] for s in found["train"]}) == 42
 
 
+def test_labels_can_be_made_wrong() -> None:
+    rules = [
+        KeepConfig("train", "all", {"label": ["cat"]}, become={"label": "dog"}),
+        KeepConfig("train", "all", {"label": ["dog"]}),
+    ]
+    found = keep({"all": samples()}, rules, CLASSES, 0)["train"]
+    assert {CLASSES[s["label"]] for s in found} == {"dog"} and len(found) == len(samples())
+
+
 def test_what_is_taken_depends_on_the_keys_alone_and_fewer_are_some_of_more() -> None:
     def taken(order: list[dict[str, Any]], count: int, seed: int = 0) -> set[str]:
         return {s["key"] for s in keep({"a": order}, [KeepConfig("a", count=count)], CLASSES, seed)["a"]}
@@ -67,6 +76,7 @@ def test_dealing_out_keeps_the_frequencies_and_breaks_the_dependence() -> None:
         ([KeepConfig("x", "none")], "there is no such part, only all"),
         ([KeepConfig("all", where={"age": ["3"]})], "no attribute 'age'; there are label, site, tone"),
         ([KeepConfig("all", become={"age": "3"})], "no attribute 'age'"),
+        ([KeepConfig("all", become={"label": "cow"})], "makes the label 'cow'; there are cat, dog"),
         ([KeepConfig("all", where={"label": ["cow"]})], "finds 0 samples, and asks for 1"),
         ([KeepConfig("all", where={"label": ["cat"]}, count=41)], "finds 40 samples, and asks for 41"),
         ([KeepConfig("x", "all"), KeepConfig("x", "all", {"tone": ["a"]})], "two rules of 'x' take the same sample"),

@@ -162,11 +162,14 @@ def test_ranks_share_the_work_and_the_planted_bias_is_found(tmp_path: Path) -> N
     for test, found in alone["tests"].items():
         table = kept[kept.test == test]
         assert len(table) == 400
-        assert metrics.confusion_matrix(table.label, table.prediction).tolist() == found["confusion"]["real"]
+        assert (
+            metrics.confusion_matrix(table.label, table.prediction, labels=alone["classes"]).tolist()
+            == found["confusion"]["real"]
+        )
         dark = table[table.tone == "dark"]
         by = found["fairness"]["real"]["tone"]["measures"]["accuracy"]["by_group"]
         assert metrics.accuracy_score(dark.label, dark.prediction) == pytest.approx(by["dark"])
-        assert [np.argmax(p) for p in table.probabilities] == table.prediction.tolist()
+        assert [alone["classes"][np.argmax(p)] for p in table.probabilities] == table.prediction.tolist()
 
 
 def test_a_config_that_cannot_be_evaluated_is_refused() -> None:

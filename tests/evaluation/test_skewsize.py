@@ -285,6 +285,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_models_of_one_table_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels, predictions, groups = biased()
+    two = {"y": np.tile(labels, 2), "p": np.concatenate([predictions, labels]), "g": np.tile(groups, 2)}
+    table = write(tmp_path / "p.parquet", **two, model=np.repeat(["skewed", "right"], len(labels)))
+    words = ["evaluate", "skewsize", table, "--prediction", "p", "--label", "y", "--group", "g", "--by", "model"]
+    assert cli.main([*words, "--permutations", "20", "--bootstraps", "20", "--out", str(tmp_path / "r.json")]) == 0
+    capsys.readouterr()
+    found = json.loads((tmp_path / "r.json").read_text())
+    alone = skewsize(labels, predictions, groups, tuple(map(str, range(20))), permutations=0, bootstraps=0)
+    assert list(found) == ["skewed, g", "right, g"]
+    assert found["skewed, g"]["value"] == pytest.approx(alone["value"]) and found["right, g"]["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
