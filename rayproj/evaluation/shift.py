@@ -26,7 +26,11 @@ from rayproj.evaluation import epistemic
 from rayproj.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from rayproj.evaluation.epistemic import Outcome, fitted_temperature, logits_of, measures
 from rayproj.evaluation.uncertainty import corruption_errors, detection
+from rayproj.obfuscation.assets import Assets, AssetsConfig
+from rayproj.obfuscation.registry import chosen, obfuscate
 from rayproj.storage.store import Store
+
+SEED = 0  # of the obfuscations that images are judged under
 
 
 @dataclass
@@ -40,6 +44,8 @@ class ShiftConfig:
     unknown: dict[str, str] = field(default_factory=dict)  # name -> images of no class of the networks
     corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))  # of the test images
     severities: list[int] = field(default_factory=lambda: list(SEVERITIES))
+    obfuscations: list[str] = field(default_factory=list)  # of the test images: names, or sets such as held_out
+    assets: AssetsConfig = field(default_factory=AssetsConfig)  # that these take
     baseline: str = ""  # the network by whose errors those of corrupted images are divided; "": the first
     # Numbers of indices with which each network is judged: as far as it has them, or as `most` says (name -> number).
     indices: list[int] = field(default_factory=lambda: [1, 2, 3, 5, 10, 30, 100, 300, 1000])
@@ -58,6 +64,10 @@ class ShiftConfig:
         found += [f"shift.corruptions has '{name}'; there are {', '.join(CORRUPTIONS)}." for name in unknown]
         if not set(self.severities) <= set(SEVERITIES):
             found.append("shift.severities lie in 1 to 5.")
+        try:
+            chosen(self.obfuscations, self.assets)
+        except UserError as error:
+            found.append(f"shift.obfuscations: {error}")
         if not self.networks:
             found.append("shift.networks names no run.")
         if self.baseline and self.baseline not in self.networks:
@@ -72,7 +82,7 @@ class Condition:
     """Images under which the networks are judged.
 
     Attributes:
-        family: "in_distribution", "shifted" or "corrupted".
+        family: "in_distribution", "shifted", "corrupted" or "obfuscated".
         change: uint8 images [B, C, H, W] and their rows [B, 3] to others; whatever else changes images goes here.
     """
 
@@ -95,6 +105,12 @@ def conditions(config: ShiftConfig) -> Iterator[Condition]:
                 return corrupted(images.cpu(), row.cpu(), name, severity).to(images.device)
 
             yield Condition(f"{name} {severity}", "corrupted", config.test, change, severity)
+    for name in chosen(config.obfuscations, config.assets):
+
+        def hide(images: Tensor, row: Tensor, name: str = name) -> Tensor:
+            return obfuscate(name, images, row, SEED, Assets.load(config.assets, str(images.device)))[0]
+
+        yield Condition(name, "obfuscated", config.test, hide)
 
 
 Outcomes = dict[tuple[str, int], Outcome]

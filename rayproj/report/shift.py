@@ -28,10 +28,10 @@ TITLES = {
 
 
 def grouped(result: dict[str, Any]) -> dict[str, list[str]]:
-    """Conditions by what is shown as one: the test images, each shifted set, all corruptions together."""
+    """Conditions by what is shown as one: the test images, each shifted set, all corruptions together, all obfuscations."""
     found: dict[str, list[str]] = {}
     for condition in result["conditions"]:
-        title = {"in_distribution": "in distribution", "corrupted": "corrupted"}.get(
+        title = {"in_distribution": "in distribution", "corrupted": "corrupted", "obfuscated": "obfuscated"}.get(
             condition["family"], condition["name"]
         )
         found.setdefault(title, []).append(condition["name"])

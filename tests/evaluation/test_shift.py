@@ -22,6 +22,8 @@ from rayproj.errors import UserError
 from rayproj.evaluation.corruptions import corrupted
 from rayproj.evaluation.shift import ShiftConfig, evaluate, load
 from rayproj.keyed import places
+from rayproj.obfuscation.assets import Assets, AssetsConfig
+from rayproj.obfuscation.registry import obfuscate
 from rayproj.report.shift import grouped, page
 from rayproj.storage.store import Store, from_json, to_json
 from tests.support.ranks import run_ranks
@@ -78,6 +80,7 @@ def config(folder: str) -> ShiftConfig:
         severities=[1, 5],
         indices=[1, 2, 10],
         most={"epinet": 25},
+        obfuscations=["SwirlWarp", "LineShift"],
         extrapolated=[30],
         tau=5,
         samples=100,
@@ -123,6 +126,7 @@ def test_what_is_found(folder: Path, found: dict[str, Any]) -> None:
         "base": ["1"], "epinet": ["1", "2", "10", "25"], "ensemble": ["1", "2", "3"],
     }  # fmt: skip
     names = ["test", "darker", *(f"{c} {s}" for c in ("gaussian_noise", "impulse_noise") for s in (1, 5))]
+    names += ["LineShift", "SwirlWarp"]
     assert [c["name"] for c in found["conditions"]] == names and found["conditions"][0]["n"] == 100
     accuracy = {name: by["accuracy"] for name, by in found["measures"]["base"]["1"].items()}
     assert accuracy["test"] > 0.95 and accuracy["darker"] < accuracy["test"]
@@ -139,10 +143,14 @@ def test_what_is_found(folder: Path, found: dict[str, Any]) -> None:
     right = logits.softmax(2).mean(0).argmax(1) == torch.arange(100) % 3
     expected = found["measures"]["epinet"]["25"]["gaussian_noise 5"]["accuracy"]
     assert right.float().mean().item() == pytest.approx(expected)
+    hidden = obfuscate("SwirlWarp", images, places(100), 0, Assets.load(AssetsConfig()))[0]
+    with torch.no_grad():
+        right = load(f"{folder}/base", "cpu")(hidden)[0].argmax(1) == torch.arange(100) % 3
+    assert right.float().mean().item() == pytest.approx(found["measures"]["base"]["1"]["SwirlWarp"]["accuracy"])
     errors = found["corruption_errors"]["networks"]
-    by = [found["measures"]["epinet"]["25"][name]["accuracy"] for name in names[2:]]
+    by = [found["measures"]["epinet"]["25"][name]["accuracy"] for name in names[2:6]]
     assert errors["epinet"]["25"]["mean_corruption_error"] == pytest.approx(1 - np.mean(by))
-    own = [found["measures"]["base"]["1"][name]["accuracy"] for name in names[2:]]
+    own = [found["measures"]["base"]["1"][name]["accuracy"] for name in names[2:6]]
     errs = all(np.mean(own[k : k + 2]) < 1 for k in (0, 2))  # under each corruption, without which there is no ratio
     assert errors["base"]["1"]["mce_normalised"] == pytest.approx(1 if errs else np.nan, nan_ok=True)
     assert set(found["unknown"]["ensemble"]["3"]["fourth"]) == {"confidence", "total", "aleatoric", "epistemic"}
@@ -168,6 +176,7 @@ def test_the_page_has_it_all(found: dict[str, Any]) -> None:
     assert grouped(result) == {
         "in distribution": ["test"], "darker": ["darker"],
         "corrupted": ["gaussian_noise 1", "gaussian_noise 5", "impulse_noise 1", "impulse_noise 5"],
+        "obfuscated": ["LineShift", "SwirlWarp"],
     }  # fmt: skip
     for text in (
         *NETWORKS,
@@ -189,6 +198,7 @@ def test_the_page_has_it_all(found: dict[str, Any]) -> None:
         ({"networks": {}}, "names no run"),
         ({"corruptions": ["fgo"]}, "shift.corruptions has 'fgo'"),
         ({"severities": [0]}, "lie in 1 to 5"),
+        ({"obfuscations": ["Fog"]}, "There is no obfuscation 'Fog'"),
         ({"baseline": "b"}, "is not in shift.networks"),
         ({"tau": 0}, "shift.tau must be positive"),
         ({"indices": []}, "must be positive numbers"),
