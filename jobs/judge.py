@@ -1,0 +1,65 @@
+"""Judge text-to-image models on a set of prompts: alignment, quality, whom they draw, what can be got out of them.
+
+python jobs/judge.py configs/judge.yaml key=value ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rayproj.data.dataset import Dataset
+from rayproj.discovery.captions import CaptionConfig, EmbedderConfig, index_header
+from rayproj.evaluation.features import EfficientNetLite0Features
+from rayproj.judging.judge import judge
+from rayproj.judging.scoring import JudgeConfig, header_of
+from rayproj.report import judged
+from rayproj.runtime.command import command
+from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.run import Run, RunConfig
+from rayproj.storage.store import Store, to_json
+from rayproj.tracking.tracker import TrackingConfig
+
+
+@dataclass
+class Config:
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def main(config: Config) -> dict[str, Any]:
+    with Run.open("judge", config) as run:
+        if run.result:
+            return run.result
+        index = _index(run, config)
+        for name in config.judge.sets():
+            scores = Dataset.create(f"{config.judge.out}/scores/{name}", header_of(config.judge, name, index))
+            values = {"config": asdict(config.judge), "name": name, "index": index, "out": scores.uri}
+            produce(run, scores, "rayproj.judging.scoring:Scorer", config.pool, values)
+        found = judge(config.judge)
+        store = Store(config.judge.out)
+        store.write("judged.json", to_json(found))
+        store.write("judged.html", judged.page(found, judged.samples(config.judge)).encode())
+        if folder := store.local_path():
+            run.tracker.event({"type": "file", "name": "judged", "path": str(folder / "judged.html")})
+        return run.finish({"html": f"{store.uri}/judged.html", **found})
+
+
+def _index(run: Run, config: Config) -> str:
+    """The features and captions of the known images; "" where none are configured."""
+    known = config.judge.alignment.known
+    if not known:
+        return ""
+    of = CaptionConfig(images=known, field=config.judge.alignment.known_captions)
+    embedder = EmbedderConfig(size=config.judge.feature_size)
+    header = index_header(of, embedder, Dataset.open(known), EfficientNetLite0Features.dimensions)
+    index = Dataset.create(f"{config.judge.out}/known", header)
+    values = {"out": index.uri, "batch": config.judge.batch}
+    produce(run, index, "rayproj.discovery.captions:Indexer", config.pool, values)
+    return index.uri
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(Config, main))

@@ -1,0 +1,139 @@
+"""From the scores of all images to what is said of the models."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from rayproj.data.dataset import Dataset
+from rayproj.data.reader import Reader
+from rayproj.errors import UserError
+from rayproj.evaluation.quality import quality
+from rayproj.judging import extraction, outputs, paired
+from rayproj.judging.scoring import FEATURE, SECOND, JudgeConfig, Scores
+
+
+def judge(config: JudgeConfig) -> dict[str, Any]:
+    """Alignment by measure, model and category; the models compared; the measures against people; quality over each
+    extractor; perceived attributes; attempts at extraction.
+
+    Raises:
+        UserError: the models were not given the same prompts, or the human orders cannot be read.
+    """
+    scores = {name: Scores.read(f"{config.out}/scores/{name}") for name in config.sets()}
+    models = {name: scores[name] for name in config.models}
+    prompts = _same_prompts(models)
+    named = list(next(iter(models.values())).measures)
+    table = {m: {name: _of_prompts(found, m, prompts) for name, found in models.items()} for m in named}
+    orders = {m: paired.orders(of) for m, of in table.items()}
+    people = _people(config, list(models)) if config.human else {}
+    category = dict(zip(map(str, models[next(iter(models))].columns["prompt"]),
+                        map(str, models[next(iter(models))].columns["category"]), strict=True))  # fmt: skip
+    return {
+        "prompts": len(prompts),
+        "images": {name: len(found.columns["prompt"]) for name, found in scores.items()},
+        "guidance": {name: found.guidance for name, found in models.items()},
+        "alignment": {
+            m: {name: _categories(v, prompts, category) for name, v in of.items()} for m, of in table.items()
+        },
+        "real": {m: paired.mean_interval(v) for m, v in scores["reference"].measures.items()}
+        if config.reference
+        else {},
+        "compared": {
+            m: [{"first": a, "second": b, **paired.compared(of[a], of[b])} for a, b in combinations(of, 2)]
+            for m, of in table.items()
+        },
+        "agreement": paired.agreement(orders, people) if people else None,
+        "quality": _quality(config, scores) if config.reference else {},
+        "attributes": {
+            attribute: {name: _outputs(config, found, attribute) for name, found in models.items()}
+            for attribute in config.attributes
+        },
+        "extraction": {name: _attempts(config, scores[name]) for name in config.attempts},
+    }
+
+
+def _same_prompts(models: dict[str, Scores]) -> list[str]:
+    """In their order."""
+    first_name, first = next(iter(models.items()))
+    prompts = list(dict.fromkeys(map(str, first.columns["prompt"])))
+    for name, found in models.items():
+        if {*map(str, found.columns["prompt"])} != {*prompts}:
+            raise UserError(
+                f"The images of '{name}' are of other prompts than those of '{first_name}'; draw the same ones."
+            )
+    return prompts
+
+
+def _of_prompts(found: Scores, measure: str, prompts: list[str]) -> np.ndarray:
+    of = found.by_prompt(measure)
+    return np.array([of[prompt] for prompt in prompts])
+
+
+def _categories(values: np.ndarray, prompts: list[str], category: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Of all prompts, and of those of each category."""
+    of = np.array([category[prompt] for prompt in prompts])
+    found = {"all": paired.mean_interval(values)}
+    return found | {name: paired.mean_interval(values[of == name]) for name in sorted({*of} - {""})}
+
+
+def _people(config: JudgeConfig, models: list[str]) -> dict[tuple[str, str], int]:
+    """The order of each pair, as it stands in `models`."""
+    found = {}
+    try:
+        with fsspec.open(config.human, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file if line.strip()]
+        for row in rows:
+            a, b, wins, losses = row["first"], row["second"], int(row["wins"]), int(row["losses"])
+            if {a, b} <= {*models}:
+                order = paired.human_order(wins, losses)
+                forward = models.index(a) < models.index(b)
+                found[(a, b) if forward else (b, a)] = order if forward else -order
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'judge.human=\'{config.human}\' holds no lines of {{"first", "second", "wins", "losses"}} ({error}).'
+        ) from error
+    return found
+
+
+def _quality(config: JudgeConfig, scores: dict[str, Scores]) -> dict[str, Any]:
+    """Extractor -> model -> all measures of quality, at as many images as the smallest set has."""
+    extractors = {"EfficientNet-lite0": FEATURE, **({config.extractor: SECOND} if config.extractor else {})}
+    real = scores["reference"].columns
+    count = min(len(scores[name].columns["prompt"]) for name in [*config.models, "reference"])
+    return {
+        title: {
+            "samples": count,
+            "models": {
+                name: quality(_some(real[f], count), _some(scores[name].columns[f], count)) for name in config.models
+            },
+        }
+        for title, f in extractors.items()
+    }
+
+
+def _some(features: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    return features[np.sort(np.random.default_rng(seed).permutation(len(features))[:count])]
+
+
+def _outputs(config: JudgeConfig, found: Scores, attribute: str) -> dict[str, Any]:
+    columns = found.columns
+    here = columns["category"] == config.people if config.people else np.ones(len(columns["prompt"]), bool)
+    if not here.any():
+        raise UserError(
+            f"No prompt is of the category '{config.people}' (judge.people), which judge.attributes are of."
+        )
+    kind = columns[f"attribute_{attribute}"][here]
+    return outputs.outputs(kind, columns["prompt"][here].astype(str), found.attributes[attribute])
+
+
+def _attempts(config: JudgeConfig, found: Scores) -> dict[str, Any]:
+    columns = found.columns
+    train = Dataset.open(config.learned_from)
+    captions = Reader(train, [config.captions]).gather(np.arange(train.header.num_samples))[config.captions].astype(str)
+    prompt = columns["prompt"].astype(str)
+    return extraction.attempts(prompt, columns["nearest_ratio"], captions[columns["nearest"]] == prompt)

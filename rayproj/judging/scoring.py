@@ -1,0 +1,223 @@
+"""What every image of a prompt set is worth, as committed shards: any number of makers, resumable, thousands of prompts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rayproj import classifiers
+from rayproj import config as configuration
+from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.data.reader import Reader
+from rayproj.data.writer import Sample
+from rayproj.discovery.captions import EmbedderConfig, open_embedder
+from rayproj.errors import UserError
+from rayproj.evaluation.features import EfficientNetLite0Features
+from rayproj.evaluation.models import ExaminedConfig, open_classifier
+from rayproj.judging.alignment import AlignmentConfig, measures
+from rayproj.judging.extraction import adaptive_distance
+from rayproj.judging.prompts import read_prompts
+from rayproj.storage.store import Store
+
+FEATURE, SECOND = "feature", "second_feature"
+PIXELS = 32  # side at which pixels are compared
+
+
+@dataclass
+class JudgeConfig:
+    """Whose images are judged, by what."""
+
+    out: str = "???"  # the scores go to <out>/scores/<name>, the report beside them
+    models: dict[str, str] = field(default_factory=dict)  # name -> dataset of jobs/generate.py, of the same prompts
+    reference: str = ""  # real images with captions, which are scored as the models' are: what can be reached
+    learned_from: str = ""  # the images that the models were trained on: the nearest of them
+    # name -> dataset drawn from captions of `learned_from`: attempts to get a training image back.
+    attempts: dict[str, str] = field(default_factory=dict)
+    captions: str = "caption"  # the field of real images with what they show
+    prompts: str = ""  # file with the prompts' categories
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    feature_size: int = 64  # side to which images are resized for EfficientNet-lite0
+    # A second extractor of features: a folder of an image model of transformers, such as DINOv2, or the run dir of a
+    # classifier of this project.
+    extractor: str = ""
+    attributes: dict[str, ExaminedConfig] = field(default_factory=dict)  # perceived attribute -> the classifier of it
+    people: str = "people"  # the category whose images these are looked for in; "": all
+    human: str = ""  # JSON lines {"first", "second", "wins", "losses"}: how people ordered the models
+    batch: int = 64
+
+    def problems(self) -> list[str]:
+        found = [] if self.models else ["judge.models must name the dataset of a model."]
+        if both := sorted({*self.models} & {*self.attempts, "reference"}):
+            found.append(f"judge.models: '{both[0]}' is the name of other images too; choose another.")
+        if self.attempts and not self.learned_from:
+            found.append("judge.attempts needs judge.learned_from, the images that they may be copies of.")
+        return found
+
+    def sets(self) -> dict[str, str]:
+        """Every set of images that is scored, by name."""
+        return {**self.models, **self.attempts, **({"reference": self.reference} if self.reference else {})}
+
+
+def header_of(config: JudgeConfig, name: str, index: str) -> Header:
+    """Of the scores of one set.
+
+    Raises:
+        UserError: the set is not there, or its images come without texts.
+    """
+    images = Dataset.open(config.sets()[name])
+    text = _text(config, name)
+    if text not in images.header.fields:
+        raise UserError(f"{images.uri} has no field '{text}' with what its images show, and cannot be judged.")
+    named = [measure.name for measure in measures(config.alignment, index, "cpu")]
+    fields = {"prompt": Field("str"), "category": Field("str"), FEATURE: Field("npy", (1280,))}
+    fields |= {f"measure_{k}": Field("float") for k in range(len(named))}
+    if config.extractor:
+        fields[SECOND] = Field("npy", (_Second(config.extractor, "cpu").dimensions,))
+    for attribute, model in config.attributes.items():
+        fields[f"attribute_{attribute}"] = Field("int", values=open_classifier(model, "cpu").classes)
+    if config.learned_from:
+        fields |= {"nearest": Field("int"), "nearest_ratio": Field("float")}
+    said = {
+        n: v for n, v in asdict(config).items() if n not in ("models", "attempts", "reference", "out", "batch", "human")
+    }
+    return Header(
+        f"scores of {name}", fields, images.header.num_samples, images.header.shard_size, (), sizes=images.header.sizes,
+        provenance={
+            "images": images.uri,
+            "manifest": images.manifest_hash(),
+            "measures": named,
+            "judge": said,
+            "sampler": images.header.provenance.get("sampler"),
+        },
+    )  # fmt: skip
+
+
+class Scorer:
+    """Makes shards of scores. Values: "config", as of `JudgeConfig`, "name", of the set, "index", "out"."""
+
+    def __init__(self, values: dict[str, Any], device: str) -> None:
+        self.config = config = configuration.from_dict(JudgeConfig, values["config"])
+        self.device, self.text = device, _text(config, values["name"])
+        self.header = Dataset.open(values["out"]).header
+        self.reader = Reader(Dataset.open(config.sets()[values["name"]]), ["image", self.text])
+        self.categories = read_prompts(config.prompts) if config.prompts else {}
+        self.measures = measures(config.alignment, values["index"], device)
+        self.features = EfficientNetLite0Features(config.feature_size, device)
+        self.second = _Second(config.extractor, device) if config.extractor else None
+        self.attributes = {name: open_classifier(model, device) for name, model in config.attributes.items()}
+        self.train = _pixels_of(config.learned_from) if config.learned_from else None
+
+    def make(self, shard: int) -> list[Sample]:
+        ids = np.asarray(self.header.shard_range(shard))
+        return [
+            sample
+            for k in range(0, len(ids), self.config.batch)
+            for sample in self._some(ids[k : k + self.config.batch])
+        ]
+
+    def _some(self, ids: np.ndarray) -> list[Sample]:
+        columns = self.reader.gather(ids)
+        images, texts = torch.from_numpy(columns["image"]), [str(text) for text in columns[self.text]]
+        features = self.features(images).cpu().numpy()
+        found: dict[str, Any] = {FEATURE: features}
+        found |= {f"measure_{k}": of(images, features, texts) for k, of in enumerate(self.measures)}
+        if self.second:
+            found[SECOND] = self.second(images)
+        for name, model in self.attributes.items():
+            found[f"attribute_{name}"] = model(images.to(self.device)).argmax(1).cpu().numpy()
+        if self.train is not None:
+            found["nearest_ratio"], found["nearest"] = adaptive_distance(small(images), self.train)
+        return [
+            {
+                "key": f"{i:08d}",
+                "prompt": texts[k],
+                "category": self.categories.get(texts[k], ""),
+                **{name: _plain(values[k]) for name, values in found.items()},
+            }
+            for k, i in enumerate(ids)
+        ]
+
+
+class _Second:
+    """The second extractor: uint8 images [B, C, H, W] to float32 [B, D]."""
+
+    def __init__(self, place: str, device: str) -> None:
+        self.device = device
+        if Store(place).exists("config.yaml"):
+            network: Any = classifiers.load(place, device)
+            if not hasattr(network, "pooled"):
+                raise UserError(f"judge.extractor='{place}' is a classifier without pooled features; give another.")
+            self.of = network.pooled
+        else:
+            self.of = open_embedder(EmbedderConfig(place), device)
+        self.dimensions = self(torch.zeros(1, 3, PIXELS, PIXELS, dtype=torch.uint8)).shape[1]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> np.ndarray:
+        found: np.ndarray = self.of(images.to(self.device)).float().flatten(1).cpu().numpy()
+        return found
+
+
+def small(images: Tensor) -> np.ndarray:
+    """Vectors float32 [n, 3 · PIXELS²] of uint8 images [n, C, H, W], antialiased where they are larger."""
+    x = images.float().expand(-1, 3, -1, -1)
+    if tuple(x.shape[2:]) != (PIXELS, PIXELS):
+        x = F.interpolate(x, size=(PIXELS, PIXELS), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+    return x.flatten(1).numpy()
+
+
+def _pixels_of(uri: str) -> np.ndarray:
+    dataset = Dataset.open(uri)
+    reader = Reader(dataset, ["image"])
+    return np.concatenate(
+        [small(torch.from_numpy(reader.shard(shard)["image"])) for shard in range(dataset.header.num_shards)]
+    )
+
+
+def _text(config: JudgeConfig, name: str) -> str:
+    return config.captions if name == "reference" else "prompt"
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one set, in order.
+
+    Attributes:
+        columns: of the dataset, by field.
+        measures: measure -> float64 [n].
+        attributes: attribute -> its values.
+        guidance: with which the set was drawn; None of real images.
+    """
+
+    columns: dict[str, np.ndarray]
+    measures: dict[str, np.ndarray]
+    attributes: dict[str, tuple[str, ...]]
+    guidance: float | None
+
+    @classmethod
+    def read(cls, uri: str) -> Scores:
+        dataset = Dataset.open(uri)
+        header = dataset.header
+        columns = Reader(dataset).gather(np.arange(header.num_samples))
+        named = {name: columns[f"measure_{k}"] for k, name in enumerate(header.provenance["measures"])}
+        prefix = "attribute_"
+        kinds = {n.removeprefix(prefix): f.values for n, f in header.fields.items() if n.startswith(prefix)}
+        sampler = header.provenance.get("sampler") or {}
+        return cls(columns, named, kinds, sampler.get("guidance"))
+
+    def by_prompt(self, measure: str) -> dict[str, float]:
+        """The mean over the images of each prompt."""
+        found = defaultdict(list)
+        for prompt, value in zip(self.columns["prompt"], self.measures[measure], strict=True):
+            found[str(prompt)].append(float(value))
+        return {prompt: float(np.mean(values)) for prompt, values in found.items()}

