@@ -1,0 +1,193 @@
+"""Attacks against those of pyautoattack and foolbox at equal robust accuracy, soups at once against one by one, and a
+step of co-training against two passes.
+
+The attacked network is trained here, adversarially, on the embedded Fashion-MNIST; what each attack leaves standing is
+in its row's name, and must be the same to two points.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rayproj.benchmarks.runtime import Row
+from rayproj.classifiers.adapters import CLEAN
+from rayproj.classifiers.adversary import AdversaryConfig, ThreatConfig, Training, losses
+from rayproj.classifiers.networks import ClassifierConfig, Network, build
+from rayproj.classifiers.soups import Stack, grid
+from rayproj.data.sources.base import Channels, SourceConfig
+from rayproj.data.sources.fashion_mnist import open as fashion
+from rayproj.errors import UserError
+from rayproj.robustness.apgd import apgd
+from rayproj.robustness.autoattack import AttackConfig, autoattack
+from rayproj.robustness.losses import cross_entropy
+from rayproj.robustness.oracle import Oracle
+from rayproj.robustness.pgd import pgd
+from rayproj.robustness.threats import Norm, Threat
+
+ROUNDS, THREADS = 3, 2
+IMAGES, EPS = 128, 0.06
+SAME = 0.02  # points of robust accuracy in which attacks of the same strength may differ
+
+
+class _Scaled(nn.Module):
+    """Of images in [0, 1], as attacks have them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(255 * x)  # type: ignore[no-any-return]
+
+
+def _images(count: int) -> tuple[Tensor, Tensor]:
+    """uint8 [n, 1, 28, 28] and labels."""
+    rows = fashion(SourceConfig(image_size=28, channels=Channels.grey)).rows()
+    some = [row for row, _ in zip(rows, range(count), strict=False)]
+    return torch.from_numpy(np.stack([row["image"] for row in some])), torch.tensor([row["label"] for row in some])
+
+
+def _trained(images: Tensor, label: Tensor, steps: int = 150) -> nn.Module:
+    torch.manual_seed(0)
+    model = build(ClassifierConfig(dropout=0.0), 1, 28, 10)
+    adversary = AdversaryConfig(Training.adversarial, [ThreatConfig(Norm.linf, EPS)], steps=2, step=1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(steps):
+        rows = torch.randint(0, len(images), (96,), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        row = _keys(step, rows)
+        _losses(model, images[rows], label[rows], row, adversary).mean().backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def _keys(step: int, rows: Tensor) -> Tensor:
+    """int64 [B, 3]: what draws are keyed by."""
+    return torch.stack([torch.zeros_like(rows), torch.full_like(rows, step), rows], 1)
+
+
+def _losses(model: nn.Module, images: Tensor, label: Tensor, row: Tensor, config: AdversaryConfig) -> Tensor:
+    def objective(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, label.repeat(len(logits) // len(label)), reduction="none")
+
+    return losses(model, images, label, row, objective, config, 0)
+
+
+def measure() -> list[Row]:
+    """Rows for `jobs/benchmark.py`."""
+    try:
+        import foolbox
+        from pyautoattack import AutoAttack
+    except ImportError as error:
+        raise UserError(f"The benchmark of attacks needs {error.name}; pip install 'rayproj[dev]'.") from None
+    torch.set_num_threads(THREADS)
+    images, label = _images(2000 + IMAGES)
+    model = _Scaled(_trained(images[:2000], label[:2000]))
+    x, y = images[2000:].float() / 255, label[2000:]
+    threat, ids = Threat(Norm.linf, EPS), torch.arange(IMAGES)
+    keys = _keys(0, ids)
+
+    def left(broken: Tensor) -> float:
+        with torch.no_grad():
+            return float((model(broken).argmax(1) == y).float().mean())
+
+    def theirs(kinds: list[str]) -> Callable[[], float]:
+        attack = AutoAttack(model, norm="Linf", eps=EPS, version="custom", attacks=kinds, seed=0, verbose=False)
+        attack.apgd.n_restarts = 1
+        return lambda: left(attack.run_standard_evaluation(x, y, batch_size=IMAGES)[0])
+
+    by_foolbox = foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=40)
+    around = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    standard = AttackConfig()
+    rows = [
+        _row("APGD on the cross-entropy, 100 steps", "pyautoattack",
+             lambda: left(apgd(Oracle(model), x, y, keys, threat, cross_entropy, 100).images), theirs(["apgd-ce"]), 1.3),
+        _row("AutoAttack, standard", "pyautoattack",
+             lambda: left(autoattack(model, x, y, ids, threat, standard).images),
+             theirs(["apgd-ce", "apgd-t", "fab-t", "square"]), 1.3),
+        _row("PGD, 40 steps", "foolbox",
+             lambda: left(pgd(Oracle(model), x, y, None, threat, 40, 0.25).images),
+             lambda: left(by_foolbox(around, x, y, epsilons=EPS)[1]), 1.3),
+    ]  # fmt: skip
+    return [*rows, _soups(images[:256]), _co_training(images[:64], label[:64])]
+
+
+def _soups(images: Tensor) -> Row:
+    """All soups of a grid on the same images."""
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        states.append(_vit().state_dict())
+    network, weights = _vit().eval(), grid(3, 5)
+    x = images.float()
+
+    @torch.no_grad()
+    def at_once() -> Tensor:
+        return torch.cat([Stack(network, states, part)(x) for part in np.array_split(weights, 3)])
+
+    @torch.no_grad()
+    def one_by_one() -> Tensor:
+        return torch.cat([Stack(network, states, weights[k : k + 1])(x) for k in range(len(weights))])
+
+    torch.testing.assert_close(at_once(), one_by_one(), rtol=1e-3, atol=1e-3)
+    return _row(
+        f"{len(weights)} soups of three ViTs on {len(x)} images", "one by one", at_once, one_by_one, 2.0, len(x)
+    )
+
+
+def _vit(adapters: list[str] | None = None) -> nn.Module:
+    config = ClassifierConfig(Network.vit, dropout=0.0, layers=3, dim=48, heads=3, patch=4, adapters=adapters or [])
+    return build(config, 1, 28, 10)
+
+
+def _co_training(images: Tensor, label: Tensor) -> Row:
+    """The update's own passes: both branches in one, against one pass for each; the attack is the same for both."""
+    torch.manual_seed(0)
+    model = _vit(["token"])
+    config = AdversaryConfig(Training.co_training, [ThreatConfig(Norm.linf, EPS)], steps=1)
+    row = _keys(0, torch.arange(len(images)))
+    clean = F.one_hot(torch.full((len(images),), CLEAN), 2).float()
+
+    def ours() -> None:
+        model.zero_grad()
+        _losses(model, images, label, row, config).mean().backward()
+
+    def two_passes() -> None:
+        model.zero_grad()
+        attacked = AdversaryConfig(Training.adversarial, config.threats, steps=1)
+        (0.5 * _losses(model, images, label, row, attacked).mean()).backward()
+        (0.5 * F.cross_entropy(model(images.float(), mix=clean), label)).backward()
+
+    return _row(f"step of co-training, {len(images)} images", "two passes", ours, two_passes, 1.0, len(images))
+
+
+def _row(
+    what: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any], goal: float, images: int = IMAGES
+) -> Row:
+    """Both in turns, after one round that is not counted."""
+    found: list[list[float]] = [[], []]
+    stands: list[Any] = [None, None]
+    for number in range(ROUNDS + 1):
+        for k in (0, 1) if number % 2 else (1, 0):
+            began = time.perf_counter()
+            stands[k] = (ours, theirs)[k]()
+            found[k].append(images / (time.perf_counter() - began))
+    if isinstance(stands[0], float):
+        if stands[0] > stands[1] + SAME:
+            raise UserError(f"{what}: ours leaves {stands[0]:.1%} standing and {peer} {stands[1]:.1%}; ours is weaker.")
+        what += f" (robust accuracy {stands[0]:.1%}, theirs {stands[1]:.1%})"
+    speed = [values[1:] for values in found]
+    ratios = [a / b for a, b in zip(*speed, strict=True)]
+    return {
+        "metric": what, "unit": "1/s", "peer": peer, "better": "higher", "goal": goal,
+        "ours": statistics.median(speed[0]), "peer_value": statistics.median(speed[1]), "ratios": ratios,
+        "ratio": statistics.median(ratios),
+    }  # fmt: skip
