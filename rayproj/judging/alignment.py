@@ -120,7 +120,9 @@ class AnsweringModel:
     def _given(self, image: Tensor, question: str) -> Any:
         picture = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
         text = self.template.format(question=question)
-        return self.processor(images=[picture], text=[text], return_tensors="pt").to(self.device)
+        given = self.processor(images=[picture], text=[text], return_tensors="pt").to(self.device)
+        given.pop("token_type_ids", None)  # of some tokenizers, and of none of these models
+        return given
 
     @torch.no_grad()
     def probability_of_yes(self, image: Tensor, question: str) -> float:
