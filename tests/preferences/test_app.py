@@ -171,7 +171,7 @@ def test_the_cookie_and_the_headers_guard(running: tuple[Plan, Store, str]) -> N
     ],
 )
 def test_what_is_no_answer_is_refused_and_changes_nothing(tmp_path: Path, changes: dict[str, Any], status: int) -> None:
-    of, store = study(tmp_path, block=0)
+    _, store = study(tmp_path, block=0)
     with served(store.uri) as address:
         session, state = client(address, store), None
         for _ in range(40):  # to a question about two images
@@ -204,7 +204,7 @@ def test_other_sites_and_odd_bodies_are_refused(running: tuple[Plan, Store, str]
 
 
 def test_several_servers_and_many_clicks_count_once_and_raters_go_on_elsewhere(tmp_path: Path) -> None:
-    of, store = study(tmp_path, block=0)
+    _, store = study(tmp_path, block=0)
     with served(store.uri) as one, served(store.uri) as other, ThreadPoolExecutor(8) as threads:
         token = issue(store, 1)[0]
         cookies = {"rater": token}
@@ -221,7 +221,7 @@ def test_several_servers_and_many_clicks_count_once_and_raters_go_on_elsewhere(t
 
 
 def test_two_tabs_do_not_exceed_a_quota(tmp_path: Path) -> None:
-    of, store = study(tmp_path, block=0, per_rater=1)
+    _, store = study(tmp_path, block=0, per_rater=1)
     with served(store.uri) as address:
         first, second = client(address, store), client(address, store)
         stale = first.get(f"{address}/api/task").json()["task"]

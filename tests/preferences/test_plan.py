@@ -11,23 +11,8 @@ import pytest
 
 from rayproj import config as configuration
 from rayproj.errors import UserError
-from rayproj.preferences.plan import Plan, Question, SetConfig, StudyConfig, Turn, plan, read_prompts
-
-
-def study(tmp_path: Path, **changes: object) -> StudyConfig:
-    rows = "".join(f"p{i},c{i % 2},dots,{i}\n" for i in range(7))
-    (tmp_path / "p.csv").write_text("prompt,category,object,number\n" + rows)
-    (tmp_path / "q.txt").write_text("a horse\n\n a  cat \na dog\n")
-    sets = {
-        "p": SetConfig(str(tmp_path / "p.csv"), [Question.overall, Question.appeal, Question.count]),
-        "q": SetConfig(str(tmp_path / "q.txt"), [Question.alignment]),
-    }
-    given = {"models": {n: f"data/{n}" for n in "abc"}, "sets": sets, "ratings": 20, "per_rater": 60, "share": 0.25}
-    return StudyConfig(**{**given, "block": 6, **changes})  # type: ignore[arg-type]
-
-
-def made(tmp_path: Path, seed: int = 0, **changes: object) -> Plan:
-    return plan(study(tmp_path, **changes), {name: name * 8 for name in "cab"}, seed)
+from rayproj.preferences.plan import Plan, Question, SetConfig, Turn, read_prompts
+from tests.support.studies import made, study
 
 
 def played(of: Plan, raters: int) -> dict[str, list[Turn]]:

@@ -11,7 +11,7 @@ import pytest
 from rayproj.preferences import ratings
 from rayproj.preferences.ratings import Progress, Rating, counted, inattentive
 from rayproj.storage.store import Store
-from tests.preferences.test_plan import made
+from tests.support.studies import made
 
 
 def rating(rater: str, number: int, answer: str | int = "left", at: float = 0.0, check: bool = False) -> Rating:
