@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -94,10 +95,8 @@ class Server:
         if self.process and self.process.poll() is None:
             family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
             for process in family:
-                try:
+                with suppress(psutil.NoSuchProcess):
                     process.kill()
-                except psutil.NoSuchProcess:
-                    pass
             psutil.wait_procs(family, timeout=10)
             self.process.wait()
 
@@ -265,7 +264,7 @@ def test_where_raters_come_to_may_change_and_what_they_are_asked_may_not(tmp_pat
     with Run.open("serve_study", other):
         pass
     other.study.ratings = 7
-    with pytest.raises(UserError, match="study.ratings was 40, now 7"), Run.open("serve_study", other):
+    with pytest.raises(UserError, match="ratings was 40, now 7"), Run.open("serve_study", other):
         pass
 
 
