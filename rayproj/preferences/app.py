@@ -8,6 +8,7 @@ anew without metadata, and are not cached. The question's number and the attenti
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
@@ -115,12 +116,8 @@ def application(uri: str, secure: bool = False) -> FastAPI:
         shown = turn and {"id": seal.task(turn, rater), **described(plan.turn(turn, rater))}
         return {"done": len(own), "total": max(most, len(own)) if turn else len(own), "task": shown}
 
-    def page(name: str) -> Response:
-        content = files("rayproj.preferences").joinpath("page", name).read_bytes()
-        return Response(content, media_type=KINDS[name.rpartition(".")[2]])
-
     for path, name in PAGES.items():
-        app.add_api_route(f"/{path}", lambda name=name: page(name), methods=["GET"])
+        app.add_api_route(f"/{path}", _page(name), methods=["GET"])
 
     @app.post("/api/session", status_code=204)
     def sign_in(session: Session, response: Response) -> None:
@@ -161,6 +158,16 @@ def application(uri: str, secure: bool = False) -> FastAPI:
         return state(rater)
 
     return app
+
+
+def _page(name: str) -> Callable[[], Response]:
+    """Answers with a file of the folder `page`."""
+    content = files("rayproj.preferences").joinpath("page", name).read_bytes()
+
+    def page() -> Response:
+        return Response(content, media_type=KINDS[name.rpartition(".")[2]])
+
+    return page
 
 
 def sides(task: Task) -> list[str]:
