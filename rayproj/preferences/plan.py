@@ -218,11 +218,15 @@ class Plan:
         """
         if len(own) >= self.per_rater:
             return None
-        block = 0
-        if self.block:
-            block, within = divmod(len(own), self.block)
-            if block not in checks and within >= _draw("place", f"{rater}/{block}", self.seed, self.block):
-                return Turn(True, block)
+        block, within = divmod(len(own), self.block or self.per_rater)
+        slot = self._next_slot(rater, own, block, taken)
+        due = self.block and block not in checks
+        if slot is not None and due and within >= _draw("place", f"{rater}/{block}", self.seed, self.block):
+            return Turn(True, block)
+        return None if slot is None else Turn(False, slot)
+
+    def _next_slot(self, rater: str, own: Collection[int], block: int, taken: np.ndarray) -> int | None:
+        """As `next`, without attention checks."""
         number = np.arange(self.slots) // self.ratings
         mine = np.array(sorted(own), np.int64)
         full = np.bincount(mine // self.ratings, minlength=len(self.comparisons)) >= self.limit
@@ -238,7 +242,7 @@ class Plan:
         seen = {(slot // self.ratings, self.prompt_of(slot)) for slot in own}
         for slot in open_slots[np.lexsort((own_order, epoch, group[of]))]:
             if (slot // self.ratings, self.prompt_of(int(slot))) not in seen:
-                return Turn(False, int(slot))
+                return int(slot)
         return None
 
     def to_dict(self) -> dict[str, Any]:
