@@ -152,6 +152,18 @@ def test_the_cookie_and_the_headers_guard(running: tuple[Plan, Store, str]) -> N
     assert "http" not in page.replace("http-equiv", ""), "nothing comes from elsewhere"
 
 
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, requests.Session, str, str]]:
+    """A rater who is asked about two images: store, session, address, task."""
+    _, store = study(tmp_path_factory.mktemp("asked"), block=0)
+    with served(store.uri) as address:
+        session = client(address, store)
+        while len((task := session.get(f"{address}/api/task").json()["task"])["images"]) == 1:
+            body = {"task": task["id"], "answer": 4, "seconds": 1}
+            assert session.post(f"{address}/api/rating", json=body).status_code == 200
+        yield store, session, address, task["id"]
+
+
 @pytest.mark.parametrize(
     ("changes", "status"),
     [
@@ -170,22 +182,15 @@ def test_the_cookie_and_the_headers_guard(running: tuple[Plan, Store, str]) -> N
         ({"model": "splendid"}, 422),
     ],
 )
-def test_what_is_no_answer_is_refused_and_changes_nothing(tmp_path: Path, changes: dict[str, Any], status: int) -> None:
-    _, store = study(tmp_path, block=0)
-    with served(store.uri) as address:
-        session, state = client(address, store), None
-        for _ in range(40):  # to a question about two images
-            state = session.get(f"{address}/api/task").json()
-            if len(state["task"]["images"]) == 2:
-                break
-            body = {"task": state["task"]["id"], "answer": 4, "seconds": 1}
-            assert session.post(f"{address}/api/rating", json=body).status_code == 200
-        assert state
-        before = store.list("ratings")
-        body = {"task": state["task"]["id"], "answer": "left", "seconds": 1, **changes}
-        assert session.post(f"{address}/api/rating", json=body).status_code == status
-        assert store.list("ratings") == before
-        assert session.get(f"{address}/api/task/{state['task']['id']}/only").status_code == 404
+def test_what_is_no_answer_is_refused_and_changes_nothing(
+    asked: tuple[Store, requests.Session, str, str], changes: dict[str, Any], status: int
+) -> None:
+    store, session, address, task = asked
+    before = store.list()
+    body = {"task": task, "answer": "left", "seconds": 1, **changes}
+    assert session.post(f"{address}/api/rating", json=body).status_code == status
+    assert session.get(f"{address}/api/task/{task}/only").status_code == 404
+    assert store.list() == before
 
 
 def test_other_sites_and_odd_bodies_are_refused(running: tuple[Plan, Store, str]) -> None:

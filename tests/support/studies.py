@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rayproj.preferences import ratings
 from rayproj.preferences.plan import Plan, Question, SetConfig, StudyConfig, Task, plan
 from rayproj.preferences.ratings import Rating
 from rayproj.storage.store import Store, to_json
@@ -43,21 +43,28 @@ def rated(of: Plan, task: Task, rng: np.random.Generator) -> str | int:
     return "left" if rng.uniform() < 1 / (1 + np.exp(right - left)) else "right"
 
 
+def keep(store: Store, rating: Rating) -> None:
+    """As `ratings.put`, but without waiting for the disk."""
+    path = Path(store.uri) / rating.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(to_json(asdict(rating)))
+
+
 def simulate(folder: Path, raters: int = 24, seed: int = 0, **changes: Any) -> tuple[Plan, Store]:
-    """A study whose slots were dealt out to raters; one more is inattentive and wrong. Kept in memory."""
+    """A study whose slots were dealt out to raters; one more is inattentive and wrong."""
     of, store, rng = (
         made(folder, ratings=150, **changes),
-        Store(f"memory://{folder}/run{seed}"),
+        Store(f"{folder}/run{seed}"),
         np.random.default_rng(seed),
     )
     store.put_once("study.json", to_json(of.to_dict()))
     for slot in range(of.slots):
         rater = f"r{rng.integers(raters):04d}"
-        ratings.put(store, Rating(rater, False, slot, rated(of, of.task(slot), rng), 2.0, float(slot)))
+        keep(store, Rating(rater, False, slot, rated(of, of.task(slot), rng), 2.0, float(slot)))
         if slot % 40 == 0:
             wrong = 1 if of.task(slot).question is Question.count else "left"
-            ratings.put(store, Rating("r9999", False, slot, wrong, 0.1, -1.0))
+            keep(store, Rating("r9999", False, slot, wrong, 0.1, -1.0))
     for number in range(3):
         wanted = of.check("r9999", number).check
-        ratings.put(store, Rating("r9999", True, number, 0 if isinstance(wanted, int) else "indifferent", 0.1, 0.0))
+        keep(store, Rating("r9999", True, number, 0 if isinstance(wanted, int) else "indifferent", 0.1, 0.0))
     return of, store
