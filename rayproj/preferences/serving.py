@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def serving(uri: str, name: str, config: ServeConfig) -> Iterator[str]:
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.cpus_per_replica},
     )
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options=http)
         serve.run(deployment.bind(uri, config.secure), name=name, route_prefix="/")
@@ -77,4 +79,4 @@ def serving(uri: str, name: str, config: ServeConfig) -> Iterator[str]:
     try:
         yield config.address
     finally:
-        serve.shutdown()
+        serve.delete(name)  # and nothing else that the cluster serves

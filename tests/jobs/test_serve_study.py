@@ -124,14 +124,20 @@ def choose(page, keys: bool) -> None:  # type: ignore[no-untyped-def]
     if keys:
         page.keyboard.press({"left": "1", "right": "ArrowRight"}[side])
     else:
-        page.get_by_role("button", name=f"{side.capitalize()} ").tap()
+        page.get_by_role("group").get_by_role("button", name=side.capitalize()).tap()
+
+
+def until(page, holds: str, seconds: float = 30) -> None:  # type: ignore[no-untyped-def]
+    """Wait until an expression holds; Playwright's own way to wait evaluates in the page, which its policy forbids."""
+    deadline = time.monotonic() + seconds
+    while not page.evaluate(holds):
+        assert time.monotonic() < deadline, f"{holds}: {page.locator('main').inner_text()}"
+        page.wait_for_timeout(20)
 
 
 def ready(page) -> str:  # type: ignore[no-untyped-def]
     """Wait for the next task; returns "3 of 15", or "done"."""
-    page.wait_for_function(
-        "!document.getElementById('done').hidden || [...document.querySelectorAll('#choices button')].some(b => !b.disabled)"
-    )
+    until(page, "(task && !busy) || !document.getElementById('done').hidden")
     return "done" if page.locator("#done").is_visible() else str(page.locator("#count").inner_text())
 
 
@@ -202,9 +208,9 @@ def test_a_rater_completes_a_study_and_nothing_is_lost_or_counted_twice(server: 
         assert ready(tab) == ready(page)
         number = kept()
         choose(page, keys=True)
-        page.wait_for_function(f"task.id !== {tab.evaluate('task.id')!r}")
+        until(page, f"task.id !== {tab.evaluate('task.id')!r}")
         choose(tab, keys=False)
-        tab.wait_for_function("!busy")
+        until(tab, "!busy")
         assert kept() == number + 1 and tab.evaluate("task.id") == page.evaluate("task.id")
         tab.close()
 
@@ -215,14 +221,14 @@ def test_a_rater_completes_a_study_and_nothing_is_lost_or_counted_twice(server: 
         page.get_by_text("The server does not answer").wait_for()
         assert kept() == number + 1
         server.start()
-        page.wait_for_function("!busy", timeout=120_000)
+        until(page, "!busy", 120)
         assert kept() == number + 2
         assert [c for c in complaints if "Content Security" in c or "Error:" in c] == []
 
         while ready(page) != "done":
             current = page.evaluate("task.id")
             choose(page, keys=kept() % 2 == 0)
-            page.wait_for_function(f"!task || task.id !== '{current}'")
+            until(page, f"!task || task.id !== '{current}'")
         assert page.get_by_role("heading", name="Thank you").is_visible()
         browser.close()
     assert server.process and server.process.wait(60) == 0, server.said()
