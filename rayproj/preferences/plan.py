@@ -185,9 +185,13 @@ class Plan:
         return Task(comparison, self.sets[comparison.set][self.prompt_of(slot)], models)
 
     def check(self, rater: str, number: int) -> Task:
-        """A rater's attention check: the images of some slot, with what to answer in place of the question."""
+        """A rater's attention check: the images of some slot like those of its block, with what to answer in place of the
+        question."""
         key = f"{rater}/{number}"
-        task = self.task(_draw("check", key, self.seed, self.slots))
+        place = self._group_places(rater, number)
+        alike = np.flatnonzero(place == place.min())
+        chosen = int(alike[_draw("like", key, self.seed, len(alike))])
+        task = self.task(chosen * self.ratings + _draw("check", key, self.seed, self.ratings))
         answer = _draw("answer", key, self.seed, 10)
         wanted = answer + 11 if task.question is Question.count else (LEFT, RIGHT)[answer % 2]
         return Task(task.comparison, task.prompt, task.models, wanted)
@@ -232,9 +236,7 @@ class Plan:
         full = np.bincount(mine // self.ratings, minlength=len(self.comparisons)) >= self.limit
         open_slots = np.flatnonzero(~(taken | full[number]))
         open_slots = open_slots[~np.isin(open_slots, mine)]
-        groups = list(dict.fromkeys((c.set, c.question) for c in self.comparisons))
-        turns = np.argsort(_permuted(len(groups), "groups", f"{rater}/{block}", self.seed))
-        group = np.array([turns[groups.index((c.set, c.question))] for c in self.comparisons])
+        group = self._group_places(rater, block)
         prompts = np.array([len(self.sets[c.set]) for c in self.comparisons])
         of = number[open_slots]
         epoch = open_slots % self.ratings // prompts[of]
@@ -244,6 +246,12 @@ class Plan:
             if (slot // self.ratings, self.prompt_of(int(slot))) not in seen:
                 return int(slot)
         return None
+
+    def _group_places(self, rater: str, block: int) -> np.ndarray:
+        """int [comparisons]: of each, the place of its question and set in the order of a block."""
+        groups = list(dict.fromkeys((c.set, c.question) for c in self.comparisons))
+        places = _permuted(len(groups), "groups", f"{rater}/{block}", self.seed)
+        return np.array([places[groups.index((c.set, c.question))] for c in self.comparisons])
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
