@@ -64,18 +64,16 @@ def serving(uri: str, name: str, config: ServeConfig) -> Iterator[str]:
     http = {"host": config.host, "port": config.port}
     if config.certificate:
         http |= {"ssl_certfile": config.certificate, "ssl_keyfile": config.key}
-    deployment = serve.deployment(
-        serve.ingress()(Server),
-        name="study",
-        num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": config.cpus_per_replica},
+    deploy = serve.deployment(
+        name="study", num_replicas=config.replicas, ray_actor_options={"num_cpus": config.cpus_per_replica}
     )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options=http)
-        serve.run(deployment.bind(uri, config.secure), name=name, route_prefix="/")
+        serve.run(deploy(serve.ingress()(Server)).bind(uri, config.secure), name=name, route_prefix="/")
     except RuntimeError as error:
-        raise UserError(f"The study could not be served on {config.address} ({error}).") from error
+        why = str(error).strip().splitlines()[-1].rstrip(".)")  # above it is the proxy's traceback
+        raise UserError(f"The study could not be served on {config.address}: {why}; is the port free?") from error
     try:
         yield config.address
     finally:
