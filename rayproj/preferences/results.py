@@ -118,7 +118,9 @@ def _result(rows: list[Row], question: str, replicates: int, seed: int) -> dict[
     for row in rows:
         units[row["prompt"], row["first"], row["second"]].append(row["number"] if counting else row["score"])
     repeated = sum(len(values) > 1 for values in units.values())
-    alpha = analysis.krippendorff(list(units.values()), nominal=counting)
+    # Both orders of a pair, so that chance does not depend on which model has the earlier name.
+    mirrored = [] if counting else [[1 - value for value in values] for values in units.values()]
+    alpha = analysis.krippendorff([*units.values(), *mirrored], nominal=counting)
     found["agreement"] = {"alpha": None if np.isnan(alpha) else alpha, "images": repeated}
     of: Callable[[list[Row]], dict[str, Any] | None]
     if counting:

@@ -63,7 +63,7 @@ class Server:
         study = {"models": {name: f"{folder}/{name}" for name in MODELS}, "sets": sets, "ratings": 3}
         config = {
             "study": {**study, "share": 1.0, "block": 5},
-            "serve": {"port": port, "replicas": 2, "cpus_per_replica": 0.1},
+            "serve": {"port": port, "cpus_per_replica": 0.1},
             "run": {"dir": f"{folder}/run"},
         }
         (folder / "study.yaml").write_text(yaml.safe_dump(config))
