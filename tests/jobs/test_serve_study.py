@@ -141,7 +141,6 @@ def ready(page) -> str:  # type: ignore[no-untyped-def]
     return "done" if page.locator("#done").is_visible() else str(page.locator("#count").inner_text())
 
 
-@pytest.mark.timeout(240)
 def test_a_rater_completes_a_study_and_nothing_is_lost_or_counted_twice(server: Server) -> None:
     chromium = shutil.which("chromium")
     if not chromium:
