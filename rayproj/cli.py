@@ -1,5 +1,5 @@
 """The `rayproj` command: demo, chain, sweep, submit, plan, status, logs, stop, resume, privacy, export, dataset, grid,
-gallery, evaluate, verify, gc, doctor."""
+gallery, evaluate, study, verify, gc, doctor."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     gallery.add_argument("--photos", default="", metavar="URI", help="a dataset of other pictures to compose with")
     gallery.add_argument("--learned", default="", metavar="RUN", help="run dir of jobs/learn_obfuscations.py")
     _add_evaluate(commands)
+    _add_study(commands)
     verify = commands.add_parser("verify", help="read and hash every file of the checkpoints and datasets of a folder")
     verify.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
     gc = commands.add_parser("gc", help="delete what no commit holds, as killed processes leave it")
@@ -143,6 +144,30 @@ def _add_evaluate(commands: Any) -> None:
     skew.add_argument("--top", type=int, default=5, metavar="N", help="classes to explain (default: %(default)d)")
     skew.add_argument("--out", metavar="FILE", help="keep all of it as JSON")
     skew.add_argument("--picture", metavar="FILE", help="a PNG file: effect sizes beside accuracy and gap")
+
+
+def _add_study(commands: Any) -> None:
+    """The options of `rayproj study`."""
+    study = commands.add_parser("study", help="raters, ratings and results of side-by-side studies")
+    questions = study.add_subparsers(dest="question", required=True, metavar="QUESTION")
+    tokens = questions.add_parser(
+        "tokens", help="issue tokens for new raters; they are shown once, and only hashes kept"
+    )
+    tokens.add_argument("run", metavar="RUN", help="run dir of jobs/serve_study.py")
+    tokens.add_argument("--raters", type=int, required=True, metavar="N")
+    tokens.add_argument("--address", default="", metavar="URL", help="of the study as raters see it: prints links")
+    export = questions.add_parser("export", help="every rating, as a parquet file")
+    export.add_argument("runs", nargs="+", metavar="RUN", help="run dirs of jobs/serve_study.py")
+    export.add_argument("--to", required=True, metavar="FILE")
+    report = questions.add_parser("report", help="what the ratings say so far, of one study or several together")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run dirs of jobs/serve_study.py")
+    report.add_argument("--to", required=True, metavar="DIR", help="where the page, its numbers and the ratings go")
+    report.add_argument("--bootstraps", type=int, default=1000, metavar="N", help="(default: %(default)d)")
+    add = questions.add_parser(
+        "add", help="whom a new model is to meet next: the best, then four better and four worse"
+    )
+    add.add_argument("model", metavar="MODEL", help="its name in the studies that it has a part in, or is to have")
+    add.add_argument("runs", nargs="+", metavar="RUN", help="the studies so far")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -201,6 +226,8 @@ def _run(arguments: argparse.Namespace) -> int:
         from rayproj.report import skewsize
 
         return skewsize.run(arguments)
+    if arguments.command == "study":
+        return run_study(arguments)
     if arguments.command == "verify":
         from rayproj.maintenance import print_verified
 
@@ -269,6 +296,34 @@ def run_dataset(arguments: argparse.Namespace) -> int:
         print(write_beside([arguments.uri, *arguments.beside], arguments.sheet))
     elif arguments.sheet:
         print(write_sheet(arguments.uri, arguments.sheet, arguments.per_class))
+    return 0
+
+
+def run_study(arguments: argparse.Namespace) -> int:
+    """Tokens, ratings and results of studies."""
+    from rayproj.preferences import results, tokens
+    from rayproj.preferences.images import open_plan
+
+    if arguments.question == "tokens":
+        store = Store(arguments.run)
+        open_plan(store)
+        link = f"{arguments.address.rstrip('/')}/#token=" if arguments.address else ""
+        for token in tokens.issue(store, arguments.raters):
+            print(link + token)
+        return 0
+    if arguments.question == "export":
+        rows = results.together(arguments.runs)
+        Path(arguments.to).write_bytes(results.parquet(rows))
+        print(f"{len(rows)} ratings, of which {sum(row['counts'] for row in rows)} count, in {arguments.to}")
+        return 0
+    if arguments.question == "report":
+        from rayproj.report.preferences import write
+
+        print(write(arguments.runs, arguments.to, arguments.bootstraps)["html"])
+        return 0
+    pairs = results.pairs_to_add(arguments.runs, arguments.model)
+    text = ", ".join(f"[{', '.join(pair)}]" for pair in pairs)
+    print(f"study.pairs=[{text}]" if pairs else f"'{arguments.model}' has met all whom it needs to.")
     return 0
 
 

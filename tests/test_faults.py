@@ -16,8 +16,8 @@ import torch
 from rayproj.data.dataset import Dataset
 from rayproj.engine.checkpoint import commits, orphans
 from rayproj.privacy.budget import registrations, set_budget
-from rayproj.storage.store import Store
-from tests.support import images, private, regression
+from rayproj.storage.store import Store, to_json
+from tests.support import images, private, regression, studies
 from tests.support.commands import ROOT, run
 from tests.support.ranks import run_ranks
 
@@ -136,6 +136,29 @@ def registration(point: str, folder: Path, reference: Reference) -> None:
     ]
 
 
+def study(folder: Path) -> Store:
+    store = Store(str(folder / "study"))
+    store.put_once("study.json", to_json(studies.made(folder, per_rater=8, block=4).to_dict()))
+    return store
+
+
+def undisturbed_ratings(folder: Path) -> list[str]:
+    store = study(folder)
+    assert run(sys.executable, "-m", "tests.support.rate", store.uri, "r0001").returncode == 0
+    return store.list()
+
+
+def rating(point: str, folder: Path, reference: Reference) -> None:
+    """A rater's third answer: what was kept is not asked again, and the rest comes as if nothing had happened."""
+    store = study(folder)
+    command = [sys.executable, "-m", "tests.support.rate", store.uri, "r0001"]
+    assert run(*command, RAYPROJ_FAULT=f"{point}:*:3").returncode == -signal.SIGKILL
+    assert len(store.list()) == 1 + (3 if point == "rating.after_put" else 2)
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert store.list() == reference("ratings") and len(store.list("ratings")) == 8
+
+
 KINDS = {
     "train": training,
     "checkpoint": training,
@@ -143,5 +166,11 @@ KINDS = {
     "shard": shards,
     "lease": shards,
     "budget": registration,
+    "rating": rating,
 }
-UNDISTURBED = {"training": undisturbed_training, "private": undisturbed_private, "shards": undisturbed_shards}
+UNDISTURBED = {
+    "training": undisturbed_training,
+    "private": undisturbed_private,
+    "shards": undisturbed_shards,
+    "ratings": undisturbed_ratings,
+}

@@ -44,9 +44,9 @@ class AlignmentConfig:
 
     def problems(self) -> list[str]:
         if "{question}" not in self.template:
-            return ["score.alignment.template must hold {question}."]
+            return ["judge.alignment.template must hold {question}."]
         return [] if self.answers or not self.questions or self.known else [
-            "score.alignment.questions needs somebody who answers: score.alignment.answers or .known."
+            "judge.alignment.questions needs somebody who answers: judge.alignment.answers or .known."
         ]  # fmt: skip
 
 
@@ -107,7 +107,7 @@ class AnsweringModel:
 
         self.template, self.device = template, device
         wanted = "a model of transformers that takes an image and a text (image-text-to-text), and its processor"
-        with loading(f"score.alignment.answers='{folder}'", wanted):
+        with loading(f"judge.alignment.answers='{folder}'", wanted):
             self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
         self.model = model.to(device).eval().requires_grad_(False)

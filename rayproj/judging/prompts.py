@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Mapping
@@ -43,18 +44,19 @@ class Question:
     needs: int | None = None
 
 
-def read_prompts(file: str) -> dict[str, str]:
-    """Prompt -> category, of lines "prompt<TAB>category"; the category may be left out.
+def read_prompts(file: str, option: str = "judge.prompts") -> dict[str, str]:
+    """Prompt -> category, of a .csv file with a column "prompt" and perhaps one "category", as studies with people have.
 
     Raises:
         UserError: the file cannot be read, is empty, or has a prompt in two categories.
     """
     found: dict[str, str] = {}
-    for line in _lines(file, "score.prompts"):
-        prompt, _, category = line.partition("\t")
-        prompt, category = " ".join(prompt.split()), category.strip()
-        if found.setdefault(prompt, category) != category:
-            raise UserError(f"score.prompts='{file}' has '{prompt}' in two categories; leave one out.")
+    for row in csv.DictReader(_lines(file, option)):
+        prompt, category = " ".join((row.get("prompt") or "").split()), (row.get("category") or "").strip()
+        if prompt and found.setdefault(prompt, category) != category:
+            raise UserError(f"{option}='{file}' has '{prompt}' in two categories; leave one out.")
+    if not found:
+        raise UserError(f"{option}='{file}' has no prompt; its first line is to name the columns, prompt and category.")
     return found
 
 
@@ -65,7 +67,7 @@ def read_questions(file: str) -> dict[str, list[Question]]:
         UserError: the file cannot be read, or a line is something else.
     """
     found: dict[str, list[Question]] = {}
-    for number, line in enumerate(_lines(file, "score.questions"), 1):
+    for number, line in enumerate(_lines(file, "judge.alignment.questions"), 1):
         try:
             row = json.loads(line)
             asked = [
@@ -75,10 +77,12 @@ def read_questions(file: str) -> dict[str, list[Question]]:
             prompt = row["prompt"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"score.questions='{file}', line {number}, is no prompt with questions ({error})."
+                f"judge.alignment.questions='{file}', line {number}, is no prompt with questions ({error})."
             ) from error
         if wrong := [q for k, q in enumerate(asked) if q.needs is not None and not 0 <= q.needs < k]:
-            raise UserError(f"score.questions='{file}', line {number}: '{wrong[0].text}' needs a question before it.")
+            raise UserError(
+                f"judge.alignment.questions='{file}', line {number}: '{wrong[0].text}' needs a question before it."
+            )
         found[prompt] = asked
     return found
 

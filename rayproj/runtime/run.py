@@ -30,7 +30,7 @@ from rayproj.tracking.tracker import Tracker
 # What may differ between two starts of one run: where and how it runs, not what it computes, but for rounding.
 FREE = (
     *("run.dir", "cluster", "pool", "room", "tracking", "wait_seconds", "train.micro_batch", "train.engine.zero_stage"),
-    *("train.checkpoint", "train.log_every", "train.preview_every", "train.peak_tflops"),
+    *("train.checkpoint", "train.log_every", "train.preview_every", "train.peak_tflops", "serve"),
 )
 LOOK_SECONDS = 2.0  # between looks for the wish of a person to stop
 

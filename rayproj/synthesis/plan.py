@@ -7,6 +7,7 @@ the same place is refused.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import math
 import re
@@ -57,7 +58,7 @@ class GenerateConfig:
     properties: dict[str, list[str]] = field(default_factory=dict)  # property of the model -> the values to draw
     # Texts to draw, if the model knows text; "a {red|dark blue} {cat|dog}" stands for four.
     prompts: list[str] = field(default_factory=list)
-    prompts_file: str = ""  # a file with more of them, one a line; what follows a tab, such as a category, is not drawn
+    prompts_file: str = ""  # a file with more of them: one a line, or a .csv file with a column "prompt"
     shares: list[ShareConfig] = field(default_factory=list)  # what is drawn how often; []: everything alike
     shard_size: int = 128
     encoding: str = "png"  # of the images: png or webp, without loss, or jpg
@@ -167,7 +168,9 @@ def prompts_of(config: GenerateConfig) -> list[str]:
     if config.prompts_file:
         try:
             with fsspec.open(config.prompts_file, "rt", encoding="utf-8") as file:
-                read = [line.partition("\t")[0].strip() for line in file]
+                table = config.prompts_file.endswith(".csv")
+                lines_of = (row.get("prompt") or "" for row in csv.DictReader(file)) if table else file
+                read = [line.strip() for line in lines_of]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"generate.prompts_file='{config.prompts_file}' cannot be read ({error}).") from error
         if not any(read):

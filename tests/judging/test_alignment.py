@@ -94,7 +94,7 @@ def test_counts_and_colours_are_seen_in_the_picture(known: tuple[Dataset, str]) 
 
 
 def test_what_cannot_be_asked_is_said(tmp_path: Path) -> None:
-    assert AlignmentConfig(template="x").problems() == ["score.alignment.template must hold {question}."]
+    assert AlignmentConfig(template="x").problems() == ["judge.alignment.template must hold {question}."]
     assert "needs somebody who answers" in AlignmentConfig(questions="file").problems()[0]
-    with pytest.raises(UserError, match=r"score\.alignment\.answers='.*none' cannot be loaded"):
+    with pytest.raises(UserError, match=r"judge\.alignment\.answers='.*none' cannot be loaded"):
         measures(AlignmentConfig(answers=str(tmp_path / "none")), "", "cpu")

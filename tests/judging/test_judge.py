@@ -49,7 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> JudgeConfig:
     asked = [p for p in PROMPTS for _ in range(4)]
     wrong = [PROMPTS[(PROMPTS.index(p) + 5) % 8] for p in asked]  # of another colour, and of another number
     real = write(str(path / "real"), asked * 2, asked * 2, "caption", None)
-    (path / "prompts.tsv").write_text("".join(f"{p}\t{p.split()[0]}\n" for p in PROMPTS))
+    (path / "prompts.csv").write_text("prompt,category\n" + "".join(f"{p},{p.split()[0]}\n" for p in PROMPTS))
     (path / "human.jsonl").write_text(json.dumps({"first": "other", "second": "asked", "wins": 3, "losses": 40}))
     config = JudgeConfig(
         out=str(path / "out"),
@@ -60,7 +60,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> JudgeConfig:
         reference=real,
         learned_from=real,
         attempts={"attempt": write(str(path / "attempt"), PROMPTS, PROMPTS, "prompt", 3.0)},
-        prompts=str(path / "prompts.tsv"),
+        prompts=str(path / "prompts.csv"),
         alignment=AlignmentConfig(known=real),
         attributes={"imagenet": ExaminedConfig(model="efficientnet_lite0")},
         people="two",

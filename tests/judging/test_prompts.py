@@ -64,13 +64,16 @@ def test_what_hangs_on_a_wrong_answer_is_wrong_too() -> None:
 
 
 def test_prompts_of_a_file_have_categories(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.tsv"
-    file.write_text("a  dog\tanimal\npizza\tfood\n\nsky\n")
-    assert read_prompts(str(file)) == {"a dog": "animal", "pizza": "food", "sky": ""}
-    file.write_text("a dog\tanimal\na dog\tfood\n")
+    file = tmp_path / "prompts.csv"
+    file.write_text('prompt,category\na  dog,animal\npizza,food\n\n"sky, blue",\n')
+    assert read_prompts(str(file)) == {"a dog": "animal", "pizza": "food", "sky, blue": ""}
+    file.write_text("prompt,category\na dog,animal\na dog,food\n")
     with pytest.raises(UserError, match="'a dog' in two categories"):
         read_prompts(str(file))
-    with pytest.raises(UserError, match=r"score\.prompts=.*cannot be read"):
+    file.write_text("a dog\n")
+    with pytest.raises(UserError, match="has no prompt; its first line is to name the columns"):
+        read_prompts(str(file))
+    with pytest.raises(UserError, match=r"judge\.prompts=.*cannot be read"):
         read_prompts(str(tmp_path / "none"))
 
 

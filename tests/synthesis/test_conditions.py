@@ -277,6 +277,8 @@ def test_prompts_of_a_grammar_and_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("one\n\n  a {b|c}\none\n")
     config = GenerateConfig(prompts=["zero"], prompts_file=str(tmp_path / "prompts.txt"))
     assert prompts_of(config) == ["zero", "one", "a b", "a c"]
+    (tmp_path / "set.csv").write_text('prompt,category\n"one, two",x\n')
+    assert prompts_of(GenerateConfig(prompts_file=str(tmp_path / "set.csv"))) == ["one, two"]
     for wrong, says in (
         (GenerateConfig(prompts=["a {b"]), "has a brace without its other"),
         (GenerateConfig(prompts_file=str(tmp_path / "none")), "cannot be read"),

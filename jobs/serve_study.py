@@ -1,0 +1,56 @@
+"""Serve a side-by-side study of several models' images to raters until every planned rating is there, and report it.
+
+python jobs/serve_study.py configs/serve_study.yaml key=value ...
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayproj.errors import Interrupted
+from rayproj.preferences.images import prepare
+from rayproj.preferences.plan import StudyConfig
+from rayproj.preferences.ratings import Progress
+from rayproj.preferences.serving import ServeConfig, serving
+from rayproj.report.preferences import write
+from rayproj.runtime import interrupt
+from rayproj.runtime.command import command
+from rayproj.runtime.run import Run, RunConfig
+from rayproj.tracking.progress import say
+from rayproj.tracking.tracker import TrackingConfig
+
+LOOK_SECONDS = 1.0
+
+
+@dataclass
+class Config:
+    study: StudyConfig = field(default_factory=StudyConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def main(config: Config) -> dict[str, Any]:
+    with Run.open("serve_study", config) as run:
+        if run.result:
+            return run.result
+        plan = prepare(config.study, run.store, config.run.seed)
+        progress = Progress(plan, run.store)
+        run.tracker.event({"type": "total", "steps": plan.slots})
+        with serving(run.store.uri, run.id, config.serve) as address:
+            say(f"The study is at {address}; 'rayproj study tokens {run.store.uri} --raters N' issues tokens for it.")
+            known = -1
+            while not (taken := progress.taken()).all():
+                if (given := int(taken.sum())) != known:
+                    known = given
+                    run.tracker.event({"type": "metrics", "step": given, "ratings": given})
+                if run.stop_wished() or interrupt.requested():
+                    raise Interrupted
+                time.sleep(LOOK_SECONDS)
+        return run.finish(write([run.store.uri], f"{run.store.uri}/preferences"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(Config, main))

@@ -1,0 +1,189 @@
+"""The study as a web application: pages, images and ratings over HTTP. All that matters lies in the store; what a
+server remembers can be lost at any time, and there may be several.
+
+A rater's browser never learns a model: tasks have sealed ids, images are asked for by task and side, were encoded
+anew without metadata, and are not cached. The question's number and the attention checks' answers stay here too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Annotated, Any, Literal
+
+from fastapi import Cookie, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.middleware import Middleware
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from rayproj.preferences import ratings
+from rayproj.preferences.images import REFERENCE, open_plan
+from rayproj.preferences.plan import LEFT, MOST, RIGHT, Question, Task
+from rayproj.preferences.ratings import Progress, Rating
+from rayproj.preferences.tokens import Seal, rater_of
+from rayproj.storage.store import Store
+
+COOKIE = "rater"
+DAYS = 30
+LARGEST = 4096  # bytes of a request's body
+ONLY = "only"
+PAGES = {"": "index.html", "style.css": "style.css", "study.js": "study.js"}
+KINDS = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+TEXTS = {
+    Question.overall: "Imagine that you wrote this prompt. Which image would you rather have?",
+    Question.alignment: "Which image shows better what the prompt says?",
+    Question.appeal: "Which image is more appealing to you?",
+    Question.detailed: "Which image is nearer to the reference photo, in what it shows and in the details?",
+    Question.count: "How many of these do you see: {object}?",
+}
+SHOW_PROMPT = (Question.overall, Question.alignment)
+
+
+class Session(BaseModel):
+    """A rater's token."""
+
+    model_config = ConfigDict(extra="forbid")
+    token: str = Field(max_length=64)
+
+
+class Answer(BaseModel):
+    """An answer to a task."""
+
+    model_config = ConfigDict(extra="forbid")
+    task: str = Field(pattern=r"^[A-Za-z0-9_\-]{34}$")
+    answer: Annotated[StrictInt, Field(ge=0, le=MOST)] | Literal["left", "indifferent", "right"]
+    seconds: float = Field(ge=0, le=86400, allow_inf_nan=False)
+
+
+class Guarded:
+    """Refuses what other sites send, and what is too large; puts the headers of `HEADERS` on every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                given = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *given]}
+            await send(message)
+
+        request = Request(scope)
+        if request.method not in ("GET", "HEAD"):
+            length = request.headers.get("content-length", "")
+            if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+                return await Response("Another site sent this.", 403)(scope, receive, with_headers)
+            if not length.isdigit() or int(length) > LARGEST:
+                return await Response("Too large.", 413)(scope, receive, with_headers)
+            if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+                return await Response("JSON is wanted.", 415)(scope, receive, with_headers)
+        await self.app(scope, receive, with_headers)
+
+
+def application(uri: str, secure: bool = False) -> FastAPI:
+    """The application on the study of a run.
+
+    Args:
+        uri: the run's folder, with images that are prepared.
+        secure: whether raters come by https, so that their cookie goes by nothing else.
+    """
+    store = Store(uri)
+    plan, seal = open_plan(store), Seal.of(store)
+    progress = Progress(plan, store)
+    most = min(plan.per_rater, sum(min(plan.limit, len(plan.sets[c.set])) for c in plan.comparisons))
+    app = FastAPI(openapi_url=None, middleware=[Middleware(Guarded)])
+
+    def signed_in(rater: Annotated[str | None, Cookie()] = None) -> str:
+        found = rater_of(store, rater or "")
+        if found is None:
+            raise HTTPException(401, "Sign in first.")
+        return found
+
+    def state(rater: str) -> dict[str, Any]:
+        own, checks = (ratings.own(store, rater, check) for check in (False, True))
+        turn = plan.next(rater, own, checks, progress.taken())
+        shown = turn and {"id": seal.task(turn, rater), **described(plan.turn(turn, rater))}
+        return {"done": len(own), "total": max(most, len(own)) if turn else len(own), "task": shown}
+
+    for path, name in PAGES.items():
+        app.add_api_route(f"/{path}", _page(name), methods=["GET"])
+
+    @app.post("/api/session", status_code=204)
+    def sign_in(session: Session, response: Response) -> None:
+        if rater_of(store, session.token) is None:
+            raise HTTPException(401, "This token is not known.")
+        response.set_cookie(
+            COOKIE, session.token, max_age=DAYS * 86400, secure=secure, httponly=True, samesite="strict"
+        )
+
+    @app.get("/api/task")
+    def task(rater: str = Depends(signed_in)) -> dict[str, Any]:
+        return state(rater)
+
+    @app.get("/api/task/{task}/{side}")
+    def image(
+        task: str, side: Literal["left", "right", "only", "reference"], rater: str = Depends(signed_in)
+    ) -> Response:
+        turn = seal.turn(task, rater)
+        if turn is None:
+            raise HTTPException(404, "There is no such task.")
+        shown = plan.turn(turn, rater)
+        models = dict(zip(sides(shown), shown.models, strict=True))
+        if shown.question is Question.detailed:
+            models["reference"] = REFERENCE + shown.comparison.set
+        if side not in models:
+            raise HTTPException(404, "There is no such image.")
+        return Response(store.read(seal.image(models[side], shown.prompt.text)), media_type="image/png")
+
+    @app.post("/api/rating")
+    def rate(answer: Answer, rater: str = Depends(signed_in)) -> dict[str, Any]:
+        turn = seal.turn(answer.task, rater)
+        if turn is None:
+            raise HTTPException(404, "There is no such task.")
+        if (plan.turn(turn, rater).question is Question.count) != isinstance(answer.answer, int):
+            raise HTTPException(422, "This is no answer to the question.")
+        if turn.check or plan.allows(ratings.own(store, rater, False), turn.number):
+            ratings.put(store, Rating(rater, turn.check, turn.number, answer.answer, answer.seconds, time.time()))
+        return state(rater)
+
+    return app
+
+
+def _page(name: str) -> Callable[[], Response]:
+    """Answers with a file of the folder `page`."""
+    content = files("rayproj.preferences").joinpath("page", name).read_bytes()
+
+    def page() -> Response:
+        return Response(content, media_type=KINDS[name.rpartition(".")[2]])
+
+    return page
+
+
+def sides(task: Task) -> list[str]:
+    """Names of the images of a task, as its models are ordered."""
+    return [LEFT, RIGHT] if len(task.models) == 2 else [ONLY]
+
+
+def described(task: Task) -> dict[str, Any]:
+    """What a rater's browser is told of a task."""
+    text = TEXTS[task.question].format(object=task.prompt.object)
+    if task.check is not None:
+        wanted = f"enter {task.check}" if isinstance(task.check, int) else f"choose the one on the {task.check}"
+        text = f"This checks your attention: whatever the images show, {wanted}."
+    return {
+        "text": text,
+        "prompt": task.prompt.text if task.question in SHOW_PROMPT else None,
+        "images": sides(task),
+        "reference": task.question is Question.detailed,
+    }

@@ -1,0 +1,108 @@
+"""The table of ratings and the numbers of the report, against ratings whose makers are known."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rayproj import cli
+from rayproj.errors import UserError
+from rayproj.preferences import ratings, results
+from rayproj.preferences.plan import Question
+from rayproj.preferences.ratings import Rating
+from rayproj.storage.store import Store, to_json
+from tests.support.studies import STRENGTHS, made, simulate
+
+
+def test_the_table_says_what_was_compared_and_what_counts(tmp_path: Path) -> None:
+    of, store = simulate(tmp_path)
+    rows = pq.read_table(io.BytesIO(results.parquet(results.rows_of(store)))).to_pylist()
+    assert len(rows) == len(store.list("ratings"))
+    counting = [row for row in rows if row["counts"]]
+    assert [row["slot"] for row in counting] == list(range(of.slots))
+    assert {row["rater"] for row in rows if not row["counts"]} == {"r9999"}
+    for row in rows:
+        task = of.task(row["slot"])
+        shown = [row["left"]] if task.question is Question.count else [row["left"], row["right"]]
+        assert tuple(shown) == task.models and row["prompt"] == task.prompt.text
+        if task.question is Question.count:
+            assert row["score"] == (row["number"] == row["wanted"]) and row["second"] == ""
+        else:
+            chosen = {"left": row["left"], "right": row["right"]}.get(row["answer"])
+            assert row["score"] == (0.5 if chosen is None else float(chosen == row["first"]))
+            assert row["first"] < row["second"]
+
+
+def test_the_report_finds_the_strengths_and_leaves_out_who_did_not_attend(tmp_path: Path) -> None:
+    of, store = simulate(tmp_path)
+    found = results.summary(results.rows_of(store), replicates=200)
+    assert found["ratings"] == of.slots and found["left_out"] == {"ratings": of.slots / 40, "raters": 1}
+    by = {(r["set"], r["question"]): r for r in found["results"]}
+    assert list(by) == [("p", "overall"), ("p", "appeal"), ("p", "count"), ("q", "alignment")]
+    for key, result in by.items():
+        if key[1] == "count":
+            shares = {name: row["value"] for name, row in result["models"].items()}
+            assert list(shares) == ["a", "b", "c"] and abs(shares["a"] - 0.9) < 0.1 and abs(shares["c"] - 0.5) < 0.15
+            assert all(
+                row["low"] < row["value"] < row["high"] and row["of"] == 150 for row in result["models"].values()
+            )
+            continue
+        assert list(result["models"]) == ["a", "b", "c"], "the best first"
+        values = {name: row["elo"] for name, row in result["models"].items()}
+        assert abs(sum(values.values()) - 3000) < 1e-6
+        for name, row in result["models"].items():
+            assert row["low"] < row["elo"] < row["high"] and row["high"] - row["low"] < 160
+            # A tenth is indifferent, which as half wins draws strengths together; modelled apart it does not.
+            assert abs(row["ties_modelled"] - 1000 - 400 / np.log(10) * STRENGTHS[name]) < 75
+        assert result["win_rates"]["a"]["c"] + result["win_rates"]["c"]["a"] == pytest.approx(1)
+        assert sum(n for row in result["met"].values() for n in row.values()) == 2 * result["ratings"]
+        assert 0.03 < result["indifferent"] < 0.2 and result["left"]["low"] < 0.5 < result["left"]["high"]
+        assert result["agreement"]["images"] > 0 and 0.03 < result["agreement"]["alpha"] < 0.4
+    categories = by["p", "overall"]["categories"]
+    assert set(categories) == {"c0", "c1"} and sum(c["ratings"] for c in categories.values()) == 450
+    assert not by["q", "alignment"]["categories"], "one category is none"
+
+
+def test_without_ratings_there_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no rating yet"):
+        results.summary([])
+
+
+def test_a_model_is_added_by_few_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`rayproj study add`: the best first; then, with that study beside the others, who is left."""
+    _, store = simulate(tmp_path)
+    assert cli.main(["study", "add", "new", store.uri]) == 0
+    assert capsys.readouterr().out == "study.pairs=[[new, a]]\n"
+    more = tmp_path / "more"
+    more.mkdir()
+    models = {name: name for name in ("a", "b", "c")}
+    of = made(more, ratings=60, models={**models, "new": "new"}, pairs=[["a", "new"]])
+    second = Store(f"{more}/run")
+    second.put_once("study.json", to_json(of.to_dict()))
+    for slot in range(of.slots):
+        task = of.task(slot)
+        if task.question is not Question.count:
+            ratings.put(second, Rating(f"r{slot % 9:04d}", False, slot, "left", 1.0, 0.0))  # half of the wins for each
+    assert cli.main(["study", "add", "new", store.uri, second.uri]) == 0
+    assert capsys.readouterr().out == "study.pairs=[[new, b], [new, c]]\n"
+    both = results.together([store.uri, second.uri])
+    assert {row["rater"][:2] for row in both} == {"0/", "1/"}
+    found = results.summary(both, replicates=50)
+    assert set(found["results"][0]["models"]) == {"a", "b", "c", "new"}
+
+
+def test_the_commands_write_what_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of, store = simulate(tmp_path)
+    assert cli.main(["study", "export", store.uri, "--to", f"{tmp_path}/r.parquet"]) == 0
+    assert f"{of.slots} count" in capsys.readouterr().out and pq.read_table(f"{tmp_path}/r.parquet").num_rows > of.slots
+    assert cli.main(["study", "tokens", store.uri, "--raters", "2", "--address", "https://study.example/"]) == 0
+    lines = capsys.readouterr().out.split()
+    assert len(lines) == 2 and all(line.startswith("https://study.example/#token=r000") for line in lines)
+    assert cli.main(["study", "report", store.uri, "--to", f"{tmp_path}/out", "--bootstraps", "50"]) == 0
+    assert "Overall preference" in (tmp_path / "out" / "preferences.html").read_text()
+    assert cli.main(["study", "tokens", f"{tmp_path}/none", "--raters", "2"]) == 2
+    assert "There is no study" in capsys.readouterr().err
