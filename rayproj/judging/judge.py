@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from itertools import combinations
 from typing import Any
 
 import fsspec
 import numpy as np
+from pyarrow import parquet
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
@@ -83,21 +85,39 @@ def _categories(values: np.ndarray, prompts: list[str], category: dict[str, str]
 
 def _people(config: JudgeConfig, models: list[str]) -> dict[tuple[str, str], int]:
     """The order of each pair, as it stands in `models`."""
-    found = {}
     try:
-        with fsspec.open(config.human, "rt", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.strip()]
-        for row in rows:
-            a, b, wins, losses = row["first"], row["second"], int(row["wins"]), int(row["losses"])
-            if {a, b} <= {*models}:
-                order = paired.human_order(wins, losses)
-                forward = models.index(a) < models.index(b)
-                found[(a, b) if forward else (b, a)] = order if forward else -order
+        won = _ratings(config) if config.human.endswith(".parquet") else _counts(config.human)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'judge.human=\'{config.human}\' holds no lines of {{"first", "second", "wins", "losses"}} ({error}).'
+            f"judge.human='{config.human}' is neither what 'rayproj study export' writes nor lines of {{\"first\", "
+            f'"second", "wins", "losses"}} ({str(error).splitlines()[0]}).'
         ) from error
+    found = {}
+    for (a, b), (wins, losses) in won.items():
+        if {a, b} <= {*models}:
+            order = paired.human_order(wins, losses)
+            forward = models.index(a) < models.index(b)
+            found[(a, b) if forward else (b, a)] = order if forward else -order
+    if not found:
+        raise UserError(f"judge.human='{config.human}' has no rating of two of these models: {', '.join(models)}.")
     return found
+
+
+def _ratings(config: JudgeConfig) -> dict[tuple[str, str], list[int]]:
+    """By pair, how often the first won and lost, in the ratings of one question that count."""
+    with fsspec.open(config.human, "rb") as file:
+        rows = parquet.read_table(file, columns=["question", "first", "second", "score", "counts"]).to_pylist()
+    found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for row in rows:
+        if row["counts"] and row["question"] == config.question and row["score"] != 0.5:
+            found[row["first"], row["second"]][0 if row["score"] == 1 else 1] += 1
+    return found
+
+
+def _counts(file: str) -> dict[tuple[str, str], list[int]]:
+    with fsspec.open(file, "rt", encoding="utf-8") as opened:
+        rows = [json.loads(line) for line in opened if line.strip()]
+    return {(row["first"], row["second"]): [int(row["wins"]), int(row["losses"])] for row in rows}
 
 
 def _quality(config: JudgeConfig, scores: dict[str, Scores]) -> dict[str, Any]:

@@ -48,7 +48,10 @@ class JudgeConfig:
     extractor: str = ""
     attributes: dict[str, ExaminedConfig] = field(default_factory=dict)  # perceived attribute -> the classifier of it
     people: str = "people"  # the category whose images these are looked for in; "": all
-    human: str = ""  # JSON lines {"first", "second", "wins", "losses"}: how people ordered the models
+    # How people ordered the models: the .parquet file of `rayproj study export`, or JSON lines {"first", "second", "wins",
+    # "losses"}; and by which of the study's questions.
+    human: str = ""
+    question: str = "alignment"
     batch: int = 64
 
     def problems(self) -> list[str]:
@@ -84,7 +87,9 @@ def header_of(config: JudgeConfig, name: str, index: str) -> Header:
     if config.learned_from:
         fields |= {"nearest": Field("int"), "nearest_ratio": Field("float")}
     said = {
-        n: v for n, v in asdict(config).items() if n not in ("models", "attempts", "reference", "out", "batch", "human")
+        n: v
+        for n, v in asdict(config).items()
+        if n not in ("models", "attempts", "reference", "out", "batch", "human", "question", "policy")
     }
     return Header(
         f"scores of {name}", fields, images.header.num_samples, images.header.shard_size, (), sizes=images.header.sizes,

@@ -1,11 +1,13 @@
 """From images to what is said of models that are known: one draws what it is asked for, the other something else."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rayproj.data.dataset import Dataset, Field, Header
@@ -95,6 +97,22 @@ def test_the_model_that_draws_what_it_is_asked_for_is_found_better(found: dict[s
 
 def test_measures_agree_with_people_where_they_have_their_order(found: dict[str, Any]) -> None:
     assert found["agreement"]["measures"]["count (components)"]["agree"] == 1
+
+
+def test_people_of_a_study_are_read(config: JudgeConfig, tmp_path: Path) -> None:
+    def row(question: str, score: float, counts: bool = True) -> dict[str, Any]:
+        return {"question": question, "first": "asked", "second": "other", "score": score, "counts": counts}
+
+    rows = [row("alignment", 1.0)] * 30 + [row("alignment", 0.5)] * 9 + [row("alignment", 0.0)] * 2
+    rows += [row("overall", 0.0)] * 50 + [row("alignment", 0.0, counts=False)] * 50
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "ratings.parquet")
+    told = judge(replace(config, human=str(tmp_path / "ratings.parquet")))
+    assert told["agreement"]["measures"]["count (components)"]["agree"] == 1
+    with pytest.raises(UserError, match="has no rating of two of these models"):
+        judge(replace(config, human=str(tmp_path / "ratings.parquet"), question="detail"))
+    (tmp_path / "wrong.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="is neither what 'rayproj study export' writes"):
+        judge(replace(config, human=str(tmp_path / "wrong.jsonl")))
 
 
 def test_quality_is_told_with_its_numbers(found: dict[str, Any]) -> None:
