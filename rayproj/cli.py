@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from rayproj.config import shipped
 from rayproj.errors import UserError
 from rayproj.storage.store import Store
 
@@ -147,7 +148,7 @@ def _add_evaluate(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "demo":
         print("rayproj demo: real images in, private synthetic images, classifiers and a report out.", file=sys.stderr)
-        return run_chain(config_path("demo.yaml"), arguments.overrides)
+        return run_chain(shipped("demo.yaml"), arguments.overrides)
     if arguments.command == "chain":
         return run_chain(Path(arguments.config), arguments.overrides)
     if arguments.command == "sweep":
@@ -301,15 +302,6 @@ def run_resume(run_dir: str, overrides: list[str]) -> int:
         file = Path(scratch) / "config.yaml"
         file.write_bytes(Store(run_dir).read("config.yaml"))
         return run_guarded(lambda: config.load(job.Config, file, [*overrides, f"run.dir={run_dir}"]), job.main)
-
-
-def config_path(name: str) -> Path:
-    """A config that ships with the package: in the wheel beside this file, in a checkout in its `configs/`."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "configs", here.parent / "configs"):
-        if (folder / name).exists():
-            return folder / name
-    raise UserError(f"The installation lacks configs/{name}; install it again.")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from PIL import Image
 
 from rayproj.curation.curate import CurateConfig, DuplicatesConfig, curate
 from rayproj.curation.duplicates import clusters, difference_hash, weights
-from rayproj.curation.scorers import RuleConfig, Scorer, personal, resized, scorer
+from rayproj.curation.scorers import RuleConfig, Scorer, resized, scorer
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.order import Weighted
 from rayproj.data.reader import Reader
 from rayproj.data.sources import SourceConfig, SourceKind, open_source
 from rayproj.data.writer import commit_shard
 from rayproj.errors import UserError
+from rayproj.responsibility.personal import personal
 
 CAPTIONS = {3: "call 0171 555 0123", 7: "by jane.doe@example.org", 8: "A Gun, drawn"}
 
@@ -179,22 +180,6 @@ def test_confidence_is_the_softmax_at_the_label(images: str, tmp_path: Path, mon
     result = curate(config(images, tmp_path, rules={"unsure": rule}), lambda event: None)
     means = Reader(Dataset.open(images)).gather(np.arange(34))["image"].mean((1, 2, 3))
     assert result["reasons"] == {"unsure": int((means < 200).sum())} and 0 < result["kept"] < 34
-
-
-@pytest.mark.parametrize(
-    ("text", "kinds"),
-    [
-        ("write to a.b+c@mail.example.com now", ["e-mail address"]),
-        ("host 192.168.0.255, port 80", ["IP address"]),
-        ("card 4111 1111 1111 1111", ["card number"]),
-        ("not a card: 4111 1111 1111 1112 0", []),
-        ("+49 171 555 0123 or (030) 123 4567", ["telephone number", "telephone number"]),
-        ("version 1.2.3 of 2024, 3.14159 and 1 000 000 people", []),
-        ("man running: dark skin tone", []),
-    ],
-)
-def test_personal_data_in_texts(text: str, kinds: list[str]) -> None:
-    assert [kind for kind, _ in personal(text)] == kinds
 
 
 def test_no_caption_of_the_emoji_has_personal_data() -> None:
