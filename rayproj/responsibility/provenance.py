@@ -78,7 +78,7 @@ class Verdict:
     def __str__(self) -> str:
         if self.form == "none":
             return f"{self.file}: no provenance ({'; '.join(self.problems)})"
-        who = {None: "whom nobody was asked to vouch for; give --trust", True: "trusted", False: "NOT TRUSTED"}[
+        who = {None: "not asked whether that is to be trusted; give --trust", True: "trusted", False: "NOT TRUSTED"}[
             self.trusted
         ]
         lines = [f"{self.file}: {'BAD' if self.problems else 'sound'} {self.form}, signed by {self.signer} ({who})"]

@@ -129,9 +129,9 @@ class Synthesizer:
         sample = int(ids[left[0]])
         cell = {name: self.axes[name][number] for name, number in self.cells.of(sample).items()}
         raise UserError(
-            f"Of sample {sample} ({cell or 'no condition'}) none of {judge.config.tries} images passed generate.safety.rules "
-            f"({', '.join(self.withheld[sample][-1])}); leave out what it is to show, raise generate.safety.tries, or loosen "
-            "the rule, and give generate.out another place."
+            f"Of sample {sample} ({cell or 'no condition'}) none of {judge.config.tries} images passed "
+            f"generate.safety.rules ({', '.join(self.withheld[sample][-1])}); leave out what it is to show, raise "
+            "generate.safety.tries, or loosen the rule, and give generate.out another place."
         )
 
     def _sample(self, ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
