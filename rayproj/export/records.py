@@ -173,15 +173,15 @@ def _training_data(values: dict[str, Any], header: Header | None, kind: str) -> 
     return _listed(lines)
 
 
-def _ethics(run: Store, values: dict[str, Any], header: Header | None, kind: str) -> list[str]:
+def _ethics(run: Store, header: Header | None, kind: str) -> list[str]:
     data = header.name if header else "its training data"
     if kind == "diffusion":
-        return guarantees(run, data)
-    made = (header.provenance if header else {}).get("private")
-    lines = (
-        [no_guarantee(data)] if not made else [guarantee(made, "the private data of the model that drew its images")]
-    )
-    return lines
+        found = guarantees(run, data)
+    elif made := (header.provenance if header else {}).get("private"):
+        found = [guarantee(made, "the private data of the model that drew its images")]
+    else:
+        found = [no_guarantee(data)]
+    return [f"Differential privacy: {line}" for line in found]
 
 
 def _caveats(judged: Sequence[_Evaluation], header: Header | None) -> list[str]:
@@ -271,34 +271,28 @@ class _Evaluation:
         if self.kind == "classifier":
             return [line for name in self.names for line in self._weak_spots(name)]
         measures = self.result["quality"]["measures"]
-        key = "frechet_distance"
+        key, images = "frechet_distance", self.result["quality"]["samples"]
         return [
-            f"Set {name}: the Fréchet distance to real images is {measures[name][key]:.4g}, that of real images to real ones "
-            f"{measures['real'][key]:.4g}, at {self.result['quality']['samples']:,} images; it depends on their number."
+            f"Set {name}: the Fréchet distance to real images is {measures[name][key]:.4g}, that of real images to real "
+            f"ones {measures['real'][key]:.4g}, at {images:,} images; it depends on their number."
             for name in self.names
             if name in measures and "real" in measures
         ]
 
     def _weak_spots(self, name: str) -> list[str]:
-        lines = []
-        confusion = self.result["confusion"][name]
-        recalls = {
-            c: row[i] / sum(row)
-            for i, (c, row) in enumerate(zip(self.result["classes"], confusion, strict=True))
-            if sum(row)
-        }
+        lines, recalls = [], dict[str, float]()
+        for i, (label, row) in enumerate(zip(self.result["classes"], self.result["confusion"][name], strict=True)):
+            if sum(row):
+                recalls[label] = row[i] / sum(row)
         if recalls:
             worst = min(recalls, key=lambda c: recalls[c])
-            lines.append(
-                f"Of the test images of {worst} it gets {100 * recalls[worst]:.1f} % right, the least of all classes."
-            )
+            lines.append(f"Of {worst} it gets {100 * recalls[worst]:.1f} % right, the least of all classes.")
         main = self.result["accuracy"][name]
         for test, found in self.result.get("tests", {}).items():
             one = found["accuracy"][name]
             if one["high"] < main["low"]:
-                lines.append(
-                    f"On {test} its accuracy is lower: {100 * one['value']:.1f} % against {100 * main['value']:.1f} %."
-                )
+                there, here = 100 * one["value"], 100 * main["value"]
+                lines.append(f"On {test} its accuracy is lower: {there:.1f} % against {here:.1f} %.")
         for variable, table in (self.result.get("fairness") or {}).get(name, {}).items():
             for measure, one in table["measures"].items():
                 if one["interval"] and one["interval"][0] is not None and one["interval"][0] > 0:
@@ -413,9 +407,8 @@ def _filters(dataset: Dataset) -> list[str]:
             f"{found['images']:,} drawn images did not pass the safety rules and were drawn anew: {reasons_of}"
         )
     if "watermark" in said:
-        lines.append(
-            f"every image bears the watermark of the key {said['watermark']['key']}, strength {said['watermark']['strength']:g} of 255"
-        )
+        mark = said["watermark"]
+        lines.append(f"every image bears the watermark of the key {mark['key']}, strength {mark['strength']:g} of 255")
     return lines
 
 
@@ -427,11 +420,8 @@ def _splits(said: dict[str, Any]) -> list[str]:
 
 
 def _uses(said: dict[str, Any]) -> list[str]:
-    return (
-        ["the images are made by a model; of whom or what they seem to show nothing is claimed"]
-        if "model" in said
-        else []
-    )
+    made = "the images are made by a model; of whom or what they seem to show nothing is claimed"
+    return [made] if "model" in said else []
 
 
 def _privacy(said: dict[str, Any], synthetic: bool) -> list[str]:
