@@ -23,6 +23,7 @@ from rayproj.data.dataset import WEIGHTS, Dataset, Header
 from rayproj.diffusion.conditions import LABEL
 from rayproj.engine.checkpoint import Commit, commits
 from rayproj.errors import UserError
+from rayproj.evaluation.job import EvaluateConfig
 from rayproj.export.card import describe, guarantee, guarantees, last_part, no_guarantee, without_paths
 from rayproj.responsibility.provenance import OF_DATASET
 from rayproj.storage.store import Store, from_json
@@ -122,7 +123,7 @@ def model_card(run: Store, evaluations: Sequence[str] = ()) -> str:
         "Evaluation data": _listed(dict.fromkeys(tests)),
         "Training data": _training_data(values, header, kind),
         "Quantitative analyses": [line for one in judged for line in one.tables()],
-        "Ethical considerations": _listed(_ethics(run, values, header, kind)),
+        "Ethical considerations": _listed(_ethics(run, header, kind)),
         "Caveats and recommendations": _listed(_caveats(judged, header)),
         "Config": ["Of a path, the last part.", "", "```yaml", _config(values), "```"],
     }
@@ -215,18 +216,18 @@ class _Evaluation:
         store = Store(uri)
         if not store.exists("result.json") or not store.exists("config.yaml"):
             raise UserError(f"--evaluation={uri} is no finished run; give the run dir of jobs/evaluate.py.")
-        given = configuration.value(store.read("config.yaml"), "evaluate")
+        given = configuration.section(EvaluateConfig, store.read("config.yaml"), "evaluate")
         if kind == "classifier":
-            names = [name for name, place in given["classifiers"].items() if Store(place).uri == run.uri]
+            names = [name for name, place in given.classifiers.items() if Store(place).uri == run.uri]
         else:
-            drawn = {name: _header_of(place) for name, place in given["synthetic"].items()}
+            drawn = {name: _header_of(place) for name, place in given.synthetic.items()}
             names = [name for name, header in drawn.items() if header and _origin_is(header, run)]
         if not names:
             raise UserError(f"--evaluation={uri} did not judge the model of '{run.uri}'; give one that did.")
-        sets = {"Test": given["test"], **given["tests"], "Reference": given["reference"]}
+        sets = {"Test": given.test, **given.tests, "Reference": given.reference}
         headers = {name: _header_of(place) for name, place in sets.items() if place}
         tests = [describe(header, name) if header else f"{name}: {NOT_RECORDED}" for name, header in headers.items()]
-        return cls(from_json(store.read("result.json")), kind, names, tests, list(given["groups"]))
+        return cls(from_json(store.read("result.json")), kind, names, tests, list(given.groups))
 
     def metrics(self) -> list[str]:
         if self.kind == "classifier":
@@ -352,8 +353,10 @@ def data_card(dataset: Dataset) -> str:
 
 def _origin(header: Header) -> list[str]:
     said = header.provenance
-    names = ("source", "part", "model", "model_commit", "model_step", "weak", "weak_commit", "autoencoder_commit", "seed", "ema",
-             "images", "curated_from", "upscaled_from", "obfuscated_from", "indexed", "plan")  # fmt: skip
+    names = (
+        *("source", "part", "model", "model_commit", "model_step", "weak", "weak_commit", "autoencoder_commit", "seed"),
+        *("ema", "images", "curated_from", "upscaled_from", "obfuscated_from", "indexed", "plan"),
+    )
     found = [f"{_words(name)}: {last_part(str(said[name]))}" for name in names if said.get(name) not in (None, "", 0.0)]
     if said.get("sampler"):
         found.append("sampler: " + ", ".join(f"{name}={value}" for name, value in said["sampler"].items()))
@@ -387,7 +390,7 @@ def _filters(dataset: Dataset) -> list[str]:
         reasons = Counter[str]()
         rejected = dataset.store.read(REJECTED).splitlines() if dataset.store.exists(REJECTED) else []
         for line in rejected:
-            reasons.update(json.loads(line)["reasons"])
+            reasons.update(list(json.loads(line)["reasons"]))
         lines.append(f"{len(rejected):,} samples were left out by rules (one may break several):")
         for name, rule in said["rules"].items():
             bounds = [f"{k} {rule[k]:g}" for k in ("at_least", "at_most") if rule[k] is not None]
@@ -426,7 +429,7 @@ def _uses(said: dict[str, Any]) -> list[str]:
 
 def _privacy(said: dict[str, Any], synthetic: bool) -> list[str]:
     if "private" not in said:
-        return [no_guarantee("these images")] if not synthetic else []
+        return [] if synthetic else ["None: these are the images themselves."]
     data = f"the private data of the model `{last_part(str(said['model']))}`"
     if not said["private"]:
         return [f"None: by its config the model `{last_part(str(said['model']))}` saw no private data."]

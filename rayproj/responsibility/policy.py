@@ -1,9 +1,9 @@
 """What prompts may ask for: rules in a YAML file, and what they decide of a text, with the reason.
 
 Words are looked for in a plain reading of the text: compatibility forms as what they stand for (Unicode NFKD), no accents,
-no invisible characters, one case, and letters of other alphabets that look like Latin ones as these. A word is found
-in it also where digits stand for letters, where letters are repeated, and where the same mark or space is between all letters.
-That meets trivial evasion alone: paraphrases, other languages and images of words need a classifier, which a rule may name.
+no invisible characters, one case, and letters of other alphabets that look like Latin ones as these. There a word is found
+also with digits for letters, with letters repeated, and with the same mark or space between all of them. That meets trivial
+evasion alone: paraphrases, other languages and images of words need a classifier, which a rule may name.
 """
 
 from __future__ import annotations
