@@ -54,8 +54,8 @@ def main(config: Config) -> dict[str, Any]:
         if signer:
             signer.sign_dataset(dataset)
         said = dataset.header.provenance
-        kept = {name: said[name] for name in ("private", "policy") if name in said}
-        return run.finish({**made, **kept, **({"withheld": withheld(dataset)} if "safety" in said else {})})
+        made |= {name: said[name] for name in ("private", "policy") if name in said}
+        return run.finish({**made, **({"withheld": withheld(dataset)} if "safety" in said else {})})
 
 
 if __name__ == "__main__":

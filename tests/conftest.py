@@ -9,5 +9,5 @@ import pytest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What brings up clusters runs in one worker, where it mostly waits; other files go whole to whoever is free."""
     for item in items:
-        clusters = item.path.parent.name in ("cluster", "runtime")
+        clusters = item.path.parent.name in ("cluster", "runtime") or item.path.stem == "test_serve_playground"
         item.add_marker(pytest.mark.xdist_group("clusters" if clusters else str(item.path)))

@@ -162,7 +162,7 @@ def _details(run: Store, values: dict[str, Any], commit: Commit, kind: str) -> l
 
 
 def _date(seconds: float | None) -> str | None:
-    return seconds and datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _training_data(values: dict[str, Any], header: Header | None, kind: str) -> list[str]:
@@ -234,8 +234,8 @@ class _Evaluation:
             found = ["accuracy, with its 95 % interval (Wilson 1927)"]
             return [*found, "by group: worst group and gap"] if self.result.get("fairness") else found
         quality = self.result["quality"]
-        return [f"{_words(name)} over {quality['samples']:,} images, features of {quality['feature_extractor']}"
-                for name in next(iter(quality["measures"].values()), {})]  # fmt: skip
+        names = ", ".join(map(_words, next(iter(quality["measures"].values()), {})))
+        return [f"over {quality['samples']:,} images, features of {quality['feature_extractor']}: {names}"]
 
     def tables(self) -> list[str]:
         return self._classifier() if self.kind == "classifier" else self._generator()
@@ -249,14 +249,14 @@ class _Evaluation:
             for one in [found["accuracy"][name]]
         ]
         lines = _table(["test set", "as", "accuracy", "95 % interval", "images"], rows)
-        rows = [
+        by_group = [
             (test, variable, measure, one["overall"], f"{one['worst_group']}: {_shown(one['worst'])}", one["gap"])
             for test, found in sets.items()
             for name in self.names
             for variable, table in (found.get("fairness") or {}).get(name, {}).items()
             for measure, one in table["measures"].items()
         ]
-        return lines + _table(["test set", "by", "measure", "overall", "worst group", "gap"], rows)
+        return lines + _table(["test set", "by", "measure", "overall", "worst group", "gap"], by_group)
 
     def _generator(self) -> list[str]:
         measures = self.result["quality"]["measures"]
@@ -306,7 +306,7 @@ class _Evaluation:
 
 def _origin_is(header: Header, run: Store) -> bool:
     made = header.provenance.get("model")
-    return bool(made) and Store(made).uri == run.uri
+    return made is not None and Store(made).uri == run.uri
 
 
 def _words(name: str) -> str:

@@ -4,7 +4,7 @@ images of whoever asks.
     prompt → policy → sampler → safety rules → watermark → PNG → provenance
 """
 
-from __future__ import annotations
+# Annotations are evaluated here: Serve sends the class to its actors by value, where FastAPI could not look up their names.
 
 import asyncio
 import base64
@@ -56,8 +56,9 @@ class Sampler:
             self.model.text([""])  # loaded now, not for the first who asks
         self.safety = Safety(self.config.safety, self.device)
         self.secret = read_key(self.config.watermark.key) if self.config.watermark.key else b""
-        self.draw.set_max_batch_size(self.config.batch)
-        self.draw.set_batch_wait_timeout_s(self.config.wait_ms / 1000)
+        batches: Any = self.draw
+        batches.set_max_batch_size(self.config.batch)
+        batches.set_batch_wait_timeout_s(self.config.wait_ms / 1000)
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.02)
     async def draw(self, asked: list[Asked]) -> list[Drawn]:

@@ -108,7 +108,7 @@ def test_rules_in_order_and_words_that_need_another(tmp_path: Path) -> None:
     [
         ("  a: {reason: x}\n", "a rule needs words, patterns, personal or a classifier"),
         ("  a: {patterns: ['(']}\n", "is no regular expression"),
-        ("  a: {wordz: [x]}\n", "did you mean"),
+        ("  a: {wordz: [x]}\n", "wordz"),
         ("  a: {words: [x], classifier: {model: /none, labels: [a]}, action: rewrite}\n", "action=block"),
         ("  a: {classifier: {model: /none}}\n", "needs labels"),
     ],
@@ -140,7 +140,7 @@ def test_a_classifier_by_its_path(tmp_path: Path, several: bool) -> None:
     words.save_pretrained(tmp_path / "model")
     judge = pipeline("text-classification", str(tmp_path / "model"), top_k=None)
     texts = [f"{a} {b}" for a in ("a red", "the last", "no") for b in ("cat", "war", "house", "idea")]
-    scores = [{one["label"]: one["score"] for one in judge(text)} for text in texts]
+    scores = [{one["label"]: one["score"] for one in found} for found in judge(texts)]
     expected = [(max if several else sum)(s[name] for name in ("toxic", "spam")) for s in scores]
     bound = sorted(expected)[6]
     rule = (
@@ -151,7 +151,7 @@ def test_a_classifier_by_its_path(tmp_path: Path, several: bool) -> None:
     assert [policy.rules[0].classifier.probability(t) for t in texts] == pytest.approx(expected, abs=1e-5)
     assert [policy.decide(t).action is Action.block for t in texts] == [p >= bound - 1e-6 for p in expected]
     wrong = policy_of(tmp_path, f"  a: {{classifier: {{model: {tmp_path}/model, labels: [rude]}}}}\n")
-    with pytest.raises(UserError, match="has no label 'rude'; it has safe, toxic, spam"):
+    with pytest.raises(UserError, match="has no label .rude.; it has safe, spam, toxic"):
         wrong.decide("x")
     with pytest.raises(UserError, match="cannot be loaded"):
         policy_of(tmp_path, "  a: {classifier: {model: /none, labels: [a]}}\n").decide("x")
