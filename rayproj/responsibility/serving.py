@@ -4,11 +4,13 @@ images of whoever asks.
     prompt → policy → sampler → safety rules → watermark → PNG → provenance
 """
 
-# Annotations are evaluated here: Serve sends the class to its actors by value, where FastAPI could not look up their names.
+# Serve takes its classes by value when they are decorated: what they use must stand before them, and their annotations
+# must be values, not names that FastAPI could not look up in an actor.
 
 import asyncio
 import base64
 import json
+import logging
 import math
 import os
 import time
@@ -92,6 +94,19 @@ class Sampler:
         return [(None if why else image, why) for image, why in zip(images, reasons, strict=True)]
 
 
+async def _json(request: Request) -> Any:
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > BODY:
+            raise Refused(413, f"The request is larger than {BODY // 1024} KiB; shorten it.")
+        parts.append(part)
+    try:
+        return json.loads(b"".join(parts))
+    except ValueError:
+        raise Refused(400, 'The request is no JSON; send an object, such as {"prompt": "a red heart"}.') from None
+
+
 @serve.deployment(num_replicas=1, max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0})
 @serve.ingress(app)
 class Playground:
@@ -130,6 +145,11 @@ class Playground:
             wait = refused.more.pop("retry_after", None)
             content = {"error": str(refused), "where": refused.where, **refused.more}
             return JSONResponse(content, refused.status, {"Retry-After": str(wait)} if wait else None)
+        except Exception:
+            logging.getLogger("ray.serve").exception("a request failed")
+            self.counts["answered 500"] += 1
+            content = {"error": "The image could not be drawn; try again, and look into the server's log.", "where": ""}
+            return JSONResponse(content, 500)
 
     async def _images(self, request: Request) -> dict[str, Any]:
         began = time.monotonic()
@@ -194,19 +214,6 @@ class Playground:
         self.counts[record["action"]] += 1
         path = f"decisions/{time.time():.3f}-{uuid.uuid4().hex[:8]}.json"
         self.store.put_once(path, to_json({**record, "at": time.time()}))
-
-
-async def _json(request: Request) -> Any:
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > BODY:
-            raise Refused(413, f"The request is larger than {BODY // 1024} KiB; shorten it.")
-        parts.append(part)
-    try:
-        return json.loads(b"".join(parts))
-    except ValueError:
-        raise Refused(400, 'The request is no JSON; send an object, such as {"prompt": "a red heart"}.') from None
 
 
 def start(config: PlaygroundConfig, header: Header, offer: Offer, page: str, run: str) -> str:

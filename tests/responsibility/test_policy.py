@@ -151,7 +151,7 @@ def test_a_classifier_by_its_path(tmp_path: Path, several: bool) -> None:
     assert [policy.rules[0].classifier.probability(t) for t in texts] == pytest.approx(expected, abs=1e-5)
     assert [policy.decide(t).action is Action.block for t in texts] == [p >= bound - 1e-6 for p in expected]
     wrong = policy_of(tmp_path, f"  a: {{classifier: {{model: {tmp_path}/model, labels: [rude]}}}}\n")
-    with pytest.raises(UserError, match="has no label .rude.; it has safe, spam, toxic"):
+    with pytest.raises(UserError, match="has no label 'rude'; it has safe, spam, toxic"):
         wrong.decide("x")
     with pytest.raises(UserError, match="cannot be loaded"):
         policy_of(tmp_path, "  a: {classifier: {model: /none, labels: [a]}}\n").decide("x")
