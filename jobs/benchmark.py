@@ -15,7 +15,17 @@ from rayproj.errors import UserError
 from rayproj.report.build import environment
 from rayproj.storage.store import to_json
 
-BENCHMARKS = ("diffusion", "discovery", "epinet", "kernels", "obfuscation", "privacy", "runtime", "synthesis")
+BENCHMARKS = (
+    "diffusion",
+    "discovery",
+    "epinet",
+    "kernels",
+    "obfuscation",
+    "privacy",
+    "runtime",
+    "serving",
+    "synthesis",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

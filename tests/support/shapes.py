@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.writer import commit_shard
+from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.engine.world import World
+from rayproj.synthesis.plan import GenerateConfig
 from tests.support import runs
 
 CAPTIONS = ["a red square", "a blue disc", "", "a green bar"]
@@ -44,3 +47,11 @@ def train_both(world: World, folder: str) -> None:
     runs.denoiser(world, f"{folder}/weak", latents, {"denoiser": small, "conditions": CONDITIONS})
     style = {"style": CONDITIONS["style"]}
     runs.denoiser(world, f"{folder}/another", latents, {"denoiser": small, "conditions": style})
+
+
+def config_of(folder: Path, **changes: Any) -> GenerateConfig:
+    """Ten images of both prompts in both styles."""
+    asked = {"prompts": ["a red square", "a blue disc"], "properties": {"style": ["bold", "flat"]}}
+    sampler = SamplerConfig(3, weights={"text": 3.0, "style": 1.5})
+    whole: dict[str, Any] = {"samples": 10, "shard_size": 4, "batch": 3, "sampler": sampler, **asked}
+    return GenerateConfig(**{"model": str(folder / "denoiser"), "out": str(folder / "out"), **whole, **changes})

