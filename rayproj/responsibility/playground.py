@@ -6,6 +6,7 @@ whose images are drawn in the same batch, up to one grey level: sums of other si
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,7 +171,9 @@ def _number(body: dict[str, Any], name: str, default: float, low: float, high: f
     sound = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not sound or (whole and value != int(value)):
         kind = "a whole number" if whole else "a number"
-        raise Refused(400, f"{name} must be {kind} from {low:g} to {high:g}, not {str(value)[:40]!r}.", name)
+        raise Refused(
+            400, f"{name} must be {kind} from {low:g} to {high:g}, not {json.dumps(value, default=str)[:40]}.", name
+        )
     return float(value)
 
 

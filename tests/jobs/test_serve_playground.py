@@ -19,16 +19,19 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
+from rayproj.jobs.serve_playground import Config, main  # type: ignore[attr-defined]
 
+from rayproj import config as configuration
 from rayproj.curation.scorers import RuleConfig, Scorer, scorer
 from rayproj.data.encodings import decode_image
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
+from rayproj.errors import UserError
 from rayproj.evaluation.watermark import mark
 from rayproj.responsibility import provenance
 from rayproj.responsibility.provenance import check_manifest
 from rayproj.storage.store import Store, from_json
-from tests.support.commands import ROOT, environment, job
+from tests.support.commands import ROOT, environment
 from tests.support.ranks import run_ranks
 from tests.support.shapes import train_both
 
@@ -200,10 +203,12 @@ def test_the_page_needs_nothing_else(served: Served) -> None:
 
 
 def test_a_port_that_is_taken_and_a_model_that_is_not_there(served: Served, tmp_path: Path) -> None:
-    port = served.url.rpartition(":")[2]
-    config = "configs/serve_playground.yaml"
-    model = f"playground.model={served.run.parent}/denoiser"
-    done = job("serve_playground", config, model, f"playground.port={port}", f"run.dir={tmp_path}/run")
-    assert done.returncode == 2 and "set playground.port to another" in done.stderr
-    done = job("serve_playground", config, "playground.model=/nowhere", f"run.dir={tmp_path}/other")
-    assert done.returncode == 2 and "There is no run at '/nowhere'" in done.stderr
+    model, port = f"{served.run.parent}/denoiser", served.url.rpartition(":")[2]
+    for words, says in (
+        ([f"playground.model={model}", f"playground.port={port}"], "set playground.port to another"),
+        (["playground.model=/nowhere"], "There is no run at '/nowhere'"),
+    ):
+        place = f"run.dir={tmp_path}/{port}-{len(words)}"
+        config = configuration.load(Config, f"{ROOT}/configs/serve_playground.yaml", [*words, place])
+        with pytest.raises(UserError, match=says):
+            main(config)

@@ -36,7 +36,7 @@ def test_a_request_is_images_with_seeds_in_a_row() -> None:
         ({"seed": 2**31}, "seed", "a whole number from 0 to"),
         ({"seed": 1.5}, "seed", "a whole number"),
         ({"seed": True}, "seed", "a whole number"),
-        ({"seed": "1"}, "seed", "not '1'"),
+        ({"seed": "1"}, "seed", 'not "1"'),
         ({"guidance": float("nan")}, "guidance", "a number from 0 to 15"),
         ({"guidance": float("inf")}, "guidance", "a number from 0 to 15"),
         ({"steps": 0}, "steps", "from 1 to 50"),
