@@ -206,7 +206,7 @@ class Playground:
             if self.signer.embeds:
                 png = self.signer.embedded(png, "png", facts)
             else:
-                said["provenance"] = json.loads(self.signer.sidecar(sha256_hex(png), facts))
+                said["provenance"] = self.signer.sidecar(sha256_hex(png), facts).decode()  # as it was signed
         return {**said, "png": base64.b64encode(png).decode()}
 
     def _record(self, record: dict[str, Any]) -> None:
