@@ -212,6 +212,21 @@ def test_a_network_as_a_scorer(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, resized(images, 16).mean((1, 2, 3)), rtol=1e-5)
 
 
+def test_of_a_detector_the_greatest_score_counts(tmp_path: Path) -> None:
+    """An ONNX file that gives [n, channels, rows]: the means of the rows of each channel."""
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    node = helper.make_node("ReduceMean", ["x"], ["y"], axes=[3], keepdims=0)
+    given = helper.make_tensor_value_info("x", kind, ["n", 3, 16, 16])
+    graph = helper.make_graph([node], "rows", [given], [helper.make_tensor_value_info("y", kind, ["n", 3, 16])])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)]), str(tmp_path / "rows.onnx"))
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+    rule = RuleConfig(Scorer.model, at_most=0.5, model=str(tmp_path / "rows.onnx"), size=16, output=1)
+    expected = [max(row.mean() for row in image[1]) for image in resized(images, 16)]
+    np.testing.assert_allclose(scorer(rule)({"image": images}), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
