@@ -25,7 +25,7 @@ from rayproj.responsibility.load import measure as under_load
 ROUNDS, SECONDS, REQUESTS = 2, 10.0, 400  # rounds; of each measurement the seconds and the requests at most
 USERS = (1, 4, 16)
 BATCH, THREADS, STEPS = 16, 2, 16
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
