@@ -24,6 +24,7 @@ BENCHMARKS = (
     "privacy",
     "robustness",
     "runtime",
+    "serving",
     "synthesis",
 )
 

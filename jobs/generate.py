@@ -5,14 +5,17 @@ python jobs/generate.py configs/generate.yaml key=value ...
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayproj.data.dataset import Dataset, Header, Inputs
+from rayproj.responsibility.policy import DECISIONS
+from rayproj.responsibility.provenance import Signer
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import PoolConfig, produce
 from rayproj.runtime.run import Run, RunConfig
-from rayproj.synthesis.plan import GenerateConfig, plan, shards_in_a_row
+from rayproj.synthesis.plan import GenerateConfig, decisions_of, plan, shards_in_a_row, withheld
 from rayproj.tracking.tracker import TrackingConfig
 
 
@@ -40,11 +43,19 @@ def main(config: Config) -> dict[str, Any]:
     with Run.open("generate", config) as run:
         if run.result:
             return run.result
+        record = "".join(json.dumps(d.record(), ensure_ascii=False) + "\n" for d in decisions_of(config.generate))
+        if record:
+            run.store.write(DECISIONS, record.encode())
+        signer = Signer(config.generate.provenance) if config.generate.provenance.key else None
         dataset = Dataset.create(config.generate.out, plan(config.generate, config.run.seed))
         maker = {"out": dataset.uri, "batch": config.generate.batch, "key": config.generate.watermark.key}
         entry, together = "rayproj.synthesis.synthesizer:Synthesizer", shards_in_a_row(config.generate)
         made = produce(run, dataset, entry, config.pool, maker, config.consumers, together)
-        return run.finish({**made, "private": dataset.header.provenance["private"]})
+        if signer:
+            signer.sign_dataset(dataset)
+        said = dataset.header.provenance
+        made |= {name: said[name] for name in ("private", "policy") if name in said}
+        return run.finish({**made, **({"withheld": withheld(dataset)} if "safety" in said else {})})
 
 
 if __name__ == "__main__":

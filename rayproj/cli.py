@@ -1,5 +1,5 @@
-"""The `rayproj` command: demo, chain, sweep, submit, plan, status, logs, stop, resume, privacy, export, dataset, grid,
-gallery, evaluate, study, verify, gc, doctor."""
+"""The `rayproj` command: demo, chain, sweep, submit, plan, status, logs, stop, resume, privacy, export, card, provenance,
+playground, dataset, grid, gallery, evaluate, study, verify, gc, doctor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from rayproj.config import shipped
 from rayproj.errors import UserError
 from rayproj.storage.store import Store
 
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     gallery.add_argument("--learned", default="", metavar="RUN", help="run dir of jobs/learn_obfuscations.py")
     _add_evaluate(commands)
     _add_study(commands)
+    _add_responsibility(commands)
     verify = commands.add_parser("verify", help="read and hash every file of the checkpoints and datasets of a folder")
     verify.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
     gc = commands.add_parser("gc", help="delete what no commit holds, as killed processes leave it")
@@ -170,10 +172,59 @@ def _add_study(commands: Any) -> None:
     add.add_argument("runs", nargs="+", metavar="RUN", help="the studies so far")
 
 
+def _add_responsibility(commands: Any) -> None:
+    """The options of `rayproj card`, `provenance` and `playground`."""
+    card = commands.add_parser("card", help="the model card of a run, or the data card of a dataset, from its records")
+    card.add_argument("uri", metavar="URI", help="run dir of a training job, or a dataset")
+    card.add_argument("--to", required=True, metavar="FILE", help="a Markdown file that is not there yet")
+    card.add_argument(
+        "--evaluation", action="append", default=[], metavar="RUN", help="run dir of jobs/evaluate.py; again for more"
+    )
+    provenance = commands.add_parser("provenance", help="who signed for images and datasets, and whether they changed")
+    questions = provenance.add_subparsers(dest="question", required=True, metavar="QUESTION")
+    keys = questions.add_parser("keys", help="a key with a certificate that nobody trusts, to try it with")
+    keys.add_argument("folder", metavar="DIR")
+    check = questions.add_parser("check", help="exit code 2 where one is not as it was signed")
+    check.add_argument("files", nargs="+", metavar="FILE", help="an image, or the URI of a dataset")
+    check.add_argument("--trust", default="", metavar="PEM", help="certificates of those who are trusted")
+    playground = commands.add_parser("playground", help="load on a playground (jobs/serve_playground.py)")
+    questions = playground.add_subparsers(dest="question", required=True, metavar="QUESTION")
+    load = questions.add_parser("load", help="latencies and images a second under users who ask again and again")
+    load.add_argument("url", metavar="URL", help="such as http://127.0.0.1:8000, on this machine")
+    load.add_argument("--users", type=int, default=4, metavar="N", help="(default: %(default)d)")
+    load.add_argument("--seconds", type=float, default=10.0, metavar="S", help="(default: %(default)g)")
+    load.add_argument("--prompt", default="", metavar="TEXT", help="of every request")
+
+
+def _responsibility(arguments: argparse.Namespace) -> int:
+    if arguments.command == "card":
+        from rayproj.export.records import write_card
+
+        print(write_card(arguments.uri, arguments.to, arguments.evaluation))
+        return 0
+    if arguments.command == "playground":
+        from rayproj.responsibility.load import measure
+
+        body = {"prompt": arguments.prompt} if arguments.prompt else {}
+        print(measure(arguments.url, arguments.users, arguments.seconds, body))
+        return 0
+    from rayproj.responsibility import provenance
+
+    if arguments.question == "keys":
+        for file in provenance.write_keys(arguments.folder):
+            print(file)
+        return 0
+    verdicts = [provenance.check(file, arguments.trust) for file in arguments.files]
+    print("\n".join(map(str, verdicts)))
+    return 0 if all(verdict.sound for verdict in verdicts) else 2
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command in ("card", "provenance", "playground"):
+        return _responsibility(arguments)
     if arguments.command == "demo":
         print("rayproj demo: real images in, private synthetic images, classifiers and a report out.", file=sys.stderr)
-        return run_chain(config_path("demo.yaml"), arguments.overrides)
+        return run_chain(shipped("demo.yaml"), arguments.overrides)
     if arguments.command == "chain":
         return run_chain(Path(arguments.config), arguments.overrides)
     if arguments.command == "sweep":
@@ -357,15 +408,6 @@ def run_resume(run_dir: str, overrides: list[str]) -> int:
         file = Path(scratch) / "config.yaml"
         file.write_bytes(Store(run_dir).read("config.yaml"))
         return run_guarded(lambda: config.load(job.Config, file, [*overrides, f"run.dir={run_dir}"]), job.main)
-
-
-def config_path(name: str) -> Path:
-    """A config that ships with the package: in the wheel beside this file, in a checkout in its `configs/`."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "configs", here.parent / "configs"):
-        if (folder / name).exists():
-            return folder / name
-    raise UserError(f"The installation lacks configs/{name}; install it again.")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,15 @@ def from_dict(schema: type[T], values: dict[str, Any]) -> T:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))  # type: ignore[return-value]
 
 
+def shipped(name: str) -> Path:
+    """A config that ships with the package: in the wheel beside this file, in a checkout in its `configs/`."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(f"The installation lacks configs/{name}; install it again.")
+
+
 def _given(schema: DictConfig, path: str | Path | None, overrides: list[str]) -> Iterator[tuple[str, str, Any]]:
     """What the user gave: (where, dotted key, value), the file before the overrides."""
     if path is not None:

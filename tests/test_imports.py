@@ -14,7 +14,7 @@ LAYERS = [
     {"engine"},
     {"obfuscation"},
     {"diffusion", "privacy", "classifiers", "robustness", "evaluation"},
-    {"synthesis", "curation", "discovery", "judging", "preferences"},
+    {"synthesis", "curation", "discovery", "judging", "preferences", "responsibility"},
 ]
 BELOW_RAY = LAYERS[0] | LAYERS[1] | LAYERS[2]
 KNOW_NO_LOSS = {"runtime", "tracking"}

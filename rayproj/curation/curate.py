@@ -85,7 +85,7 @@ def curate(config: CurateConfig, report: Callable[[dict[str, Any]], None], devic
     total = source.header.num_samples
     report({"type": "total", "steps": 2 * total})
     scores, judges, features = _judge(config, reader, total, report, device)
-    broken = {name: _outside(rule, scores[name]) for name, rule in config.rules.items()}
+    broken = {name: rule.outside(scores[name]) for name, rule in config.rules.items()}
     rejected = np.zeros(total, bool)
     for outside in broken.values():
         rejected |= outside
@@ -181,13 +181,6 @@ def _show_pairs(name: str, score: np.ndarray, judge: Nearest, reader: Reader, da
         picture = np.concatenate([np.concatenate(list(row), axis=2) for row in (own, theirs)], axis=1)
         dataset.store.write(f"pairs-{name}.png", ENCODINGS["png"].encode(picture))
     return [{"index": int(i), "nearest": int(place[i]), judge.rule.scorer.value: float(score[i])} for i in order]
-
-
-def _outside(rule: RuleConfig, score: np.ndarray) -> np.ndarray:
-    """What is not a number is outside too."""
-    low = -np.inf if rule.at_least is None else rule.at_least
-    high = np.inf if rule.at_most is None else rule.at_most
-    return ~((score >= low) & (score <= high))
 
 
 def _counts(broken: dict[str, np.ndarray]) -> str:

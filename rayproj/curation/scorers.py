@@ -20,6 +20,7 @@ from rayproj.data.reader import Reader
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.quality import nearest
+from rayproj.responsibility.personal import personal
 
 Columns = dict[str, np.ndarray]
 Score = Callable[[Columns], np.ndarray]
@@ -30,7 +31,7 @@ class Scorer(Enum):
     sharpness = "sharpness"  # variance of the Laplacian of the luminance, which blur takes away
     contrast = "contrast"  # standard deviation of the luminance, of 255
     words = "words"  # of the text
-    pii = "pii"  # e-mail and IP addresses, telephone and card numbers in the text
+    pii = "pii"  # e-mail and IP addresses, telephone, card and account numbers (IBAN) in the text
     blocked = "blocked"  # words of the text that are on a list
     model = "model"  # what a network says of the image: unsafe, made by AI, shows text, looks good
     confidence = "confidence"  # probability that a classifier gives to the image's own label
@@ -52,12 +53,19 @@ class RuleConfig:
     at_most: float | None = None
     text: str = "caption"  # field that words, pii and blocked read
     words: list[str] = field(default_factory=list)  # of blocked: whole words, in any case
-    # Of model: an ONNX file that takes fp32 [n, 3, size, size] in [0, 1] and gives [n] or [n, k], of which `output` counts.
+    # Of model: an ONNX file that takes fp32 [n, 3, size, size] in [0, 1] and gives [n] or [n, k], of which `output` counts;
+    # or, as detectors do, [n, k, places], of which the greatest counts.
     model: str = ""
     size: int = 224
     output: int = -1
     classifier: str = ""  # of confidence: a run dir of jobs/train_classifier.py
     against: str = ""  # of similarity and pixels: a dataset
+
+    def outside(self, score: np.ndarray) -> np.ndarray:
+        """bool [n]: which scores lie outside of the bounds. What is not a number does."""
+        low = -np.inf if self.at_least is None else self.at_least
+        high = np.inf if self.at_most is None else self.at_most
+        return ~((score >= low) & (score <= high))
 
     def problems(self) -> list[str]:
         if self.at_least is None and self.at_most is None:
@@ -104,32 +112,6 @@ def _sharpness(images: np.ndarray) -> np.ndarray:
     y = luminance(images)
     laplacian = y[:, :-2, 1:-1] + y[:, 2:, 1:-1] + y[:, 1:-1, :-2] + y[:, 1:-1, 2:] - 4 * y[:, 1:-1, 1:-1]
     return laplacian.var((1, 2))
-
-
-PERSONAL = {
-    "e-mail address": r"[\w.+-]+@[\w-]+\.[\w.-]*\w",
-    "IP address": r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\d.])",
-    "card number": r"(?<!\d)(?:\d[ -]?){12,18}\d(?!\d)",
-    "telephone number": r"(?<![\w.])(?:(?:\+\d{1,3}[ .-]?)?\(\d{1,4}\)[ .-]?\d{2,4}(?:[ .-]\d{2,4}){0,3}"
-    r"|\+\d{1,3}(?:[ .-]?\d{2,4}){2,4}|\d{2,4}(?:[ .-]\d{2,4}){2,4})(?![\w.])",
-}
-
-
-def personal(text: str) -> list[tuple[str, str]]:
-    """What in a text may lead to a person: (kind, the words), each place once. A card number passes Luhn's check."""
-    found: list[tuple[str, str]] = []
-    for kind, pattern in PERSONAL.items():
-        for match in re.findall(pattern, text):
-            if kind != "card number" or _luhn(match):
-                found.append((kind, match))
-            text = text.replace(match, " ")  # so that no other pattern sees a part of it
-    return found
-
-
-def _luhn(number: str) -> bool:
-    """ISO/IEC 7812-1, annex B."""
-    digits = [int(c) for c in number if c.isdigit()][::-1]
-    return sum(d if i % 2 == 0 else sum(divmod(2 * d, 10)) for i, d in enumerate(digits)) % 10 == 0
 
 
 def _any_of(words: list[str]) -> str:
@@ -197,7 +179,9 @@ def _model(rule: RuleConfig) -> Score:
 
     def score(columns: Columns) -> np.ndarray:
         out: Any = session.run(None, {name: resized(columns["image"], rule.size)})[0]
-        return np.asarray(out, np.float64).reshape(len(out), -1)[:, rule.output]
+        found = np.asarray(out, np.float64)
+        found = found[:, None] if found.ndim == 1 else found
+        return found[:, rule.output].reshape(len(found), -1).max(1)
 
     return score
 

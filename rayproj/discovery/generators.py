@@ -24,6 +24,7 @@ from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import DiffusionConfig, TrainedModel
 from rayproj.discovery.slices import Slice, Term, described
 from rayproj.errors import UserError
+from rayproj.responsibility.policy import PolicyConfig
 from rayproj.storage.store import Store
 from rayproj.synthesis.plan import GenerateConfig, commit_hash, plan
 
@@ -171,7 +172,13 @@ class OwnModel(_Drawn):
         properties = {name: attributes[name] for name in self.properties if attributes.get(name)}
         prompts = list(labels.values()) if self.takes_words else []
         generate = GenerateConfig(
-            model=config.model, out="", samples=1, properties=properties, prompts=prompts, sampler=config.sampler
+            model=config.model,
+            out="",
+            samples=1,
+            properties=properties,
+            prompts=prompts,
+            sampler=config.sampler,
+            policy=PolicyConfig(use=False),  # what is asked for are the classes of a classifier
         )
         header = plan(generate, seed)
         self.shape = header.fields["image"].shape

