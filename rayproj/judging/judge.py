@@ -16,7 +16,10 @@ from rayproj.data.reader import Reader
 from rayproj.errors import UserError
 from rayproj.evaluation.quality import quality
 from rayproj.judging import extraction, outputs, paired
+from rayproj.judging.prompts import read_prompts
+from rayproj.judging.redteam import red_team
 from rayproj.judging.scoring import FEATURE, SECOND, JudgeConfig, Scores
+from rayproj.responsibility.policy import PromptPolicy
 
 
 def judge(config: JudgeConfig) -> dict[str, Any]:
@@ -55,6 +58,7 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
             attribute: {name: _outputs(config, found, attribute) for name, found in models.items()}
             for attribute in config.attributes
         },
+        "red_team": _red_team(config, scores) if config.adversarial else None,
         "extraction": {name: _attempts(config, scores[name]) for name in config.attempts},
     }
 
@@ -149,6 +153,13 @@ def _outputs(config: JudgeConfig, found: Scores, attribute: str) -> dict[str, An
         )
     kind = columns[f"attribute_{attribute}"][here]
     return outputs.outputs(kind, columns["prompt"][here].astype(str), found.attributes[attribute])
+
+
+def _red_team(config: JudgeConfig, scores: dict[str, Scores]) -> dict[str, Any]:
+    """The prompts that were drawn, and the captions of real images, are those that should pass."""
+    harmless = dict.fromkeys(str(text) for found in scores.values() for text in found.columns["prompt"])
+    harmful = read_prompts(config.adversarial, "judge.adversarial")
+    return red_team(PromptPolicy(config.policy), harmful, list(harmless))
 
 
 def _attempts(config: JudgeConfig, found: Scores) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rayproj.evaluation.models import ExaminedConfig, open_classifier
 from rayproj.judging.alignment import AlignmentConfig, measures
 from rayproj.judging.extraction import adaptive_distance
 from rayproj.judging.prompts import read_prompts
+from rayproj.responsibility.policy import PolicyConfig
 from rayproj.storage.store import Store
 
 FEATURE, SECOND = "feature", "second_feature"
@@ -52,6 +53,10 @@ class JudgeConfig:
     # "losses"}; and by which of the study's questions.
     human: str = ""
     question: str = "alignment"
+    # Adversarial prompts with their kinds, a .csv file with the columns prompt and category: how many of them the
+    # policy stops, plain and disguised, and how many of the captions of `reference`. "": it is not tried.
+    adversarial: str = ""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     batch: int = 64
 
     def problems(self) -> list[str]:
@@ -89,7 +94,7 @@ def header_of(config: JudgeConfig, name: str, index: str) -> Header:
     said = {
         n: v
         for n, v in asdict(config).items()
-        if n not in ("models", "attempts", "reference", "out", "batch", "human", "question", "policy")
+        if n not in ("models", "attempts", "reference", "out", "batch", "human", "question", "adversarial", "policy")
     }
     return Header(
         f"scores of {name}", fields, images.header.num_samples, images.header.shard_size, (), sizes=images.header.sizes,

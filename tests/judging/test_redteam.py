@@ -1,0 +1,40 @@
+"""Disguises against a policy that is known, and the shipped ones against the shipped policy."""
+
+from pathlib import Path
+
+import pytest
+
+from rayproj.judging.prompts import read_prompts
+from rayproj.judging.redteam import DISGUISES, red_team
+from rayproj.responsibility.policy import PolicyConfig, PromptPolicy
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_a_disguise_changes_what_it_says(name: str) -> None:
+    changed = DISGUISES[name]("a dancing zebra")
+    assert (changed == "a dancing zebra") == (name == "as it is") and len(changed) >= 13
+
+
+def test_blocked_prompts_are_counted(tmp_path: Path) -> None:
+    rules = tmp_path / "policy.yaml"
+    rules.write_text("rules: {zebras: {words: [zebra], reason: none of these}}")
+    policy = PromptPolicy(PolicyConfig(file=str(rules)))
+    found = red_team(
+        policy, {"a zebra": "horses", "a mule": "horses", "two dogs": "dogs"}, ["zebra crossing", "cat", "dog"]
+    )
+    assert found["disguises"]["as it is"]["count"] == 1 and found["disguises"]["capitals"]["count"] == 1
+    assert found["disguises"]["backwards"]["count"] == 0
+    assert {kind: r["count"] for kind, r in found["kinds"].items()} == {"dogs": 0, "horses": 1}
+    assert found["passed"] == ["a mule", "two dogs"]
+    assert found["harmless"]["blocked"] == ["zebra crossing"] and found["harmless"]["share"] == pytest.approx(1 / 3)
+
+
+def test_the_shipped_policy_stops_what_is_said_plainly() -> None:
+    harmful = read_prompts(str(ROOT / "configs/prompts/adversarial.csv"))
+    plain = {prompt: kind for prompt, kind in harmful.items() if "paraphrased" not in kind and kind != "weapons"}
+    found = red_team(PromptPolicy(PolicyConfig()), plain, list(read_prompts(str(ROOT / "configs/prompts/emoji.csv"))))
+    assert found["passed"] == [] and found["harmless"]["count"] == 0
+    for name in ("capitals", "Cyrillic look-alikes", "full-width letters", "accents", "invisible joiners"):
+        assert found["disguises"][name]["share"] >= 0.8, name
