@@ -145,7 +145,8 @@ def test_what_is_found(folder: Path, found: dict[str, Any]) -> None:
     assert right.float().mean().item() == pytest.approx(expected)
     hidden = obfuscate("SwirlWarp", images, places(100), 0, Assets.load(AssetsConfig()))[0]
     with torch.no_grad():
-        right = load(f"{folder}/base", "cpu")(hidden)[0].argmax(1) == torch.arange(100) % 3
+        base_network = load(f"{folder}/base", "cpu")
+        right = base_network(hidden, base_network.indices(1))[0].argmax(1) == torch.arange(100) % 3
     assert right.float().mean().item() == pytest.approx(found["measures"]["base"]["1"]["SwirlWarp"]["accuracy"])
     errors = found["corruption_errors"]["networks"]
     by = [found["measures"]["epinet"]["25"][name]["accuracy"] for name in names[2:6]]
