@@ -37,6 +37,7 @@ class JudgeConfig:
     out: str = "???"  # the scores go to <out>/scores/<name>, the report beside them
     models: dict[str, str] = field(default_factory=dict)  # name -> dataset of jobs/generate.py, of the same prompts
     reference: str = ""  # real images with captions, which are scored as the models' are: what can be reached
+    samples: int = 2000  # of these, evenly spread over the set
     learned_from: str = ""  # the images that the models were trained on: the nearest of them
     # name -> dataset drawn from captions of `learned_from`: attempts to get a training image back.
     attempts: dict[str, str] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class JudgeConfig:
 
     def problems(self) -> list[str]:
         found = [] if self.models else ["judge.models must name the dataset of a model."]
+        found += [f"judge.{n} must be positive." for n in ("samples", "batch") if getattr(self, n) < 1]
         if both := sorted({*self.models} & {*self.attempts, "reference"}):
             found.append(f"judge.models: '{both[0]}' is the name of other images too; choose another.")
         if self.attempts and not self.learned_from:
@@ -79,6 +81,7 @@ def header_of(config: JudgeConfig, name: str, index: str) -> Header:
         UserError: the set is not there, or its images come without texts.
     """
     images = Dataset.open(config.sets()[name])
+    rows = _rows(config, name, images.header)
     text = _text(config, name)
     if text not in images.header.fields:
         raise UserError(f"{images.uri} has no field '{text}' with what its images show, and cannot be judged.")
@@ -97,7 +100,7 @@ def header_of(config: JudgeConfig, name: str, index: str) -> Header:
         if n not in ("models", "attempts", "reference", "out", "batch", "human", "question", "adversarial", "policy")
     }
     return Header(
-        f"scores of {name}", fields, images.header.num_samples, images.header.shard_size, (), sizes=images.header.sizes,
+        f"scores of {name}", fields, len(rows), images.header.shard_size, (),
         provenance={
             "images": images.uri,
             "manifest": images.manifest_hash(),
@@ -115,7 +118,8 @@ class Scorer:
         self.config = config = configuration.from_dict(JudgeConfig, values["config"])
         self.device, self.text = device, _text(config, values["name"])
         self.header = Dataset.open(values["out"]).header
-        self.reader = Reader(Dataset.open(config.sets()[values["name"]]), ["image", self.text])
+        images = Dataset.open(config.sets()[values["name"]])
+        self.reader, self.rows = Reader(images, ["image", self.text]), _rows(config, values["name"], images.header)
         self.categories = read_prompts(config.prompts) if config.prompts else {}
         self.measures = measures(config.alignment, values["index"], device)
         self.features = EfficientNetLite0Features(config.feature_size, device)
@@ -132,7 +136,7 @@ class Scorer:
         ]
 
     def _some(self, ids: np.ndarray) -> list[Sample]:
-        columns = self.reader.gather(ids)
+        columns = self.reader.gather(self.rows[ids])
         images, texts = torch.from_numpy(columns["image"]), [str(text) for text in columns[self.text]]
         features = self.features(images).cpu().numpy()
         found: dict[str, Any] = {FEATURE: features}
@@ -185,9 +189,14 @@ def small(images: Tensor) -> np.ndarray:
 def _pixels_of(uri: str) -> np.ndarray:
     dataset = Dataset.open(uri)
     reader = Reader(dataset, ["image"])
-    return np.concatenate(
-        [small(torch.from_numpy(reader.shard(shard)["image"])) for shard in range(dataset.header.num_shards)]
-    )
+    parts = [small(torch.from_numpy(reader.shard(shard)["image"])) for shard in range(dataset.header.num_shards)]
+    return np.concatenate(parts).astype(np.float64)  # as distances are worked out, once
+
+
+def _rows(config: JudgeConfig, name: str, images: Header) -> np.ndarray:
+    """The images of a set that are scored, int64."""
+    count = min(config.samples, images.num_samples) if name == "reference" else images.num_samples
+    return np.linspace(0, images.num_samples - 1, count).astype(np.int64)
 
 
 def _text(config: JudgeConfig, name: str) -> str:
