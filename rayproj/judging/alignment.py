@@ -24,6 +24,7 @@ from rayproj.judging.prompts import Kind, Question, questions_of, read_questions
 
 SHOWS = 'Does this figure show "{prompt}"? Please answer yes or no.'  # Lin et al. 2024, arXiv 2404.01291, section 3
 NEIGHBOURS = 5
+SAME = 1 - 1e-5  # cosine of the features from which an image is the known one
 
 
 @dataclass
@@ -207,8 +208,10 @@ class KnownImages:
         return np.array([float((t @ w).mean()) for w, t in zip(wanted, told, strict=True)])
 
     def nearest(self, features: np.ndarray) -> np.ndarray:
-        """int64 [B, NEIGHBOURS]: the numbers of the most similar known images, the most similar first."""
-        return np.argsort(-(unit(features) @ self.features.T), axis=1, kind="stable")[:, :NEIGHBOURS]
+        """int64 [B, NEIGHBOURS]: the numbers of the most similar known images, the most similar first; an image that is
+        known itself does not speak for itself."""
+        similar = unit(features) @ self.features.T
+        return np.argsort(-np.where(similar > SAME, -1.0, similar), axis=1, kind="stable")[:, :NEIGHBOURS]
 
     def vectors(self, texts: list[str]) -> np.ndarray:
         """Of length one, float64 [n, D]: means over the words."""

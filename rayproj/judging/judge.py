@@ -126,7 +126,10 @@ def _counts(file: str) -> dict[tuple[str, str], list[int]]:
 
 def _quality(config: JudgeConfig, scores: dict[str, Scores]) -> dict[str, Any]:
     """Extractor -> model -> all measures of quality, at as many images as the smallest set has."""
-    extractors = {"EfficientNet-lite0": FEATURE, **({config.extractor: SECOND} if config.extractor else {})}
+    extractors = {
+        "EfficientNet-lite0": FEATURE,
+        **({config.extractor.rstrip("/").rpartition("/")[2]: SECOND} if config.extractor else {}),
+    }
     real = scores["reference"].columns
     count = min(len(scores[name].columns["prompt"]) for name in [*config.models, "reference"])
     return {

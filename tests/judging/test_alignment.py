@@ -82,6 +82,7 @@ def test_known_images_tell_a_caption_from_another(known: tuple[Dataset, str]) ->
     assert (own > other).mean() > 0.95 and own.max() <= 1 + 1e-6
     cosine = by.vectors([captions[0]])[0] @ by.vectors([str(by.captions[i]) for i in by.nearest(features[:1])[0]]).T
     assert own[0] == pytest.approx(cosine.mean())
+    assert all(number not in near for number, near in enumerate(by.nearest(features))), "nobody speaks for itself"
 
 
 def test_counts_and_colours_are_seen_in_the_picture(known: tuple[Dataset, str]) -> None:
