@@ -24,7 +24,7 @@ PAUSE = 0.4  # seconds that a shard takes
 @pytest.mark.slow
 @pytest.mark.timeout(3 * SECONDS + 600)
 def test_makers_and_drivers_that_die_again_and_again_leave_exactly_what_was_planned(tmp_path: Path) -> None:
-    rng, samples = random.Random(0), 2 * int(SECONDS)
+    rng, samples = random.Random(0), 4 * int(SECONDS)  # some 0.3 s each on two cores, with all that dies
     killed = {"maker": 0, "driver": 0}
     command = [sys.executable, "-m", "tests.support.produce", str(tmp_path), str(samples), str(PAUSE)]
     deadline = time.monotonic() + 3 * SECONDS
