@@ -90,7 +90,7 @@ def measure() -> list[Row]:
         raise UserError(f"The benchmark of attacks needs {error.name}; pip install 'rayproj[dev]'.") from None
     torch.set_num_threads(THREADS)
     images, label = _images(2000 + IMAGES)
-    model = _Scaled(_trained(images[:2000], label[:2000]))
+    model = _Scaled(_trained(images[:2000], label[:2000])).eval()
     x, y = images[2000:].float() / 255, label[2000:]
     threat, ids = Threat(Norm.linf, EPS), torch.arange(IMAGES)
     keys = _keys(0, ids)
@@ -100,7 +100,7 @@ def measure() -> list[Row]:
             return float((model(broken).argmax(1) == y).float().mean())
 
     def theirs(kinds: list[str]) -> Callable[[], float]:
-        attack = AutoAttack(model, norm="Linf", eps=EPS, version="custom", attacks=kinds, seed=0, verbose=False)
+        attack = AutoAttack(model, norm="Linf", eps=EPS, version="custom", attacks=kinds, seed=0)
         attack.apgd.n_restarts = 1
         return lambda: left(attack.run_standard_evaluation(x, y, batch_size=IMAGES)[0])
 
