@@ -11,6 +11,8 @@ from typing import Any
 from rayproj.data.dataset import Dataset
 from rayproj.discovery.captions import CaptionConfig, EmbedderConfig, index_header
 from rayproj.evaluation.features import EfficientNetLite0Features
+from rayproj.export.card import last_part
+from rayproj.export.records import card
 from rayproj.judging.judge import judge
 from rayproj.judging.scoring import JudgeConfig, header_of
 from rayproj.report import judged
@@ -39,9 +41,12 @@ def main(config: Config) -> dict[str, Any]:
             values = {"config": asdict(config.judge), "name": name, "index": index, "out": scores.uri}
             produce(run, scores, "rayproj.judging.scoring:Scorer", config.pool, values)
         found = judge(config.judge)
+        cards = {last_part(uri): card(uri, judged=(config.judge, found)) for uri in config.judge.cards}
         store = Store(config.judge.out)
+        for name, text in cards.items():
+            store.write(f"cards/{name}.md", text.encode())
         store.write("judged.json", to_json(found))
-        store.write("judged.html", judged.page(found, judged.samples(config.judge)).encode())
+        store.write("judged.html", judged.page(found, judged.samples(config.judge), cards).encode())
         if folder := store.local_path():
             run.tracker.event({"type": "file", "name": "judged", "path": str(folder / "judged.html")})
         return run.finish({"html": f"{store.uri}/judged.html", **found})

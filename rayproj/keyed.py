@@ -23,9 +23,12 @@ def philox_key(seed: int, stream: str) -> tuple[int, int]:
 
 def places(count: int, device: torch.device | str = "cpu") -> Tensor:
     """Rows of samples that are told apart by their number alone, int64 [count, 3]."""
-    row = torch.zeros(count, 3, dtype=torch.int64, device=device)
-    row[:, 0] = torch.arange(count, device=device)
-    return row
+    return of_samples(torch.arange(count, device=device))
+
+
+def of_samples(number: Tensor) -> Tensor:
+    """Rows int64 [B, 3] of the samples of these numbers [B], the same at every step."""
+    return torch.stack([number, torch.zeros_like(number), torch.zeros_like(number)], 1)
 
 
 def _draw(generate: Callable[..., Tensor], seed: int, stream: str, row: Tensor, shape: tuple[int, ...]) -> Tensor:

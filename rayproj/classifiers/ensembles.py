@@ -14,6 +14,11 @@ from rayproj import keyed
 from rayproj.classifiers.epinet import EpistemicConfig, EpistemicNetwork
 
 
+def _quantiles(seed: int, example: Tensor, z: Tensor) -> Tensor:
+    """Of one-hot indices: a uniform of each example and member."""
+    return (keyed.uniform(seed, "bootstrap", keyed.of_samples(example), (z.shape[2],)) * z).sum(2)
+
+
 class Ensemble(EpistemicNetwork):
     """Networks that began differently (Lakshminarayanan et al. 2017), each plus a fixed random one where there are priors
     (Osband et al. 2018, "Randomized Prior Functions"). The index is one-hot. A single network is an ensemble of one.
@@ -42,6 +47,9 @@ class Ensemble(EpistemicNetwork):
 
     def indices(self, count: int, seed: int = 0) -> Tensor:
         return torch.eye(len(self.members), device=next(self.parameters()).device)[:count, None]
+
+    def quantiles(self, seed: int, example: Tensor, z: Tensor) -> Tensor:
+        return _quantiles(seed, example, z)
 
     def encode(self, images: Tensor) -> Tensor:
         """Logits of the members, [members, B, classes]."""
@@ -135,6 +143,9 @@ class BatchEnsemble(EpistemicNetwork):
 
     def indices(self, count: int, seed: int = 0) -> Tensor:
         return torch.eye(self.config.members, device=self.base.head.bias.device)[:count, None]
+
+    def quantiles(self, seed: int, example: Tensor, z: Tensor) -> Tensor:
+        return _quantiles(seed, example, z)
 
     def encode(self, images: Tensor) -> Tensor:
         return self.base.scaled(images)

@@ -25,6 +25,14 @@ class Kind(Enum):
     batch_ensemble = "batch_ensemble"  # Wen et al. 2020
 
 
+class Bootstrap(Enum):
+    """How much an example counts for an index: at random but for ever, so that each index learns from other data."""
+
+    none = "none"
+    bernoulli = "bernoulli"  # twice or not at all
+    exponential = "exponential"  # as the Bayesian bootstrap (Rubin 1981)
+
+
 @dataclass
 class EpistemicConfig:
     """What makes a classifier an epistemic network."""
@@ -37,6 +45,7 @@ class EpistemicConfig:
     members: int = 10  # of an ensemble and a batch ensemble
     dropout: float = 0.1  # of mc_dropout: share of the channels that are left out before every layer
     samples: int = 8  # of an epinet: indices of each example in a step of training
+    bootstrap: Bootstrap = Bootstrap.none  # of an epinet, an ensemble and a batch ensemble
     predict: int = 100  # of an epinet and mc_dropout: indices of a prediction, where it is not said otherwise
 
     def problems(self) -> list[str]:
@@ -46,6 +55,8 @@ class EpistemicConfig:
             found.append(f"epistemic.dropout must lie in [0, 1), not {self.dropout:g}.")
         if min(self.prior, self.conv_prior) < 0:
             found.append("epistemic.prior and conv_prior must not be negative.")
+        if self.kind is Kind.mc_dropout and self.bootstrap is not Bootstrap.none:
+            found.append("epistemic.bootstrap is for an epinet, an ensemble or a batch_ensemble, not for mc_dropout.")
         return found
 
 
@@ -79,6 +90,11 @@ class EpistemicNetwork(nn.Module):
         """Draws of the index, shared by all images: [count, 1, D]; of finitely many, each of them once."""
         raise NotImplementedError
 
+    def quantiles(self, seed: int, example: Tensor, z: Tensor) -> Tensor:
+        """[Z, B] of a training set's examples, int64 [B], and indices: each uniform in [0, 1), for ever the same of an
+        example and an index, and of an example as alike as the indices are."""
+        raise NotImplementedError
+
     def encode(self, images: Tensor) -> Any:
         """What `decode` needs of images uint8 [B, C, H, W]."""
         raise NotImplementedError
@@ -103,6 +119,13 @@ class EpistemicNetwork(nn.Module):
             return self.decode(self.encode(images), z)
         logits = self.decode(self.encode(images), self.indices(self.default_indices))
         return torch.logsumexp(logits.log_softmax(2), 0) - torch.tensor(float(len(logits))).log()
+
+
+def weights(bootstrap: Bootstrap, quantiles: Tensor) -> Tensor:
+    """How much examples count for indices, of mean one (Osband et al. 2023, section 3.2, "data bootstrapping")."""
+    if bootstrap is Bootstrap.bernoulli:
+        return 2.0 * (quantiles < 0.5)
+    return -torch.log1p(-quantiles.clamp(max=1 - 1e-7))
 
 
 class ProjectedMLP(nn.Module):
@@ -203,6 +226,11 @@ class Epinet(EpistemicNetwork):
     def indices(self, count: int, seed: int = 0) -> Tensor:
         row = keyed.places(count, self.epinet.bias.device)
         return keyed.normal(seed, "prediction", row, (1, self.config.index))
+
+    def quantiles(self, seed: int, example: Tensor, z: Tensor) -> Tensor:
+        """Φ(cᵀz) with a direction c of each example: uniform over z ~ N(0, I)."""
+        direction = F.normalize(keyed.normal(seed, "bootstrap", keyed.of_samples(example), (self.config.index,)), dim=1)
+        return torch.special.ndtr((direction * z).sum(2))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits of the base [B, classes], its features [B, F] and what the convolutional prior has [B, classes, D]."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rayproj.classifiers.networks import VisionTransformer
 from rayproj.errors import UserError
 
 State = Mapping[str, Tensor]
@@ -57,27 +58,41 @@ def grid(members: int, parts: int, beyond: float = 0.0) -> np.ndarray:
 
 
 class Stack:
-    """Many soups of one network, evaluated together on the same images by `torch.func`.
+    """Many soups of one network, evaluated together on the same images: on a GPU in one pass by `torch.func`, on a CPU,
+    where one network keeps all cores busy and small matrices in batches are slow, one after the other.
 
     Args:
-        network: gives the form.
+        network: gives the form; it is changed.
         states: of the members.
         weights: [candidates, members].
+        at_once: in one pass; None: as is faster where the states are.
     """
 
-    def __init__(self, network: nn.Module, states: Sequence[State], weights: np.ndarray) -> None:
+    def __init__(
+        self, network: nn.Module, states: Sequence[State], weights: np.ndarray, at_once: bool | None = None
+    ) -> None:
         self.network, self.count = network, len(weights)
         soups = [soup(states, list(map(float, row))) for row in weights]
         self.stacked = {name: torch.stack([one[name] for one in soups]) for name in soups[0]}
+        on_gpu = any(tensor.device.type != "cpu" for tensor in self.stacked.values())
+        self.at_once = on_gpu if at_once is None else at_once
+        if self.at_once and isinstance(network, VisionTransformer):
+            network.net.set_attn_implementation("eager")  # vmap would go through the other one image by image
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [candidates, B, K] of images [B, ...] that all see, or [candidates, B, ...], to each its own."""
         own = images.dim() == 5
+        if not self.at_once:
+            return torch.stack([self.alone(k, images[k] if own else images) for k in range(self.count)])
+        call = torch.func.vmap(self._one, in_dims=(0, 0 if own else None), randomness="error")
+        return call(self.stacked, images)
 
-        def one(state: dict[str, Tensor], x: Tensor) -> Tensor:
-            return torch.func.functional_call(self.network, state, (x,))
+    def alone(self, number: int, images: Tensor) -> Tensor:
+        """Logits [B, K] of one candidate for images [B, ...]."""
+        return self._one({name: tensor[number] for name, tensor in self.stacked.items()}, images)
 
-        return torch.func.vmap(one, in_dims=(0, 0 if own else None), randomness="error")(self.stacked, images)
+    def _one(self, state: dict[str, Tensor], images: Tensor) -> Tensor:
+        return torch.func.functional_call(self.network, state, (images,))  # type: ignore[no-any-return]
 
     def flat(self, images: Tensor) -> Tensor:
         """The same for [candidates · B, ...], as attacks have them: logits [candidates · B, K]."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rayproj.classifiers import adversary as adversaries
 from rayproj.classifiers.adversary import AdversaryConfig, Training
 from rayproj.classifiers.augment import AugmentConfig, augmented
-from rayproj.classifiers.epinet import EpistemicNetwork, Kind
+from rayproj.classifiers.epinet import Bootstrap, EpistemicNetwork, Kind, weights
 from rayproj.classifiers.model import StartConfig, network_for
 from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.classifiers.objective import Objective, ObjectiveConfig
@@ -76,10 +76,14 @@ class ClassificationTask:
 
     def _over_indices(self, model: nn.Module, images: Tensor, label: Tensor, row: Tensor) -> Tensor:
         epistemic: Any = model  # or what DeepSpeed has around it
-        logits = model(images, epistemic.training_indices(self.seed, row))
+        z, bootstrap = epistemic.training_indices(self.seed, row), self.config.epistemic.bootstrap
+        logits = model(images, z)
         indices = len(logits)
         losses = self.objective(model, logits.flatten(0, 1), label.repeat(indices), row.repeat(indices, 1))
-        return losses.unflatten(0, (indices, -1)).mean(0)
+        losses = losses.unflatten(0, (indices, -1))
+        if bootstrap is not Bootstrap.none:
+            losses = losses * weights(bootstrap, epistemic.quantiles(self.seed, row[:, 0], z))
+        return losses.mean(0)
 
     def preview(self, model: nn.Module) -> np.ndarray | None:
         return None

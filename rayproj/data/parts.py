@@ -30,9 +30,14 @@ class KeepConfig:
     copies: int = 1  # of each
     # "label" or attribute -> the value that they get, such as a wider group, or a label that is wrong.
     become: dict[str, str] = field(default_factory=dict)
+    after: int = 0  # not the first so many, which another rule may take
 
     def problems(self) -> list[str]:
-        found = [] if self.count >= 0 else [f"data.keep: count must not be negative, not {self.count}."]
+        found = [
+            f"data.keep: {name} must not be negative, not {value}."
+            for name, value in (("count", self.count), ("after", self.after))
+            if value < 0
+        ]
         return found if self.copies > 0 else [*found, f"data.keep: copies must be positive, not {self.copies}."]
 
     def __str__(self) -> str:
@@ -78,10 +83,8 @@ def _taken(parts: Parts, rule: KeepConfig, classes: Sequence[str], seed: int) ->
         return all(str(named[name]) in values for name, values in rule.where.items())
 
     there = sorted(filter(matches, samples), key=lambda sample: hashed("keep", sample["key"], seed))
-    if len(there) < max(1, rule.count):
-        raise UserError(
-            f"data.keep: {rule} finds {len(there)} samples, and asks for {max(1, rule.count)}; lower its count."
-        )
+    if len(there) < (needed := rule.after + max(1, rule.count)):
+        raise UserError(f"data.keep: {rule} finds {len(there)} samples, and asks for {needed}; lower its count.")
     become: dict[str, Any] = dict(rule.become)
     if "label" in become:
         if become["label"] not in classes:
@@ -89,7 +92,7 @@ def _taken(parts: Parts, rule: KeepConfig, classes: Sequence[str], seed: int) ->
         become["label"] = list(classes).index(become["label"])
     return [
         {**sample, **become, "key": sample["key"] + (f"-{copy + 1}" if copy else "")}
-        for sample in there[: rule.count or None]
+        for sample in there[rule.after : rule.after + rule.count if rule.count else None]
         for copy in range(rule.copies)
     ]
 

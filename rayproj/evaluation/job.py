@@ -26,13 +26,11 @@ from rayproj.evaluation.fairness import Judged, fairness
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.quality import memorisation, quality
 from rayproj.evaluation.skewsize import skewsize, variables
-from rayproj.evaluation.watermark import key_name, read_key, survival
+from rayproj.evaluation.watermark import MARKED, read_key, survivals
 from rayproj.storage.store import Store
 
 Name = TypeVar("Name")
 MAIN = "test"  # the name of the first test set
-MARKED = 200  # images in which the watermark is looked for
-CHANCE = 1e-3  # bound on an image without one that seems to have it
 
 
 @dataclass
@@ -208,7 +206,10 @@ def _quality(
         clip = ClipScore(config.clip, world.device)
         for name, uri in sets.items():
             measures[name] |= _clip_score(config, uri, clip, world)
-    marked = _marks(config, sets) if config.watermark_key else None
+    marked = None
+    if config.watermark_key:
+        secret, most = read_key(config.watermark_key), min(MARKED, config.samples)
+        marked = survivals(config.synthetic, config.test, secret, most)
     shown = {f"{key}/{name}": v for name, found in measures.items() for key, v in found.items() if v is not None}
     progress.add(**shown)
     return measures, marked, extractor.name
@@ -290,19 +291,6 @@ def _clip_score(config: EvaluateConfig, uri: str, clip: ClipScore, world: World)
     if not len(scores):
         return {}
     return {"clip_score": float(scores.mean()), "clip_score_error": float(scores.std() / np.sqrt(len(scores)))}
-
-
-def _marks(config: EvaluateConfig, sets: dict[str, str]) -> dict[str, Any]:
-    """What is left of the watermark of each set after each attack, and the share of real images that seem to have it."""
-    secret, found = read_key(config.watermark_key), {}
-    for name, uri in sets.items():
-        dataset = Dataset.open(uri)
-        said = dataset.header.provenance.get("watermark")
-        if name != "real" and (said is None or said["key"] != key_name(secret)):
-            continue
-        count = min(MARKED, config.samples, dataset.header.num_samples)
-        found[name] = survival(Reader(dataset, ["image"]).gather(np.arange(count))["image"], secret, CHANCE)
-    return {"images": MARKED, "chance": CHANCE, "sets": found}
 
 
 def _share(ids: np.ndarray, world: World, batch: int) -> list[np.ndarray]:

@@ -25,17 +25,21 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dctn, idctn
 from scipy.signal import fftconvolve
+from scipy.stats import mannwhitneyu
 
+from rayproj.data.dataset import Dataset
 from rayproj.data.encodings import decode_image, luminance, of_picture, to_picture
+from rayproj.data.reader import Reader
 from rayproj.errors import UserError
 
-LOW, HIGH = (
-    0.12,
-    0.65,
-)  # of the band: frequency as a share of the highest there is; above it JPEG and resizing leave nothing
+# Of the band: frequency as a share of the highest there is; above it JPEG and resizing leave nothing.
+LOW, HIGH = 0.12, 0.65
 RINGS = 8  # of like frequency
 KEY_BYTES = 16
 CANDIDATES = 8  # places of a cut-out that are looked at closely
+REAL = "real"  # the name of images without a mark
+MARKED = 200  # images of a set in which it is looked for
+CHANCE = 1e-3  # bound on an image without one that seems to have it
 
 
 @dataclass
@@ -205,12 +209,13 @@ ATTACKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def survival(images: np.ndarray, secret: bytes, chance: float = 1e-3) -> dict[str, dict[str, float]]:
+def survival(images: np.ndarray, secret: bytes, chance: float = CHANCE) -> dict[str, dict[str, Any]]:
     """What is left of the mark of uint8 images [n, C, H, W] after each of the attacks.
 
     Returns:
         By attack: the share of images that are found by themselves where at most `chance` of others would be, and z and
         chance of all of them together; cut-outs are looked for one by one, so that together they have the best of theirs.
+        "scores" has the z of each.
     """
     shape, found = (images.shape[2], images.shape[3]), {}
     for name, attack in ATTACKS.items():
@@ -223,5 +228,40 @@ def survival(images: np.ndarray, secret: bytes, chance: float = 1e-3) -> dict[st
             alone = [detect(image[None], secret, shape) for image in changed]
             whole = detect(changed, secret, shape)
             z, together = whole.z, whole.chance
-        found[name] = {"found": float(np.mean([one.chance <= chance for one in alone])), "z": z, "chance": together}
+        scores = [round(one.z, 4) for one in alone]
+        share = float(np.mean([one.chance <= chance for one in alone]))
+        found[name] = {"found": share, "z": z, "chance": together, "scores": scores}
     return found
+
+
+def survivals(sets: dict[str, str], real: str, secret: bytes, most: int = MARKED) -> dict[str, Any]:
+    """What each set that bears the mark of this key has left of it after each attack, beside real images.
+
+    Args:
+        sets: name -> dataset; those without the mark are left out.
+        real: dataset of unmarked images: how often they seem to have it.
+
+    Returns:
+        "sets": as of `survival`, with the area under the curve of true over false positives, against real images after
+        the same attack: the chance that a marked image has a larger z than an unmarked one.
+    """
+    marked = {name: Dataset.open(uri) for name, uri in sets.items()}
+    named = {name: dataset.header.provenance.get("watermark", {}).get("key") for name, dataset in marked.items()}
+    found = {
+        name: survival(_some(dataset, most), secret)
+        for name, dataset in {REAL: Dataset.open(real), **marked}.items()
+        if name == REAL or named[name] == key_name(secret)
+    }
+    for name in found.keys() - {REAL}:
+        for attack, one in found[name].items():
+            one["area"] = area(one["scores"], found[REAL][attack]["scores"])
+    return {"images": most, "chance": CHANCE, "sets": found}
+
+
+def area(marked: list[float], unmarked: list[float]) -> float:
+    """Under the receiver operating characteristic: Mann and Whitney's U over the number of pairs."""
+    return float(mannwhitneyu(marked, unmarked).statistic / (len(marked) * len(unmarked)))
+
+
+def _some(dataset: Dataset, most: int) -> np.ndarray:
+    return Reader(dataset, ["image"]).gather(np.arange(min(most, dataset.header.num_samples)))["image"]

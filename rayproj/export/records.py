@@ -9,49 +9,56 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from rayproj import config as configuration
 from rayproj.curation.curate import REJECTED
 from rayproj.data.cells import cells_of
 from rayproj.data.dataset import WEIGHTS, Dataset, Header
 from rayproj.diffusion.conditions import LABEL
 from rayproj.engine.checkpoint import Commit, commits
 from rayproj.errors import UserError
-from rayproj.evaluation.job import EvaluateConfig
 from rayproj.export.card import describe, guarantee, guarantees, last_part, no_guarantee, without_paths
+from rayproj.export.evaluations import NOT_RECORDED, Evaluation, OfJudge, evaluation_of, header_of, table, words
+from rayproj.judging.scoring import JudgeConfig
 from rayproj.responsibility.provenance import OF_DATASET
 from rayproj.storage.store import Store, from_json
 from rayproj.synthesis.plan import PROMPT, commit_hash, withheld
 
-NOT_RECORDED = "not recorded"
 KINDS = {"diffusion": "image-generation", "classifier": "image-classification", "autoencoder": "autoencoder"}
 CELLS = 200  # that a card lists
 # Upper ends of the hub's size categories.
 SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
 
 
-def write_card(uri: str, to: str, evaluations: Sequence[str] = ()) -> Path:
-    """Write the card of a run or of a dataset.
+def card(uri: str, evaluations: Sequence[str] = (), judged: tuple[JudgeConfig, dict[str, Any]] | None = None) -> str:
+    """The card of a run or of a dataset.
 
     Args:
-        evaluations: run dirs of jobs/evaluate.py that judged the model.
+        evaluations: run dirs of jobs/evaluate.py or jobs/judge.py that judged the model.
+        judged: what a judgement that is not written yet was told and has found.
 
     Raises:
-        UserError: there is neither a training's run nor a dataset, an evaluation is none of it, or the file is taken.
+        UserError: there is neither a training's run nor a dataset, or an evaluation is none of it.
     """
-    store, file = Store(uri), Path(to)
+    store = Store(uri)
     if store.exists("dataset.json"):
-        text = data_card(Dataset.open(uri))
-    elif store.exists("config.yaml"):
-        text = model_card(store, evaluations)
-    else:
-        raise UserError(f"There is neither a run nor a dataset at '{uri}'; check the path.")
+        return data_card(Dataset.open(uri))
+    if store.exists("config.yaml"):
+        return model_card(store, evaluations, [OfJudge.of(*judged, store)] if judged else [])
+    raise UserError(f"There is neither a run nor a dataset at '{uri}'; check the path.")
+
+
+def write_card(uri: str, to: str, evaluations: Sequence[str] = ()) -> Path:
+    """Write the card of a run or of a dataset to a file.
+
+    Raises:
+        UserError: as `card`, or the file is taken.
+    """
+    text, file = card(uri, evaluations), Path(to)
     try:
         with file.open("x", encoding="utf-8") as out:
             out.write(text)
@@ -71,21 +78,6 @@ def _document(front: dict[str, Any], title: str, sections: dict[str, Iterable[st
     return "\n\n".join(parts) + "\n"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    shown = [[_shown(value) for value in row] for row in rows]
-    if not shown:
-        return []
-    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *shown)] + [""]
-
-
-def _shown(value: Any) -> str:
-    if value is None or value == "":
-        return NOT_RECORDED
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value).replace("|", r"\|")
-
-
 def _listed(lines: Iterable[str]) -> list[str]:
     return [f"- {line}" for line in lines]
 
@@ -93,8 +85,12 @@ def _listed(lines: Iterable[str]) -> list[str]:
 # Models
 
 
-def model_card(run: Store, evaluations: Sequence[str] = ()) -> str:
+def model_card(run: Store, evaluations: Sequence[str] = (), more: Sequence[Evaluation] = ()) -> str:
     """The card of a training's run.
+
+    Args:
+        evaluations: run dirs of jobs/evaluate.py or jobs/judge.py that judged the model.
+        more: evaluations that are at hand already.
 
     Raises:
         UserError: its job trains no model, or it has no commit yet.
@@ -106,10 +102,9 @@ def model_card(run: Store, evaluations: Sequence[str] = ()) -> str:
         raise UserError(f"The run '{run.uri}' is of a job that trains no model; give the run dir of a training.")
     if not (done := commits(run)):
         raise UserError(f"The run '{run.uri}' has no committed checkpoint yet; train it first.")
-    header = _header_of(values["diffusion"]["latents"] if kind == "diffusion" else values["data"])
-    judged = [_Evaluation.of(uri, run, kind) for uri in evaluations]
+    header = header_of(values["diffusion"]["latents"] if kind == "diffusion" else values["data"])
+    judged = [*(evaluation_of(uri, run, kind) for uri in evaluations), *more]
     tests = [d for one in judged for d in one.tests]
-    groups = sorted({group for one in judged for group in one.groups})
     front = {
         "library_name": "pytorch",
         "tags": [KINDS[kind], "rayproj", *(["synthetic-data"] if kind == "diffusion" else [])],
@@ -118,7 +113,7 @@ def model_card(run: Store, evaluations: Sequence[str] = ()) -> str:
     sections: dict[str, Iterable[str]] = {
         "Model details": _details(run, values, done[-1], kind),
         "Intended use": ["Not recorded: no run knows what its model is for. State it before you publish."],
-        "Factors": _listed(f"{group}: measured by group, below" for group in groups),
+        "Factors": _listed(dict.fromkeys(line for one in judged for line in one.factors())),
         "Metrics": _listed(dict.fromkeys(line for one in judged for line in one.metrics())),
         "Evaluation data": _listed(dict.fromkeys(tests)),
         "Training data": _training_data(values, header, kind),
@@ -128,10 +123,6 @@ def model_card(run: Store, evaluations: Sequence[str] = ()) -> str:
         "Config": ["Of a path, the last part.", "", "```yaml", _config(values), "```"],
     }
     return _document(front, last_part(run.uri), sections)
-
-
-def _header_of(uri: str) -> Header | None:
-    return Dataset.open(uri).header if Store(uri).exists("dataset.json") else None
 
 
 def _config(values: dict[str, Any]) -> str:
@@ -158,7 +149,7 @@ def _details(run: Store, values: dict[str, Any], commit: Commit, kind: str) -> l
         ("trained on", f"{result['ranks']} x {result['device']}" if "ranks" in result else None),
         ("licence of the model", None),
     ]
-    return _table(["", ""], rows)
+    return table(["", ""], rows)
 
 
 def _date(seconds: float | None) -> str | None:
@@ -185,7 +176,7 @@ def _ethics(run: Store, header: Header | None, kind: str) -> list[str]:
     return [f"Differential privacy: {line}" for line in found]
 
 
-def _caveats(judged: Sequence[_Evaluation], header: Header | None) -> list[str]:
+def _caveats(judged: Sequence[Evaluation], header: Header | None) -> list[str]:
     """Measured ones alone."""
     lines = [line for one in judged for line in one.caveats()]
     if not judged:
@@ -193,124 +184,6 @@ def _caveats(judged: Sequence[_Evaluation], header: Header | None) -> list[str]:
     if header and not (header.licence or header.attribution):
         lines.append("The licence of the training data is not recorded.")
     return lines
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """What one run of jobs/evaluate.py says of a model.
-
-    Attributes:
-        names: of the model, or of the synthetic sets that it drew.
-        tests: sentences on the sets.
-        groups: variables by which the classifiers were measured.
-    """
-
-    result: dict[str, Any]
-    kind: str
-    names: list[str]
-    tests: list[str] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, uri: str, run: Store, kind: str) -> _Evaluation:
-        store = Store(uri)
-        if not store.exists("result.json") or not store.exists("config.yaml"):
-            raise UserError(f"--evaluation={uri} is no finished run; give the run dir of jobs/evaluate.py.")
-        given = configuration.section(EvaluateConfig, store.read("config.yaml"), "evaluate")
-        if kind == "classifier":
-            names = [name for name, place in given.classifiers.items() if Store(place).uri == run.uri]
-        else:
-            drawn = {name: _header_of(place) for name, place in given.synthetic.items()}
-            names = [name for name, header in drawn.items() if header and _origin_is(header, run)]
-        if not names:
-            raise UserError(f"--evaluation={uri} did not judge the model of '{run.uri}'; give one that did.")
-        sets = {"Test": given.test, **given.tests, "Reference": given.reference}
-        headers = {name: _header_of(place) for name, place in sets.items() if place}
-        tests = [describe(header, name) if header else f"{name}: {NOT_RECORDED}" for name, header in headers.items()]
-        return cls(from_json(store.read("result.json")), kind, names, tests, list(given.groups))
-
-    def metrics(self) -> list[str]:
-        if self.kind == "classifier":
-            found = ["accuracy, with its 95 % interval (Wilson 1927)"]
-            return [*found, "by group: worst group and gap"] if self.result.get("fairness") else found
-        quality = self.result["quality"]
-        names = ", ".join(map(_words, next(iter(quality["measures"].values()), {})))
-        return [f"over {quality['samples']:,} images, features of {quality['feature_extractor']}: {names}"]
-
-    def tables(self) -> list[str]:
-        return self._classifier() if self.kind == "classifier" else self._generator()
-
-    def _classifier(self) -> list[str]:
-        sets = {"test": self.result, **self.result.get("tests", {})}
-        rows = [
-            (test, name, one["value"], f"{one['low']:.4g} to {one['high']:.4g}", one["n"])
-            for test, found in sets.items()
-            for name in self.names
-            for one in [found["accuracy"][name]]
-        ]
-        lines = _table(["test set", "as", "accuracy", "95 % interval", "images"], rows)
-        by_group = [
-            (test, variable, measure, one["overall"], f"{one['worst_group']}: {_shown(one['worst'])}", one["gap"])
-            for test, found in sets.items()
-            for name in self.names
-            for variable, table in (found.get("fairness") or {}).get(name, {}).items()
-            for measure, one in table["measures"].items()
-        ]
-        return lines + _table(["test set", "by", "measure", "overall", "worst group", "gap"], by_group)
-
-    def _generator(self) -> list[str]:
-        measures = self.result["quality"]["measures"]
-        columns = [name for name in ("real", *self.names) if name in measures]
-        heads = ["measure", *("real images" if name == "real" else f"set {name}" for name in columns)]
-        known = dict.fromkeys(key for name in columns for key in measures[name])
-        lines = _table(heads, [(_words(key), *(measures[name].get(key) for name in columns)) for key in known])
-        marked = (self.result.get("watermark") or {}).get("sets", {})
-        rows = [(name, attack, one["found"]) for name in self.names for attack, one in marked.get(name, {}).items()]
-        return lines + _table(["set", "watermark after", "share of images found"], rows)
-
-    def caveats(self) -> list[str]:
-        if self.kind == "classifier":
-            return [line for name in self.names for line in self._weak_spots(name)]
-        measures = self.result["quality"]["measures"]
-        key, images = "frechet_distance", self.result["quality"]["samples"]
-        return [
-            f"Set {name}: the Fréchet distance to real images is {measures[name][key]:.4g}, that of real images to real "
-            f"ones {measures['real'][key]:.4g}, at {images:,} images; it depends on their number."
-            for name in self.names
-            if name in measures and "real" in measures
-        ]
-
-    def _weak_spots(self, name: str) -> list[str]:
-        lines, recalls = [], dict[str, float]()
-        for i, (label, row) in enumerate(zip(self.result["classes"], self.result["confusion"][name], strict=True)):
-            if sum(row):
-                recalls[label] = row[i] / sum(row)
-        if recalls:
-            worst = min(recalls, key=lambda c: recalls[c])
-            lines.append(f"Of {worst} it gets {100 * recalls[worst]:.1f} % right, the least of all classes.")
-        main = self.result["accuracy"][name]
-        for test, found in self.result.get("tests", {}).items():
-            one = found["accuracy"][name]
-            if one["high"] < main["low"]:
-                there, here = 100 * one["value"], 100 * main["value"]
-                lines.append(f"On {test} its accuracy is lower: {there:.1f} % against {here:.1f} %.")
-        for variable, table in (self.result.get("fairness") or {}).get(name, {}).items():
-            for measure, one in table["measures"].items():
-                if one["interval"] and one["interval"][0] is not None and one["interval"][0] > 0:
-                    lines.append(
-                        f"{measure} differs by {variable}: worst for {one['worst_group']} ({_shown(one['worst'])}), gap "
-                        f"{_shown(one['gap'])} (95 % interval from {_shown(one['interval'][0])})."
-                    )
-        return lines
-
-
-def _origin_is(header: Header, run: Store) -> bool:
-    made = header.provenance.get("model")
-    return made is not None and Store(made).uri == run.uri
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 # Datasets
@@ -329,7 +202,7 @@ def data_card(dataset: Dataset) -> str:
     whole = (
         dataset.manifest_hash() if dataset.complete else f"{NOT_RECORDED}: {len(records)} of {header.num_shards} shards"
     )
-    composition = _table(["", ""], [
+    composition = table(["", ""], [
         ("samples", header.num_samples), ("shards", header.num_shards), ("bytes", sum(r.size for r in records.values())),
         ("manifest (SHA-256 over the header and the shards' hashes)", whole),
         ("signed", "yes, provenance.json" if dataset.store.exists(OF_DATASET) else "no"),
@@ -337,7 +210,7 @@ def data_card(dataset: Dataset) -> str:
     ])  # fmt: skip
     sections: dict[str, Iterable[str]] = {
         "Motivation": ["Not recorded: no run knows what its data are for. State it before you publish."],
-        "Composition": [*composition, *_table(["field", "form", "values"], fields), *_counts(dataset)],
+        "Composition": [*composition, *table(["field", "form", "values"], fields), *_counts(dataset)],
         "Collection process": _listed(_origin(header)),
         "Preprocessing and filters": _listed(_filters(dataset)),
         "Splits": _listed(_splits(said)),
@@ -357,7 +230,7 @@ def _origin(header: Header) -> list[str]:
         *("source", "part", "model", "model_commit", "model_step", "weak", "weak_commit", "autoencoder_commit", "seed"),
         *("ema", "images", "curated_from", "upscaled_from", "obfuscated_from", "indexed", "plan"),
     )
-    found = [f"{_words(name)}: {last_part(str(said[name]))}" for name in names if said.get(name) not in (None, "", 0.0)]
+    found = [f"{words(name)}: {last_part(str(said[name]))}" for name in names if said.get(name) not in (None, "", 0.0)]
     if said.get("sampler"):
         found.append("sampler: " + ", ".join(f"{name}={value}" for name, value in said["sampler"].items()))
     return found
@@ -381,7 +254,7 @@ def _counts(dataset: Dataset) -> list[str]:
         rows = [(name, int(count)) for name, count in zip(cells.names, cells.counts, strict=True)]
     heads = [" × ".join("prompt" if name == PROMPT else name for name in axes), "samples"]
     more = [f"And {len(rows) - CELLS:,} more.", ""] if len(rows) > CELLS else []
-    return _table(heads, rows[:CELLS]) + more
+    return table(heads, rows[:CELLS]) + more
 
 
 def _filters(dataset: Dataset) -> list[str]:

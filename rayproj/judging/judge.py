@@ -15,8 +15,9 @@ from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
 from rayproj.evaluation.quality import quality
+from rayproj.evaluation.watermark import MARKED, read_key, survivals
 from rayproj.judging import extraction, outputs, paired
-from rayproj.judging.prompts import read_prompts
+from rayproj.judging.prompts import categories
 from rayproj.judging.redteam import red_team
 from rayproj.judging.scoring import FEATURE, SECOND, JudgeConfig, Scores
 from rayproj.responsibility.policy import PromptPolicy
@@ -24,7 +25,7 @@ from rayproj.responsibility.policy import PromptPolicy
 
 def judge(config: JudgeConfig) -> dict[str, Any]:
     """Alignment by measure, model and category; the models compared; the measures against people; quality over each
-    extractor; perceived attributes; attempts at extraction.
+    extractor; perceived attributes; attempts at extraction; what the watermark survives.
 
     Raises:
         UserError: the models were not given the same prompts, or the human orders cannot be read.
@@ -60,6 +61,7 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         },
         "red_team": _red_team(config, scores) if config.adversarial else None,
         "extraction": {name: _attempts(config, scores[name]) for name in config.attempts},
+        "watermark": _watermark(config) if config.watermark_key else None,
     }
 
 
@@ -161,8 +163,12 @@ def _outputs(config: JudgeConfig, found: Scores, attribute: str) -> dict[str, An
 def _red_team(config: JudgeConfig, scores: dict[str, Scores]) -> dict[str, Any]:
     """The prompts that were drawn, and the captions of real images, are those that should pass."""
     harmless = dict.fromkeys(str(text) for found in scores.values() for text in found.columns["prompt"])
-    harmful = read_prompts(config.adversarial, "judge.adversarial")
+    harmful = categories(config.adversarial, "judge.adversarial")
     return red_team(PromptPolicy(config.policy), harmful, list(harmless))
+
+
+def _watermark(config: JudgeConfig) -> dict[str, Any]:
+    return survivals(config.models, config.reference, read_key(config.watermark_key), min(MARKED, config.samples))
 
 
 def _attempts(config: JudgeConfig, found: Scores) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from enum import Enum
 
 import fsspec
 
+from rayproj.data.prompts import read_prompts
 from rayproj.errors import UserError
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -44,19 +44,16 @@ class Question:
     needs: int | None = None
 
 
-def read_prompts(file: str, option: str = "judge.prompts") -> dict[str, str]:
-    """Prompt -> category, of a .csv file with a column "prompt" and perhaps one "category", as studies with people have.
+def categories(file: str, option: str = "judge.prompts") -> dict[str, str]:
+    """Prompt -> category, of a file of prompts.
 
     Raises:
         UserError: the file cannot be read, is empty, or has a prompt in two categories.
     """
     found: dict[str, str] = {}
-    for row in csv.DictReader(_lines(file, option)):
-        prompt, category = " ".join((row.get("prompt") or "").split()), (row.get("category") or "").strip()
-        if prompt and found.setdefault(prompt, category) != category:
-            raise UserError(f"{option}='{file}' has '{prompt}' in two categories; leave one out.")
-    if not found:
-        raise UserError(f"{option}='{file}' has no prompt; its first line is to name the columns, prompt and category.")
+    for prompt in read_prompts(file, option):
+        if found.setdefault(prompt.text, prompt.category) != prompt.category:
+            raise UserError(f"{option}='{file}' has '{prompt.text}' in two categories; leave one out.")
     return found
 
 
@@ -67,7 +64,7 @@ def read_questions(file: str) -> dict[str, list[Question]]:
         UserError: the file cannot be read, or a line is something else.
     """
     found: dict[str, list[Question]] = {}
-    for number, line in enumerate(_lines(file, "judge.alignment.questions"), 1):
+    for number, line in enumerate(_lines(file), 1):
         try:
             row = json.loads(line)
             asked = [
@@ -135,7 +132,8 @@ def score(questions: list[Question], answers: Mapping[int, str]) -> float:
     return sum(good) / len(good) if good else float("nan")
 
 
-def _lines(file: str, option: str) -> list[str]:
+def _lines(file: str) -> list[str]:
+    option = "judge.alignment.questions"
     try:
         with fsspec.open(file, "rt", encoding="utf-8") as opened:
             found = [line.strip("\n") for line in opened if line.strip()]

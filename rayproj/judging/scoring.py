@@ -22,12 +22,15 @@ from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.models import ExaminedConfig, open_classifier
 from rayproj.judging.alignment import AlignmentConfig, measures
 from rayproj.judging.extraction import adaptive_distance
-from rayproj.judging.prompts import read_prompts
+from rayproj.judging.prompts import categories
 from rayproj.responsibility.policy import PolicyConfig
 from rayproj.storage.store import Store
 
 FEATURE, SECOND = "feature", "second_feature"
 PIXELS = 32  # side at which pixels are compared
+# Options that no score depends on.
+ELSEWHERE = {"models", "attempts", "reference", "out", "batch", "human", "question", "adversarial", "policy", "cards"}
+ELSEWHERE |= {"watermark_key"}
 
 
 @dataclass
@@ -58,6 +61,9 @@ class JudgeConfig:
     # policy stops, plain and disguised, and how many of the captions of `reference`. "": it is not tried.
     adversarial: str = ""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    # File with the secret of the models' watermark: what it survives, against the images of `reference`.
+    watermark_key: str = ""
+    cards: list[str] = field(default_factory=list)  # runs of models, and datasets, whose cards go beside the report
     batch: int = 64
 
     def problems(self) -> list[str]:
@@ -67,6 +73,8 @@ class JudgeConfig:
             found.append(f"judge.models: '{both[0]}' is the name of other images too; choose another.")
         if self.attempts and not self.learned_from:
             found.append("judge.attempts needs judge.learned_from, the images that they may be copies of.")
+        if self.watermark_key and not self.reference:
+            found.append("judge.watermark_key needs judge.reference, real images to tell marked ones from.")
         return found
 
     def sets(self) -> dict[str, str]:
@@ -94,11 +102,7 @@ def header_of(config: JudgeConfig, name: str, index: str) -> Header:
         fields[f"attribute_{attribute}"] = Field("int", values=open_classifier(model, "cpu").classes)
     if config.learned_from:
         fields |= {"nearest": Field("int"), "nearest_ratio": Field("float")}
-    said = {
-        n: v
-        for n, v in asdict(config).items()
-        if n not in ("models", "attempts", "reference", "out", "batch", "human", "question", "adversarial", "policy")
-    }
+    said = {n: v for n, v in asdict(config).items() if n not in ELSEWHERE}
     return Header(
         f"scores of {name}", fields, len(rows), images.header.shard_size, (),
         provenance={
@@ -120,7 +124,7 @@ class Scorer:
         self.header = Dataset.open(values["out"]).header
         images = Dataset.open(config.sets()[values["name"]])
         self.reader, self.rows = Reader(images, ["image", self.text]), _rows(config, values["name"], images.header)
-        self.categories = read_prompts(config.prompts) if config.prompts else {}
+        self.categories = categories(config.prompts) if config.prompts else {}
         self.measures = measures(config.alignment, values["index"], device)
         self.features = EfficientNetLite0Features(config.feature_size, device)
         self.second = _Second(config.extractor, device) if config.extractor else None

@@ -16,9 +16,10 @@ from fastapi import Cookie, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.middleware import Middleware
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
+from rayproj.data.prompts import MOST
 from rayproj.preferences import ratings
 from rayproj.preferences.images import REFERENCE, open_plan
-from rayproj.preferences.plan import LEFT, MOST, RIGHT, Question, Task
+from rayproj.preferences.plan import LEFT, RIGHT, Question, Task
 from rayproj.preferences.ratings import Progress, Rating
 from rayproj.preferences.tokens import Seal, rater_of
 from rayproj.storage.store import Store

@@ -12,23 +12,19 @@ the ratings.
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import lru_cache
 from itertools import combinations
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 
 from rayproj.data.parts import hashed
+from rayproj.data.prompts import Prompt, read_prompts
 from rayproj.errors import UserError
 
-COLUMNS = ("prompt", "category", "object", "number")
-MOST = 999  # that somebody can be asked to count
 LEFT, RIGHT, INDIFFERENT = "left", "right", "indifferent"
 CHOICES = (LEFT, INDIFFERENT, RIGHT)
 
@@ -99,16 +95,6 @@ class StudyConfig:
         if self.size and (len(self.size) != 2 or min(self.size) < 1):
             found.append("study.size is [height, width], both positive.")
         return found
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt, its category, and what the image should show how many of, where that is asked."""
-
-    text: str
-    category: str = ""
-    object: str = ""
-    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -276,7 +262,7 @@ def plan(config: StudyConfig, models: Mapping[str, str], seed: int) -> Plan:
     Raises:
         UserError: a file of prompts cannot be read, or lacks what its questions need.
     """
-    sets = {name: tuple(read_prompts(one)) for name, one in sorted(config.sets.items())}
+    sets = {name: tuple(prompts_of(one)) for name, one in sorted(config.sets.items())}
     pairs = [tuple(pair) for pair in config.pairs] or list(combinations(sorted(models), 2))
     alone = sorted({name for pair in config.pairs for name in pair} or set(models))
     comparisons = tuple(
@@ -291,23 +277,13 @@ def plan(config: StudyConfig, models: Mapping[str, str], seed: int) -> Plan:
     )  # fmt: skip
 
 
-def read_prompts(config: SetConfig) -> list[Prompt]:
+def prompts_of(config: SetConfig) -> list[Prompt]:
     """The prompts of a set, in their order.
 
     Raises:
         UserError: the file cannot be read, or has no prompts, one twice, or not what the questions need.
     """
-    try:
-        with fsspec.open(config.file, "rt", encoding="utf-8-sig") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The prompts '{config.file}' cannot be read ({error}).") from error
-    if config.file.endswith(".csv"):
-        prompts = list(_of_csv(text, config.file))
-    else:
-        prompts = [Prompt(" ".join(line.split())) for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"The prompts '{config.file}' have no line with a prompt.")
+    prompts = read_prompts(config.file, "study.sets: file")
     texts = [prompt.text for prompt in prompts]
     if twice := next((text for text in texts if texts.count(text) > 1), None) if len(set(texts)) < len(texts) else None:
         raise UserError(f"The prompts '{config.file}' have '{twice}' twice; leave one of them out.")
@@ -319,22 +295,6 @@ def read_prompts(config: SetConfig) -> list[Prompt]:
                     "'count' needs a .csv file with the columns prompt, object and number."
                 )
     return prompts
-
-
-def _of_csv(text: str, name: str) -> Sequence[Prompt]:
-    rows = csv.DictReader(io.StringIO(text))
-    unknown = sorted(set(rows.fieldnames or []) - set(COLUMNS))
-    if "prompt" not in (rows.fieldnames or []) or unknown:
-        raise UserError(f"The prompts '{name}' have the columns {rows.fieldnames}; there may be {', '.join(COLUMNS)}.")
-    found = []
-    for row in rows:
-        number = (row.get("number") or "").strip()
-        if number and (not number.isascii() or not number.isdigit() or int(number) > MOST):
-            raise UserError(f"The prompts '{name}', line {rows.line_num}: '{number}' is no number from 0 to {MOST}.")
-        words = [" ".join((row.get(column) or "").split()) for column in COLUMNS[:3]]
-        if words[0]:
-            found.append(Prompt(words[0], words[1], words[2], int(number) if number else None))
-    return found
 
 
 def _draw(purpose: str, key: str, seed: int, below: int) -> int:

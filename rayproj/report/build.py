@@ -256,6 +256,8 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
             found["robustness_and_cost"] = data_uri(figures.svg(cost), "svg+xml")
         if attacked := attacked_images(stages, 8):
             found["perturbed"] = data_uri(figures.png(figures.perturbed(attacked)), "png")
+    if len(report.get("watermark", {}).get("sets", {})) > 1:
+        found["watermark"] = data_uri(figures.svg(figures.watermark(report["watermark"]["sets"])), "svg+xml")
     if "accuracy" in stages.results.get("evaluate", {}):
         result = stages.results["evaluate"]
         chance = 1 / len(result["classes"])

@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from rayproj.evaluation.watermark import REAL
+
 INK = "#7a869a"  # axes and text: between the two backgrounds
 COLOURS = {"real": "#2a9d8f", "public": "#e09f3e", "private": "#c8553d"}
 PANELS = 4  # in a row
@@ -247,6 +249,28 @@ def privacy_and_use(rows: list[dict[str, Any]], real: dict[str, Any] | None) -> 
         axis.set_xlim(-0.3, len(labels) - 0.7)
         axis.set_xlabel("ε of the private images")
         axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def watermark(found: dict[str, dict[str, Any]]) -> Figure:
+    """True over false positives of the watermark's detector, one line for each attack, one panel for each set.
+
+    Args:
+        found: "sets" of `rayproj.evaluation.watermark.survivals`.
+    """
+    real = found[REAL]
+    marked = {name: one for name, one in found.items() if name != REAL}
+    figure, axes = _panels(len(marked), 3.0, 2.6)
+    for axis, (name, attacks) in zip(axes, marked.items(), strict=False):
+        for number, (attack, one) in enumerate(attacks.items()):
+            colour, style = SERIES[number % len(SERIES)], "-" if number < len(SERIES) else "--"
+            thresholds = np.sort([-np.inf, *one["scores"], *real[attack]["scores"], np.inf])[::-1, None]
+            rates = [(np.asarray(of[attack]["scores"]) >= thresholds).mean(1) for of in (real, attacks)]
+            axis.plot(*rates, style, color=colour, linewidth=1, label=f"{attack} ({one['area']:.2f})")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("real images found")
+        axis.set_ylabel("marked images found")
+        axis.legend(frameon=False, fontsize=7)
     return figure
 
 

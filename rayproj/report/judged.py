@@ -12,7 +12,7 @@ from rayproj.data.dataset import Dataset
 from rayproj.data.encodings import ENCODINGS
 from rayproj.data.reader import Reader
 from rayproj.judging.scoring import JudgeConfig
-from rayproj.report.figures import svg
+from rayproj.report.figures import svg, watermark
 from rayproj.report.pages import data_uri, rendered
 
 SHOWN = 12  # prompts with pictures
@@ -29,18 +29,27 @@ QUALITY = {
 }
 
 
-def page(found: dict[str, Any], pictures: dict[str, dict[str, str]] | None = None) -> str:
+def page(
+    found: dict[str, Any],
+    pictures: dict[str, dict[str, str]] | None = None,
+    cards: dict[str, str] | None = None,
+) -> str:
     """HTML that needs no other file.
 
     Args:
         pictures: of `samples`.
+        cards: of models and datasets, by their name.
     """
+    marks = found["watermark"]
     return rendered(
         "judged.html",
         {"number": _number, "percent": _percent, "p": _p},
         found=found,
         pictures=pictures or {},
         quality_names=QUALITY,
+        marks=marks,
+        picture=data_uri(svg(watermark(marks["sets"])), "svg+xml") if marks else "",
+        cards=cards or {},
         homogeneity=data_uri(svg(homogeneity(found)), "svg+xml") if found["attributes"] else "",
     )
 

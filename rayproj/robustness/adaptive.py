@@ -19,6 +19,7 @@ from rayproj.robustness.autoattack import AttackConfig, autoattack, ranked
 from rayproj.robustness.defences import Defence
 from rayproj.robustness.losses import Loss, cross_entropy, margin, targeted
 from rayproj.robustness.oracle import Model, Oracle
+from rayproj.robustness.rays import rays
 from rayproj.robustness.square import square
 from rayproj.robustness.threats import Threat, wide
 
@@ -32,7 +33,7 @@ class AdaptiveConfig:
     steps: int = 100  # of every ascent
     draws: int = 4  # of a random defence, for each gradient (EoT)
     votes: int = 5  # of a random defence: an image is right if more than half of so many answers are
-    queries: int = 1000  # of the search by scores
+    queries: int = 1000  # of the search by scores, and of that by decisions
     repeats: int = 3  # evaluations of a random defence, for the deviation
 
     def problems(self) -> list[str]:
@@ -114,6 +115,7 @@ def _attacks(
         yield name, [ascended(model, loss, k, draws) for k, loss in enumerate((cross_entropy, margin, to_second))]
     row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 51)], 1)
     yield "square", [square(Oracle(defence), x, label, row, threat, config.queries, seed).images]
+    yield "rays", [rays(Oracle(defence), x, label, threat, config.queries).images]
 
 
 class _Counted:
@@ -189,9 +191,10 @@ def checklist(correct: Mapping[str, np.ndarray], deviation: float, seconds: tupl
             f"{on_it:.1%} stay right under attacks on the defence itself, {share['transfer']:.1%} under those on its base.",
         ),
         Check(
-            "Gradients find more than scores do",
-            on_it <= share["square"] + 0.01,
-            f"{on_it:.1%} stay right under gradients, {share['square']:.1%} under a search by scores.",
+            "Gradients find more than searches without them do",
+            on_it <= min(share["square"], share["rays"]) + 0.01,
+            f"{on_it:.1%} stay right under gradients, {share['square']:.1%} under a search by scores, {share['rays']:.1%} "
+            "under one by decisions.",
         ),
         Check(
             "The gradient of the code is not masked",

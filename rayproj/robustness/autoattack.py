@@ -14,6 +14,7 @@ from rayproj.robustness.apgd import apgd, apgd_from_afar
 from rayproj.robustness.fab import fab
 from rayproj.robustness.losses import Loss, cross_entropy, targeted, untargeted
 from rayproj.robustness.oracle import Attacked, Model, Oracle
+from rayproj.robustness.rays import rays
 from rayproj.robustness.square import square
 from rayproj.robustness.threats import Norm, Threat
 
@@ -26,6 +27,7 @@ class Attack(Enum):
     apgd_t = "apgd_t"  # towards each of the likeliest other classes
     fab_t = "fab_t"
     square = "square"
+    rays = "rays"  # by decisions alone; not part of the standard ensemble
 
 
 STANDARD = (Attack.apgd_ce, Attack.apgd_t, Attack.fab_t, Attack.square)
@@ -40,7 +42,7 @@ class AttackConfig:
     steps: int = 100  # of APGD and FAB
     restarts: int = 1  # of APGD on the cross-entropy (for l1 five)
     targets: int = 9  # classes that targeted attacks try (APGD for l1 five)
-    queries: int = 5000  # of the square attack
+    queries: int = 5000  # of the square attack and of RayS
     draws: int = 1  # of a random model for each answer
 
     def problems(self) -> list[str]:
@@ -130,8 +132,10 @@ def _runs(kind: Attack, config: AttackConfig, threat: Threat, logits: Tensor, se
     elif kind is Attack.fab_t:
         for rank in range(1, min(config.targets, classes - 1) + 1):
             yield _boundary(threat, config.steps, rank)
-    else:
+    elif kind is Attack.square:
         yield _search(threat, config.queries, seed, number)
+    else:
+        yield lambda oracle, x, label, ids, logits: rays(oracle, x, label, threat, config.queries)
 
 
 def _ascent(

@@ -36,7 +36,7 @@ from rayproj.robustness.threats import Norm, Threat, size
 from rayproj.storage.store import Store
 
 CHECKED = 64  # images in the search for signs of masked gradients
-COLUMNS = ("clean", "static", "defended", "transfer", "direct", "bpda", "square")
+COLUMNS = ("clean", "static", "defended", "transfer", "direct", "bpda", "square", "rays")
 
 
 class Kind(Enum):

@@ -7,6 +7,7 @@ plotted follows from these.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +20,6 @@ from rayproj import config as configuration
 from rayproj.classifiers.adapters import Adapted
 from rayproj.classifiers.adversary import ThreatConfig
 from rayproj.classifiers.model import of_run
-from rayproj.classifiers.networks import VisionTransformer
 from rayproj.classifiers.soups import Stack, barrier, few_shot, greedy, grid
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
@@ -28,7 +28,8 @@ from rayproj.errors import UserError
 from rayproj.robustness.apgd import apgd
 from rayproj.robustness.job import share
 from rayproj.robustness.losses import cross_entropy, targeted
-from rayproj.robustness.oracle import Oracle
+from rayproj.robustness.oracle import Model, Oracle
+from rayproj.robustness.threats import Threat
 from rayproj.storage.store import Store
 
 CLEAN = "clean"
@@ -85,8 +86,6 @@ def members_of(config: SoupConfig, images: Header) -> tuple[nn.Module, dict[str,
     for name, state in states.items():
         if set(state) != set(states[first]) or any(state[n].shape != states[first][n].shape for n in state):
             raise UserError(f"soup.members: '{name}' is another network than '{first}'; soups are of copies of one.")
-    if isinstance(network, VisionTransformer):
-        network.net.set_attn_implementation("eager")  # torch.func.vmap would go through the other one image by image
     return network.eval().requires_grad_(False), states
 
 
@@ -147,7 +146,8 @@ class Judge:
         logits = self.stack(255 * x)
         right = {CLEAN: logits.argmax(2) == label}
         for name in self.threats:
-            right[name] = right[CLEAN] & self._held(name, x, label, number, logits)
+            held = self._all_held if self.stack.at_once else self._each_held
+            right[name] = held(self.config.threats[name].threat, x, label, number, logits)
         bits = {
             name: ["".join("01"[int(v)] for v in column) for column in found.T.tolist()]
             for name, found in right.items()
@@ -157,19 +157,38 @@ class Judge:
             for k, (i, y) in enumerate(zip(ids, batch["label"], strict=True))
         ]
 
-    def _held(self, name: str, x: Tensor, label: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
-        """bool [candidates, B]: right after an ascent of the cross-entropy, and one towards the likeliest other class."""
-        flat = [t.repeat(self.count, *[1] * (t.dim() - 1)) for t in (x, label, ids)]
-        many, labels = flat[0], flat[1]
-        row = torch.stack([flat[2], torch.zeros_like(labels), torch.full_like(labels, 80)], 1)
-        target = logits.flatten(0, 1).scatter(1, labels[:, None], -torch.inf).argmax(1)
-        threat, oracle = self.config.threats[name].threat, Oracle(lambda z: self.stack.flat(255 * z))
-        held = torch.ones(len(many), dtype=torch.bool, device=x.device)
-        for loss in (cross_entropy, targeted(logits.shape[2])):
-            # All go on to the end, because the candidates are one batch.
-            steps, seed = self.config.steps, self.seed
-            held &= ~apgd(oracle, many, labels, row, threat, loss, steps, seed, target=target, go_on=True).broken
+    def _all_held(self, threat: Threat, x: Tensor, label: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+        """bool [candidates, B]: right, also under attack, as of `_held`; all candidates in one batch."""
+        x, label, ids = (t.repeat(self.count, *[1] * (t.dim() - 1)) for t in (x, label, ids))
+        held = self._held(threat, self.stack.flat, x, label, ids, logits.flatten(0, 1), go_on=True)
         return held.view(self.count, -1)
+
+    def _each_held(self, threat: Threat, x: Tensor, label: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+        """The same of one candidate after the other: what is broken goes no further."""
+        models = [partial(self.stack.alone, k) for k in range(self.count)]
+        return torch.stack([self._held(threat, m, x, label, ids, own) for m, own in zip(models, logits, strict=True)])
+
+    def _held(
+        self, threat: Threat, model: Model, x: Tensor, label: Tensor, ids: Tensor, logits: Tensor, go_on: bool = False
+    ) -> Tensor:
+        """bool [B]: right without an attack, after an ascent of the cross-entropy, and after one towards the likeliest other
+        class.
+
+        Args:
+            model: of images in [0, 255].
+            go_on: with what is wrong, so that the batch stays as it is.
+        """
+        row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 80)], 1)
+        target = logits.scatter(1, label[:, None], -torch.inf).argmax(1)
+        held, oracle = logits.argmax(1) == label, Oracle(lambda z: model(255 * z))
+        for loss in (cross_entropy, targeted(logits.shape[1])):
+            some = torch.arange(len(x), device=x.device) if go_on else torch.nonzero(held)[:, 0]
+            if not len(some):
+                break
+            found = apgd(oracle, x[some], label[some], row[some], threat, loss, self.config.steps, self.seed,
+                         target=target[some], go_on=go_on)  # fmt: skip
+            held[some] &= ~found.broken
+        return held
 
 
 def _on(state: dict[str, Tensor], device: str) -> dict[str, Tensor]:

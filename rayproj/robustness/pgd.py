@@ -25,6 +25,7 @@ def pgd(
     step: float = 0.25,
     loss: Loss = cross_entropy,
     seed: int = 0,
+    go_on: bool = True,
 ) -> Attacked:
     """Steepest ascent of the loss with projections (Madry et al. 2018); the last point.
 
@@ -32,12 +33,23 @@ def pgd(
         x: fp32 [B, C, H, W] in [0, 1].
         row: int64 [B, 3], the keys of random starts; None starts at the images.
         step: length of each in radii.
+        go_on: with examples that are broken, as training wants them; else they leave the batch.
     """
     point = x if row is None else threat.start(x, row, seed)
+    found, number = (
+        Attacked(x.clone(), torch.zeros_like(label, dtype=torch.bool)),
+        torch.arange(len(x), device=x.device),
+    )
     for _ in range(steps):
-        _, gradient, _ = oracle.ask(point, label, label, loss)
-        point = threat.project(x, point + threat.eps * step * steepest(gradient, threat.norm))
-    return Attacked(point, oracle.logits(point).argmax(1) != label)
+        _, gradient, logits = oracle.ask(point, label[number], label[number], loss)
+        if not go_on and (broken := logits.argmax(1) != label[number]).any():
+            found.images[number[broken]], found.broken[number[broken]] = point[broken], True
+            number, point, gradient = number[~broken], point[~broken], gradient[~broken]
+        if not len(number):
+            return found
+        point = threat.project(x[number], point + threat.eps * step * steepest(gradient, threat.norm))
+    found.images[number], found.broken[number] = point, oracle.logits(point).argmax(1) != label[number]
+    return found
 
 
 def steepest(gradient: Tensor, norm: Norm, share: float | Tensor = 0.05) -> Tensor:

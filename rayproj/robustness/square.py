@@ -12,6 +12,7 @@ from rayproj.robustness.oracle import Attacked, Oracle
 from rayproj.robustness.threats import Norm, Threat, size, wide
 
 SHARE = 0.8  # of the image that the first squares cover
+AT_ONCE = 64  # queries whose random numbers are drawn together
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000, after which they are half as large
 
 
@@ -33,7 +34,7 @@ def square(
     number = torch.arange(len(x), device=x.device)
     best = _stripes(x, row, threat, seed) if threat.norm is Norm.linf else _tiles(x, row, threat, seed)
     value = torch.full((len(x),), -torch.inf, device=x.device)
-    proposal = best
+    proposal, change = best, _square if threat.norm is Norm.linf else _moved_mass
     for query in range(queries):
         logits = oracle.logits(proposal)
         loss = margin(logits, label[number], label[number])
@@ -45,11 +46,20 @@ def square(
             number, value, best = number[~broken], value[~broken], best[~broken]
         if not len(number):
             return found
-        at = torch.stack([*row[number].unbind(1)[:2], torch.full_like(number, query + 1)], 1)
-        change = _square if threat.norm is Norm.linf else _moved_mass
-        proposal = change(x[number], best, at, threat, share_at(query), seed)
+        if query % AT_ONCE == 0:
+            places, signs = _drawn(row, query, x.shape[1], seed)
+        at = query % AT_ONCE
+        proposal = change(x[number], best, places[number, at], signs[number, at], threat, share_at(query))
     found.images[number] = best
     return found
+
+
+def _drawn(row: Tensor, query: int, channels: int, seed: int) -> tuple[Tensor, Tensor]:
+    """For this query and those after it the uniforms that say where [B, AT_ONCE, 5], and the signs [B, AT_ONCE, C, 1, 1]."""
+    later = torch.arange(query + 1, query + 1 + AT_ONCE, device=row.device)
+    rows = torch.cat([row[:, None, :2].expand(-1, AT_ONCE, -1), later[None, :, None].expand(len(row), -1, 1)], 2)
+    places = keyed.uniform(seed, "square", rows.flatten(0, 1), (5,)).unflatten(0, (-1, AT_ONCE))
+    return places, _signs((channels, 1, 1), rows.flatten(0, 1), seed, "sign").unflatten(0, (-1, AT_ONCE))
 
 
 def _signs(shape: tuple[int, ...], row: Tensor, seed: int, stream: str) -> Tensor:
@@ -71,12 +81,11 @@ def _stripes(x: Tensor, row: Tensor, threat: Threat, seed: int) -> Tensor:
     return threat.project(x, x + threat.eps * _signs((channels, 1, width), row, seed, "stripes"))
 
 
-def _square(x: Tensor, best: Tensor, row: Tensor, threat: Threat, share: float, seed: int) -> Tensor:
+def _square(x: Tensor, best: Tensor, place: Tensor, sign: Tensor, threat: Threat, share: float) -> Tensor:
     """One square at ± ε in each channel, the rest as it was."""
-    _, channels, height, width = x.shape
+    height, width = x.shape[2:]
     side = min(max(round((share * height * width) ** 0.5), 1), height, width)
-    window = _window(keyed.uniform(seed, "square", row, (2,)), side, height, width)
-    sign = _signs((channels, 1, 1), row, seed, "sign")
+    window = _window(place, side, height, width)
     return threat.project(x, torch.where(window, x + threat.eps * sign, best))
 
 
@@ -111,13 +120,12 @@ def _tiles(x: Tensor, row: Tensor, threat: Threat, seed: int) -> Tensor:
     return threat.project(x, x + delta / wide(size(delta, threat.norm), x) * threat.eps)
 
 
-def _moved_mass(x: Tensor, best: Tensor, row: Tensor, threat: Threat, share: float, seed: int) -> Tensor:
+def _moved_mass(x: Tensor, best: Tensor, draw: Tensor, sign: Tensor, threat: Threat, share: float) -> Tensor:
     """The change in one square goes to another, with what is left of the radius (ibid., algorithm 3)."""
     _, channels, height, width = x.shape
     side = max(round((share * height * width) ** 0.5), 3)
     side = min(side + (side % 2 == 0), height - (height % 2 == 0), width - (width % 2 == 0))
     power, p = (2, 2.0) if threat.norm is Norm.l2 else (4, 1.0)
-    draw = keyed.uniform(seed, "square", row, (5,))
     into = _window(draw[:, :2], side, height, width)
     emptied = _window(draw[:, 2:4], side, height, width)
     delta = best - x
@@ -130,7 +138,6 @@ def _moved_mass(x: Tensor, best: Tensor, row: Tensor, threat: Threat, share: flo
     unused = (threat.eps**p - mass(delta).sum(1, keepdim=True)).clamp(min=0) / channels
     shape = pair_of_bumps(side, power, threat.norm).to(x)
     turned = torch.where(wide(draw[:, 4] < 0.5, shape[None]), shape, shape.T)[:, None]
-    sign = _signs((channels, 1, 1), row, seed, "sign")
     kept = delta[into.expand_as(delta)].view(len(x), channels, side, side)
     new = sign * turned + kept / (mass(kept) ** (1 / p)).clamp(min=1e-12)
     new = new / (mass(new) ** (1 / p)).clamp(min=1e-12) * (freed + unused) ** (1 / p)

@@ -7,7 +7,6 @@ the same place is refused.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import re
@@ -15,12 +14,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.encodings import ENCODINGS
+from rayproj.data.prompts import read_prompts
 from rayproj.diffusion.conditions import LABEL, TEXT, Conditions
 from rayproj.diffusion.denoiser import Network
 from rayproj.diffusion.sampling import SamplerConfig
@@ -176,16 +175,7 @@ def prompts_of(config: GenerateConfig) -> list[str]:
     """
     lines = list(config.prompts)
     if config.prompts_file:
-        try:
-            with fsspec.open(config.prompts_file, "rt", encoding="utf-8") as file:
-                table = config.prompts_file.endswith(".csv")
-                lines_of = (row.get("prompt") or "" for row in csv.DictReader(file)) if table else file
-                read = [line.strip() for line in lines_of]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"generate.prompts_file='{config.prompts_file}' cannot be read ({error}).") from error
-        if not any(read):
-            raise UserError(f"generate.prompts_file='{config.prompts_file}' has no line with a prompt.")
-        lines += [line for line in read if line]
+        lines += [prompt.text for prompt in read_prompts(config.prompts_file, "generate.prompts_file")]
     return list(dict.fromkeys(text for line in lines for text in written_out(line)))
 
 

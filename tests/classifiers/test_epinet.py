@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from rayproj import classifiers
 from rayproj import config as configuration
+from rayproj.classifiers.augment import AugmentConfig
 from rayproj.classifiers.ensembles import BatchEnsemble, Ensemble, MCDropout
-from rayproj.classifiers.epinet import Epinet, EpistemicConfig, EpistemicNetwork, Kind, ProjectedMLP
+from rayproj.classifiers.epinet import Bootstrap, Epinet, EpistemicConfig, EpistemicNetwork, Kind, ProjectedMLP, weights
 from rayproj.classifiers.model import StartConfig
 from rayproj.classifiers.networks import ClassifierConfig, ConvNet, build
 from rayproj.classifiers.objective import Loss, Objective, ObjectiveConfig
@@ -235,6 +236,42 @@ def test_losses_are_means_over_the_indices_of_each_example_by_itself(kind: Kind,
     assert not torch.equal(again, losses), "another step has other indices and changes of the images"
 
 
+@pytest.mark.parametrize("kind", [Kind.epinet, Kind.ensemble, Kind.batch_ensemble])
+@pytest.mark.parametrize("bootstrap", [Bootstrap.bernoulli, Bootstrap.exponential])
+def test_each_index_learns_from_other_data(kind: Kind, bootstrap: Bootstrap) -> None:
+    epistemic = EpistemicConfig(kind, index=6, members=4, samples=3, bootstrap=bootstrap)
+    config = ClassifierConfig(channels=(8, 16), dropout=0.0, epistemic=epistemic)
+    task = ClassificationTask(config, header(), 3, AugmentConfig(shift=0, flip=False))
+    model, row = task.build(), places(7) + torch.tensor([10, 5, 0])
+    batch = {"image": images(), "label": torch.arange(7) % CLASSES, "row": row}
+    z = model.training_indices(3, row)  # type: ignore[operator]
+    quantile = model.quantiles(3, row[:, 0], z)  # type: ignore[operator]
+    assert quantile.shape == (len(z), 7)
+    for k in range(len(z)):
+        for b in range(7):  # of an example and an index, whatever the step and whoever comes with them
+            one = model.quantiles(3, row[b : b + 1, 0], z[k : k + 1, b % z.shape[1]][:, None])  # type: ignore[operator]
+            torch.testing.assert_close(one[0, 0], quantile[k, b])
+    count = torch.where(quantile < 0.5, 2.0, 0.0) if bootstrap is Bootstrap.bernoulli else -torch.log(1 - quantile)
+    losses = -model(batch["image"], z).log_softmax(2).gather(2, batch["label"].expand(len(z), 7)[..., None])[..., 0]
+    torch.testing.assert_close(task.losses(model, batch), (count * losses).mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Kind.epinet, Kind.ensemble])
+def test_how_much_an_example_counts_has_its_law(kind: Kind) -> None:
+    """Uniform quantiles over indices of one example and over examples, and weights of mean one."""
+    model = of(kind)
+    z = torch.randn(2000, 1, 6) if kind is Kind.epinet else torch.eye(4)[:, None]
+    quantile = model.quantiles(0, torch.arange(2000), z)
+    over_indices = quantile[:, 5] if kind is Kind.epinet else quantile[2]
+    assert stats.kstest(over_indices.numpy(), "uniform").pvalue > 1e-3
+    for bootstrap in (Bootstrap.bernoulli, Bootstrap.exponential):
+        assert weights(bootstrap, quantile).mean().item() == pytest.approx(1, abs=0.05)
+    if kind is Kind.epinet:
+        torch.testing.assert_close(model.quantiles(0, torch.arange(2000), -z), 1 - quantile, rtol=1e-4, atol=1e-5)
+    else:
+        assert np.abs(np.corrcoef(quantile.numpy()) - np.eye(4)).max() < 0.1, "members draw by themselves"
+
+
 def digits(uri: str, numbers: np.ndarray) -> None:
     """Of scikit-learn's, some, at 16 pixels."""
     data = load_digits()
@@ -318,6 +355,7 @@ def test_an_epinet_knows_more_about_labels_together(trained: Path) -> None:
         ({"kind": "epinet", "index": 0}, "epistemic.index must be positive"),
         ({"kind": "mc_dropout", "dropout": 1.0}, "epistemic.dropout must lie in"),
         ({"kind": "ensemble", "prior": -1.0}, "must not be negative"),
+        ({"kind": "mc_dropout", "bootstrap": "bernoulli"}, "not for mc_dropout"),
     ],
 )
 def test_what_cannot_be(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:

@@ -60,13 +60,14 @@ def test_a_grid_has_every_point_of_the_simplex_once(members: int, parts: int) ->
     assert wider.min() == pytest.approx(-0.4) and wider.max() == pytest.approx(1.4) and len(wider) > len(found)
 
 
-def test_candidates_together_are_those_one_by_one_attacked_too() -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_candidates_together_are_those_one_by_one_attacked_too(at_once: bool) -> None:
     x, label = digits()
     first = small_network(x[:600], label[:600])
     torch.manual_seed(1)
     second = {n: p + 0.05 * torch.randn_like(p) for n, p in first.state_dict().items()}
     members, weights = [first.state_dict(), second], grid(2, 4, 0.5)
-    stack = Stack(first, members, weights)
+    stack = Stack(first, members, weights, at_once)
     x, label = x[600:640], label[600:640]
     logits = stack(x)
     assert logits.shape == (len(weights), 40, 10)

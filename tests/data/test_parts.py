@@ -51,6 +51,20 @@ def test_labels_can_be_made_wrong() -> None:
     assert {CLASSES[s["label"]] for s in found} == {"dog"} and len(found) == len(samples())
 
 
+def test_one_rule_takes_what_another_leaves() -> None:
+    cats = {"label": ["cat"]}
+    rules = [
+        KeepConfig("train", "all", cats, 7, become={"label": "dog"}),
+        KeepConfig("train", "all", cats, 9, after=7, become={"tone": "x"}),
+        KeepConfig("train", "all", cats, after=16),
+    ]
+    found = keep({"all": samples()}, rules, CLASSES, 0)["train"]
+    assert len({s["key"] for s in found}) == len(found) == 40
+    assert sum(s["label"] for s in found) == 7 and sum(s["tone"] == "x" for s in found) == 9
+    with pytest.raises(UserError, match="finds 40 samples, and asks for 41"):
+        keep({"all": samples()}, [KeepConfig("train", "all", cats, after=40)], CLASSES, 0)
+
+
 def test_what_is_taken_depends_on_the_keys_alone_and_fewer_are_some_of_more() -> None:
     def taken(order: list[dict[str, Any]], count: int, seed: int = 0) -> set[str]:
         return {s["key"] for s in keep({"a": order}, [KeepConfig("a", count=count)], CLASSES, seed)["a"]}

@@ -148,6 +148,17 @@ def test_a_bad_folder_is_named(folder: Path, spoil, change, says: str) -> None: 
         list(open_source(SourceConfig(kind=SourceKind.image_folder, path=str(folder), **change)).samples())
 
 
+def test_the_tone_of_an_image_is_that_of_what_it_shows() -> None:
+    config = SourceConfig(kind=SourceKind.fashion_mnist, image_size=32, attributes=["tone"])
+    source = open_source(config)
+    assert source.attributes == ("tone",)
+    for row, _ in zip(source.rows(), range(50), strict=False):
+        shown = [value for value in row["image"].ravel().tolist() if value]
+        assert row["tone"] == ("light" if sum(shown) / len(shown) >= 128 else "dark"), row["key"]
+    with pytest.raises(UserError, match=r"'style' is nothing that .* has; there is tone"):
+        open_source(replace(config, attributes=["style"]))
+
+
 def test_any_idx_folder(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("t10k", 3)):

@@ -150,6 +150,7 @@ def test_ranks_share_the_work_and_the_planted_bias_is_found(tmp_path: Path) -> N
     assert set(found_marks) == {"real", "marked"}, "of those that are said to have the mark of this key"
     assert found_marks["marked"]["as they are"]["chance"] < 1e-6 < found_marks["real"]["as they are"]["chance"]
     assert found_marks["real"]["as they are"]["found"] < 0.05
+    assert found_marks["marked"]["as they are"]["area"] > 0.9
     bias = alone["skewsize"]["real"]["tone"]
     assert max(bias["effects"], key=bias["effects"].get) == "three" and bias["effects"]["three"] > 0.5
     assert bias["value"] > 0

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluation = Store(str(path / "evaluation"))
     evaluation.write("config.yaml", yaml.safe_dump({"evaluate": given}).encode())
     measured = {"samples": 12, "feature_extractor": "lite0", "measures": FRECHET}
-    marked = {"sets": {"drawn": {"JPEG 90": {"found": 0.75, "z": 9.0, "chance": 1e-9}}}}
+    marked = {"sets": {"drawn": {"JPEG 90": {"found": 0.75, "z": 9.0, "chance": 1e-9, "area": 0.9375}}}}
     evaluation.write("result.json", to_json({"quality": measured, "watermark": marked, "tests": {}}))
     return path
 
@@ -73,7 +73,7 @@ def test_a_model_card_has_the_sections_and_numbers_of_the_records(folder: Path) 
     assert found["Intended use"].startswith("Not recorded")
     numbers = found["Quantitative analyses"]
     assert "| frechet distance | 181.8 | 1045 |" in numbers and "| recall | 0.909 | not recorded |" in numbers
-    assert "| drawn | JPEG 90 | 0.75 |" in numbers
+    assert "| drawn | JPEG 90 | 0.75 | 0.9375 |" in numbers
     assert "1045" in found["Caveats and recommendations"] and "shapes latents, 12 samples" in found["Training data"]
     assert "may have learned single examples of it by heart" in found["Ethical considerations"]
     assert str(folder) not in text, "the places on this machine concern nobody"

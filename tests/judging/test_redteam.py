@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rayproj.judging.prompts import read_prompts
+from rayproj.judging.prompts import categories
 from rayproj.judging.redteam import DISGUISES, red_team
 from rayproj.responsibility.policy import PolicyConfig, PromptPolicy
 
@@ -32,9 +32,9 @@ def test_blocked_prompts_are_counted(tmp_path: Path) -> None:
 
 
 def test_the_shipped_policy_stops_what_is_said_plainly() -> None:
-    harmful = read_prompts(str(ROOT / "configs/prompts/adversarial.csv"))
+    harmful = categories(str(ROOT / "configs/prompts/adversarial.csv"))
     plain = {prompt: kind for prompt, kind in harmful.items() if "paraphrased" not in kind and kind != "weapons"}
-    found = red_team(PromptPolicy(PolicyConfig()), plain, list(read_prompts(str(ROOT / "configs/prompts/emoji.csv"))))
+    found = red_team(PromptPolicy(PolicyConfig()), plain, list(categories(str(ROOT / "configs/prompts/emoji.csv"))))
     assert found["passed"] == [] and found["harmless"]["count"] == 0
     for name in ("capitals", "Cyrillic look-alikes", "full-width letters", "accents", "invisible joiners"):
         assert found["disguises"][name]["share"] >= 0.8, name

@@ -11,7 +11,7 @@ import pytest
 
 from rayproj import config as configuration
 from rayproj.errors import UserError
-from rayproj.preferences.plan import Plan, Question, SetConfig, Turn, read_prompts
+from rayproj.preferences.plan import Plan, Question, SetConfig, Turn, prompts_of
 from tests.support.studies import made, study
 
 
@@ -145,8 +145,8 @@ def test_references_go_with_the_question_about_them() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.csv", "text\nhorse\n", "there may be prompt"),
-        ("a.csv", "prompt,colour\nhorse,red\n", "there may be prompt"),
+        ("a.csv", "text\nhorse\n", "first line is to name prompt"),
+        ("a.csv", "prompt,colour\nhorse,red\n", "first line is to name prompt"),
         ("a.csv", "prompt,object,number\nhorse,legs,-1\n", "no number from 0"),
         ("a.csv", "prompt,object,number\nhorse,legs,\n", "do not say what is to be counted"),
         ("a.csv", "prompt\nhorse\nhorse\n", "twice"),
@@ -159,12 +159,12 @@ def test_prompts_that_cannot_be_used(tmp_path: Path, name: str, text: str, says:
     if text:
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=says):
-        read_prompts(SetConfig(str(tmp_path / name), [Question.count]))
+        prompts_of(SetConfig(str(tmp_path / name), [Question.count]))
 
 
 def test_the_config_that_ships_is_sound() -> None:
     from rayproj.jobs.serve_study import Config  # type: ignore[attr-defined]
 
     config = configuration.load(Config, "configs/serve_study.yaml")
-    prompts = read_prompts(config.study.sets["emoji"])
+    prompts = prompts_of(config.study.sets["emoji"])
     assert len(prompts) == 8 and {p.category for p in prompts} >= {"animals", "faces"}

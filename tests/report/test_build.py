@@ -57,8 +57,8 @@ def root(tmp_path: Path) -> Path:
         "classes": list("abc"), "accuracy": accuracy, "confusion": {n: [[1, 0], [0, 1]] for n in MODELS},
         "quality": {"feature_extractor": "x", "samples": 9, "frechet_distance": distance, "measures": measures},
         "skewsize": None, "watermark": {"images": 9, "chance": 1e-3, "sets": {
-            "real": {"as they are": {"found": 0.002, "z": 1.0, "chance": 1e-9}},
-            "one": {"as they are": {"found": 0.987, "z": 1.0, "chance": 1e-9}},
+            "real": {"as they are": {"found": 0.002, "z": 1.0, "chance": 1e-9, "scores": [0.1, -1.0]}},
+            "one": {"as they are": {"found": 0.987, "z": 1.0, "chance": 1e-9, "scores": [4.0, 0.0], "area": 0.75}},
         }},
     })  # fmt: skip
     return tmp_path

@@ -145,7 +145,7 @@ def test_a_generative_purifier_is_attacked_around(data) -> None:  # type: ignore
 def test_a_better_one_is_told_from_chance() -> None:
     rng = np.random.default_rng(0)
     static, better = rng.random(400) < 0.4, rng.random(400) < 0.7
-    columns = {n: better for n in ("defended", "transfer", "direct", "bpda", "square")}
+    columns = {n: better for n in ("defended", "transfer", "direct", "bpda", "square", "rays")}
     items = {c.item: c for c in checklist({"clean": better, "static": static, **columns}, 0.0, (1.0, 3.0))}
     assert all(c.passed for c in items.values())
     assert "3.0 times as long" in items["It costs less than ten times its base"].evidence

@@ -132,6 +132,11 @@ def test_pgd_is_foolbox(small) -> None:  # type: ignore[no-untyped-def]
         )
         torch.testing.assert_close(found.images, expected, rtol=0, atol=1e-5)
         assert torch.equal(found.broken, broken)
+        if steps > 1:
+            stopped = pgd(Oracle(model), x, label, None, threat, 7, 0.2, go_on=False)
+            assert stopped.broken[broken].all() and threat.holds(x, stopped.images).all()
+            assert torch.equal(model(stopped.images).argmax(1) != label, stopped.broken)
+            torch.testing.assert_close(stopped.images[~stopped.broken], expected[~stopped.broken], rtol=0, atol=1e-5)
     _, expected, _ = foolbox.attacks.L2PGD(rel_stepsize=0.2, steps=7, random_start=False)(
         theirs, x, label, epsilons=0.5
     )

@@ -75,6 +75,24 @@ def test_a_run_of_no_steps_is_the_soup_it_starts_from(folder: str) -> None:
     )
 
 
+def test_candidates_in_one_batch_hold_what_each_holds_by_itself(folder: str) -> None:
+    threat = ThreatConfig(Norm.linf, 0.1)
+    config = SoupConfig({"linf": f"{folder}/linf", "l2": f"{folder}/l2"}, f"{folder}/test", f"{folder}/batched",
+                        threats={"linf": threat}, parts=2, steps=4, examples=20)  # fmt: skip
+    dataset = Dataset.create(config.out, header_of(config, config.test, 0))
+    judge = Judge({"out": dataset.uri}, "cpu")
+    assert not judge.stack.at_once
+    batch = judge.reader.gather(np.arange(20))
+    x, label = torch.from_numpy(batch["image"]).float() / 255, torch.from_numpy(batch["label"])
+    given = (threat.threat, x, label, torch.arange(20), judge.stack(255 * x))
+    each = judge._each_held(*given)
+    judge.stack.at_once = True
+    judge.stack.network.net.set_attn_implementation("eager")
+    together = judge._all_held(*given)
+    assert each.shape == together.shape == (judge.count, 20) and 0 < each.sum() < each.numel()
+    assert (each != together).sum() <= 1, "but for rounding"
+
+
 def test_a_run_with_adapters_is_merged_into_one_network(folder: str) -> None:
     header = Dataset.open(f"{folder}/train").header
     both, merged = of_run(f"{folder}/both", header), of_run(f"{folder}/merged", header)

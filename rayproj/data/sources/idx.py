@@ -17,6 +17,8 @@ FASHION = (
     "T-shirt or top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
+TONE = "tone"
+
 
 def read_idx(path: Path) -> np.ndarray:
     """An idx file of unsigned bytes.
@@ -51,7 +53,13 @@ def open(config: SourceConfig) -> Source:
 def idx_source(
     config: SourceConfig, folder: Path, name: str, classes: tuple[str, ...], licence: str, attribution: str
 ) -> Source:
-    """The images of the four files in `folder`, padded with zeros to the configured size."""
+    """The images of the four files in `folder`, padded with zeros to the configured size.
+
+    With source.attributes=[tone] each has its tone, dark or light: whether what is shown is below or above the middle
+    grey in the mean. It is the one group that anybody can see in such images.
+    """
+    if unknown := [one for one in config.attributes if one != TONE]:
+        raise UserError(f"source.attributes: '{unknown[0]}' is nothing that {name} has; there is {TONE}.")
     parts = {split: _read_part(folder, prefix) for split, prefix in (("train", "train"), ("test", "t10k"))}
     labels = np.concatenate([part[1] for part in parts.values()])
     classes = classes or tuple(str(label) for label in range(int(labels.max()) + 1))
@@ -72,10 +80,17 @@ def idx_source(
                     "label": int(label),
                     "split": split,
                     "group": f"{split}-{i:06d}",
+                    **({TONE: tone(image)} if config.attributes else {}),
                 }
 
     shape = (channels, config.image_size, config.image_size)
-    return Source(name, classes, (), shape, licence, attribution, rows)
+    return Source(name, classes, tuple(config.attributes), shape, licence, attribution, rows)
+
+
+def tone(image: np.ndarray) -> str:
+    """Of uint8 [H, W] on black ground."""
+    shown = image[image > 0]
+    return "light" if shown.size and shown.mean() >= 128 else "dark"
 
 
 def _read_part(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
