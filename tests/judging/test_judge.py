@@ -43,13 +43,13 @@ def write(
 ) -> str:
     fields = {"image": Field("png", (3, 64, 64)), field: Field("str")}
     provenance: dict[str, Any] = {"sampler": {"guidance": guidance}} if guidance else {}
-    provenance |= {"watermark": {"key": key_name(secret), "strength": 8.0}, "model": f"{uri}_run"} if secret else {}
+    provenance |= {"watermark": {"key": key_name(secret), "strength": 3.0}, "model": f"{uri}_run"} if secret else {}
     dataset = Dataset.create(uri, Header("x", fields, len(texts), 16, (), provenance=provenance))
     for shard in range(dataset.header.num_shards):
         rows = dataset.header.shard_range(shard)
         images = {i: image(drawn_as[i], i) for i in rows}
         if secret:
-            images = {i: mark(one[None], secret, 8.0)[0] for i, one in images.items()}
+            images = {i: mark(one[None], secret, 3.0)[0] for i, one in images.items()}
         made = [{"key": f"{i:08d}", "image": images[i], field: texts[i]} for i in rows]
         commit_shard(dataset, shard, made, "test", 0.1)
     return uri
@@ -132,8 +132,8 @@ def test_people_of_a_study_are_read(config: JudgeConfig, tmp_path: Path) -> None
 def test_quality_is_told_with_its_numbers(found: dict[str, Any]) -> None:
     (of,) = found["quality"].values()
     assert of["samples"] == 32 and set(of["models"]) == {"asked", "other"}
-    # Both models draw the same pictures, under other prompts.
-    assert of["models"]["asked"]["mmd"] == pytest.approx(of["models"]["other"]["mmd"], abs=0.02)
+    # Both models draw the same pictures, under other prompts, but for their marks.
+    assert of["models"]["asked"]["mmd"] == pytest.approx(of["models"]["other"]["mmd"], rel=0.15)
 
 
 def test_attributes_are_of_the_category_of_people(found: dict[str, Any]) -> None:
