@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from rayproj.runtime.producer import PoolConfig, produce
 from rayproj.runtime.run import Run, RunConfig
 
 ROUNDS, THREADS = 3, 2
-IMAGES, SHARD = 1024, 64  # examined for the speed
+IMAGES, SHARD = 512, 64  # examined for the speed
 SEARCHES, BUDGET = 4, 800  # of each bug, and images of each search
 
 
@@ -56,10 +56,10 @@ def measure() -> list[Row]:
     return [
         row(what, "1/s", ours, peer, loop, "higher", 1.0),
         row(
-            f"planted bugs found, each in a search of {BUDGET} images",
+            f"planted bugs named, each in a search of {BUDGET} images",
             "1/1000",
             found["search"],
-            "slices at random, same tests and budget",
+            "slices of one term at random, same tests and budget",
             found["random"],
             "higher",
         ),
@@ -132,7 +132,7 @@ def loop(folder: str) -> float:
 
 
 def findings(folder: str) -> dict[str, float]:
-    """Planted bugs that are found, by 1,000 images, over searches of several bugs and seeds; and the share of findings that
+    """Planted bugs that are named, by 1,000 images, over searches of several bugs and seeds; and the share of findings that
     are of something else: these classifiers have weaknesses that nobody planted, so that it is no error rate."""
     torch.set_num_threads(THREADS)
     images = planted.write(f"{folder}/figures", planted.figures("test", 99)).uri
@@ -161,11 +161,10 @@ def findings(folder: str) -> dict[str, float]:
 
 
 def at_random(config: DiscoverConfig, seed: int, make: Any) -> dict[str, Any]:
-    """Slices of one or two terms drawn at random, all images for their tests."""
+    """Slices of one term drawn at random, all images for their tests."""
     search, rng = prepared(config, seed, make), random.Random(seed)
     terms = [Term(name, value) for name, values in search.bench.attributes.items() for value in values]
-    pairs = [pair for pair in combinations(terms, 2) if pair[0].attribute != pair[1].attribute]
-    every = [Slice.of(label, of) for label in search.bench.labels for of in [*((t,) for t in terms), *pairs]]
+    every = [Slice.of(label, [term]) for label in search.bench.labels for term in terms]
     slices = rng.sample(every, config.slices)
     wrong = dict(zip(planted.LABELS, reversed(planted.LABELS), strict=True))
     on = search.run("confirm", confirming(slices, config.images), confirming=True)
@@ -174,8 +173,8 @@ def at_random(config: DiscoverConfig, seed: int, make: Any) -> dict[str, Any]:
 
 
 def _is_planted(of: Slice, bug: str) -> bool:
-    """Women of what goes with men in the training images, or some of them."""
-    return of.label == "female" and of.values.get(bug) in planted.BUGS[bug][0]
+    """Women of what goes with men in the training images, and nothing else."""
+    return of.label == "female" and len(of.terms) == 1 and of.values.get(bug) in planted.BUGS[bug][0]
 
 
 def _make(dataset: Dataset, maker: str, values: dict[str, Any]) -> None:

@@ -20,7 +20,6 @@ from rayproj.diffusion.adapters import LoraConfig, adapt, merge
 from rayproj.diffusion.autoencoder import Codec
 from rayproj.diffusion.conditions import LABEL, LOW, TEXT, Condition, ConditionConfig, Conditions, learned
 from rayproj.diffusion.denoiser import Denoiser, DenoiserConfig, Network, pixels_together, remembering
-from rayproj.diffusion.fusing import fuse
 from rayproj.diffusion.process import Process, ProcessConfig, TimeDensity
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.text import TextConfig, TextEncoder
@@ -258,6 +257,8 @@ def made_ready(denoiser: Denoiser, codec: Codec, config: SamplerConfig, device: 
         codec.model.bfloat16()
     on_gpu = device.startswith("cuda")
     if on_gpu:
+        from rayproj.diffusion.fusing import fuse  # diffusers takes two seconds to import, on every driver and worker
+
         pixels_together(denoiser, codec.model)
         fuse(denoiser, codec.model)
     if config.compile:
