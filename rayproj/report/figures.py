@@ -136,6 +136,7 @@ def effect_sizes(found: dict[str, dict[str, Any]]) -> Figure:
         left.set_title(f"{name}: SkewSize {'undefined' if s['value'] is None else format(s['value'], '.2f')}")
         left.set_xlabel("effect size of the group")
         left.set_ylabel("classes")
+        left.yaxis.get_major_locator().set_params(integer=True)
         bars = {"accuracy": s["accuracy"], "worst group": s["worst_group_accuracy"], "gap": s["accuracy_gap"]}
         right.barh(list(bars), list(bars.values()), color=SERIES[1])
         for place, value in enumerate(bars.values()):

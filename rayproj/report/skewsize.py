@@ -82,8 +82,9 @@ def _text(name: str, s: dict[str, Any]) -> str:
         f"90 % {s['q90']:.3f}, largest {s['max']:.3f}",
         f"  accuracy {s['accuracy']:.3f}; worst group {s['worst_group']} {s['worst_group_accuracy']:.3f}, gap "
         f"{s['accuracy_gap']:.3f}",
-        f"  {s['examples']:,} examples of {len(s['effects'])} classes; {len(s['significant'])} classes depend on the group "
-        f"beyond chance, {s['classes_thin']} have tables too thin to say, {s['classes_skipped']} have too few examples",
+        f"  {s['examples']:,} examples; of {len(s['effects'])} classes, those that depend on the group beyond chance: "
+        f"{len(s['significant'])}, with tables too thin to say: {s['classes_thin']}, with too few examples: "
+        f"{s['classes_skipped']}",
     ]
     if s["dropped"]:
         lines.append(f"  {s['dropped']:,} rows without a group were left out")
