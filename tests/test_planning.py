@@ -186,6 +186,14 @@ def test_what_is_there_is_read(tmp_path, capsys) -> None:  # type: ignore[no-unt
     assert "does not divide over 5 ranks" in capsys.readouterr().err
 
 
+def test_a_plan_needs_no_images_to_change(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    """Some changes are made by libraries that want values."""
+    words = ["train_classifier", str(ROOT / "configs/train_classifier.yaml"), f"run.dir={tmp_path}/run", "data=nowhere"]
+    words += ["augment.rand_augment=2", "augment.obfuscate.names=[colour]"]
+    (plan,) = write_plan(capsys, *words, "--samples", "100", "--shape", "1x32x32", "--classes", "10")
+    assert plan["parameters"] and plan["fits"] is True
+
+
 def test_planned_shards_are_as_large_as_written_ones(tmp_path) -> None:  # type: ignore[no-untyped-def]
     dataset = Dataset.create(str(tmp_path), HEADER)
     samples = [

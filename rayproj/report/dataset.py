@@ -123,8 +123,8 @@ def write_sheet(uri: str, file: str, per_class: int = 8) -> str:
         raise UserError(f"'{uri}' has no images to be shown; its fields are {', '.join(header.fields)}.")
     labelled = "label" in header.fields and bool(header.classes)
     labels = Reader(dataset, ["label"]).gather(there)["label"] if labelled else np.zeros(len(there), np.int64)
-    names = header.classes if labelled else ("images",)
-    rows = {n: there[labels == k][:per_class] for k, n in enumerate(names) if (labels == k).any()}
+    names = {**dict(enumerate(header.classes)), -1: "no label"} if labelled else {0: "images"}
+    rows = {n: there[labels == k][:per_class] for k, n in names.items() if (labels == k).any()}
     reader, blank = Reader(dataset, ["image"]), np.full((per_class, *image.shape), 255, np.uint8)
     sheet = []
     for ids in rows.values():
