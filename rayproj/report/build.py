@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
-from rayproj.report import figures, obfuscations
+from rayproj.report import figures, obfuscations, soups
 from rayproj.report.pages import data_uri, rendered
 from rayproj.storage.store import Store, from_json
 
@@ -108,6 +108,8 @@ def gather(stages: Stages) -> dict[str, Any]:
             report[key] = {k: done[name][k] for k in ("samples", "shards", "images_per_second", "manifest")}
     if under_attack := {k: v for name in stages.of("evaluate") for k, v in done[name].get("robustness", {}).items()}:
         report["robustness"] = under_attack
+    if mixed := stages.of("soup"):
+        report["soups"] = {name: done[name] for name in mixed}
     if "accuracy" in done.get("evaluate", {}):
         found = done["evaluate"]
         named = {"real": "accuracy_real", "public": "accuracy_synthetic", "private": "accuracy_private"}
@@ -256,6 +258,8 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
             found["robustness_and_cost"] = data_uri(figures.svg(cost), "svg+xml")
         if attacked := attacked_images(stages, 8):
             found["perturbed"] = data_uri(figures.png(figures.perturbed(attacked)), "png")
+    for name, mixed in report.get("soups", {}).items():
+        found[f"soups of {name}"] = data_uri(figures.svg(soups.trade_offs(mixed)), "svg+xml")
     if len(report.get("watermark", {}).get("sets", {})) > 1:
         found["watermark"] = data_uri(figures.svg(figures.watermark(report["watermark"]["sets"])), "svg+xml")
     if "accuracy" in stages.results.get("evaluate", {}):
@@ -320,7 +324,10 @@ def build(root: str, places: dict[str, str]) -> tuple[dict[str, Any], str]:
     imported = stages.results.get("import_data", {})
     configs = {name: stages.config(name) for name in report["stages"]}
     shown = pictures(stages, report)
-    html = rendered("template.html", report=report, pictures=shown, imported=imported, configs=configs, titles=TITLES)
+    mixed = {name: soups.rows(one) for name, one in report.get("soups", {}).items()}
+    html = rendered(
+        "template.html", soups=mixed, report=report, pictures=shown, imported=imported, configs=configs, titles=TITLES
+    )
     return report, html
 
 

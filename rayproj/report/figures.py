@@ -76,7 +76,7 @@ def samples(columns: dict[str, np.ndarray], classes: list[str], zoom: float = 0.
 
 def curves(series: dict[str, tuple[list[float], list[float]]], ylabel: str, log: bool = False) -> Figure:
     """Lines over steps: name -> (steps, values), each in its own panel, since their scales differ."""
-    figure, axes = _panels(len(series), 3.1, 2.3)
+    figure, axes = panels(len(series), 3.1, 2.3)
     for axis, (name, (x, y)), colour in zip(axes, series.items(), cycle(SERIES), strict=False):
         axis.plot(x, y, color=colour, linewidth=1.6, marker="o" if len(x) < 12 else None, markersize=3)
         axis.set_title(name)
@@ -106,7 +106,7 @@ def accuracy_bars(accuracy: dict[str, dict[str, Any]], chance: float, titles: di
 
 def confusions(matrices: dict[str, list[list[int]]], classes: list[str], titles: dict[str, str]) -> Figure:
     """Confusion matrices as shares of the true class."""
-    figure, axes = _panels(len(matrices), 3.8, 3.9)
+    figure, axes = panels(len(matrices), 3.8, 3.9)
     for number, (axis, (name, counts)) in enumerate(zip(axes, matrices.items(), strict=False)):
         share = np.array(counts) / np.maximum(1, np.sum(counts, axis=1, keepdims=True))
         axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -261,7 +261,7 @@ def watermark(found: dict[str, dict[str, Any]]) -> Figure:
     """
     real = found[REAL]
     marked = {name: one for name, one in found.items() if name != REAL}
-    figure, axes = _panels(len(marked), 3.0, 2.6)
+    figure, axes = panels(len(marked), 3.0, 2.6)
     for axis, (name, attacks) in zip(axes, marked.items(), strict=False):
         for number, (attack, one) in enumerate(attacks.items()):
             colour, style = SERIES[number % len(SERIES)], "-" if number < len(SERIES) else "--"
@@ -283,7 +283,7 @@ def robust_accuracy(found: dict[str, dict[str, Any]]) -> Figure:
     """
     curves = {name: one for name, one in found.items() if any("curve" in t for t in one["threats"].values())}
     threats = list(dict.fromkeys(threat for one in curves.values() for threat in one["threats"]))
-    figure, axes = _panels(len(threats), 3.0, 2.6)
+    figure, axes = panels(len(threats), 3.0, 2.6)
     for axis, threat in zip(axes, threats, strict=False):
         for colour, (name, one) in zip(cycle(SERIES), curves.items()):
             points = [{"radius": 0.0, **one["clean"]}, *one["threats"][threat]["curve"]]
@@ -308,7 +308,7 @@ def robustness_and_cost(found: dict[str, dict[str, Any]]) -> Figure:
     """Worst-case accuracy of defences over what an answer of theirs costs, with their bases at a cost of one."""
     costs = {name: one for name, one in found.items() if "cost" in one}
     threats = list(next(iter(costs.values()))["threats"]) if costs else []
-    figure, axes = _panels(max(1, len(threats)), 3.0, 2.6)
+    figure, axes = panels(max(1, len(threats)), 3.0, 2.6)
     for axis, threat in zip(axes, threats, strict=False):
         for colour, (name, one) in zip(cycle(SERIES), costs.items()):
             base, own = one["threats"][threat]["columns"]["static"], one["threats"][threat]["robust"]
@@ -380,7 +380,7 @@ def heat_map(values: np.ndarray, rows: list[str], columns: list[str], marks: np.
     return figure
 
 
-def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
+def panels(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
     """As many axes, at most PANELS in a row."""
     columns = min(PANELS, count)
     rows = -(-count // columns)

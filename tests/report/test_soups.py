@@ -1,0 +1,52 @@
+"""Soups in a report, from outcomes that are known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from rayproj.classifiers.soups import grid
+from rayproj.report.build import build
+from rayproj.report.soups import rows, trade_offs
+from rayproj.robustness.job import share
+
+
+def outcome(parts: int = 4) -> dict:
+    """Two members: the first right without an attack, the second under it, and in the middle both."""
+    weights, images = grid(2, parts), np.arange(100)
+    soups = [
+        {"weights": w.tolist(), "clean": share(images < 60 + 20 * w[0]), "linf": share(images < 30 + 40 * w[1])}
+        for w in weights
+    ]
+    best = {name: int(np.argmax([s[name]["value"] for s in soups])) for name in ("clean", "linf")}
+    row = {"member": "b", "alone": 0.7, "soup": 0.6, "weights": [0.5, 0.5], "only_alone": 5, "only_soup": 2, "p": 0.45}
+    return {"job": "soup", "members": ["a", "b"], "soups": soups, "best": best, "greedy": 2, "seconds": 1.0,
+            "beats_specialist": {"clean": {}, "linf": row}, "finished_at": 1.0}  # fmt: skip
+
+
+def test_members_and_the_best_have_rows() -> None:
+    found = rows(outcome())
+    assert [title for title, _ in found] == ["a, best clean", "b, best linf", "greedy, for the union"]
+    assert [one["weights"] for _, one in found] == [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
+
+
+def test_lines_are_of_the_soups_between_two_members() -> None:
+    three = outcome()
+    three["members"] = ["a", "b", "c"]
+    three["soups"] = [{"weights": w.tolist(), "clean": share(np.arange(10) < 10 * w[2])} for w in grid(3, 2)]
+    first, second, third = trade_offs(three).axes[:3]
+    assert first.get_lines()[0].get_ydata().tolist() == [0, 0, 0]
+    for axis in (second, third):
+        assert axis.get_lines()[0].get_xdata().tolist() == axis.get_lines()[0].get_ydata().tolist() == [0, 0.5, 1]
+
+
+def test_the_report_has_table_and_plot(tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(outcome()))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"soup": {}}))
+    _, html = build(str(tmp_path), {})
+    assert "Soups: mixed" in html and "80.0 % (70.8–87.3)" in html, "Clopper and Pearson's interval of 80 of 100"
+    assert "linf: 60.0 % (weights 0.50, 0.50) against 70.0 % of b, p 0.45" in html
+    assert 'alt="Accuracies along the lines between two members"' in html
