@@ -11,6 +11,7 @@ from typing import Any
 from rayproj.data.dataset import Dataset
 from rayproj.discovery.captions import CaptionConfig, EmbedderConfig, index_header
 from rayproj.evaluation.features import EfficientNetLite0Features
+from rayproj.evaluation.watermark import read_key
 from rayproj.export.card import last_part
 from rayproj.export.records import card
 from rayproj.judging.judge import judge
@@ -35,21 +36,34 @@ def main(config: Config) -> dict[str, Any]:
     with Run.open("judge", config) as run:
         if run.result:
             return run.result
+        _check(config.judge)
         index = _index(run, config)
         for name in config.judge.sets():
             scores = Dataset.create(f"{config.judge.out}/scores/{name}", header_of(config.judge, name, index))
             values = {"config": asdict(config.judge), "name": name, "index": index, "out": scores.uri}
             produce(run, scores, "rayproj.judging.scoring:Scorer", config.pool, values)
         found = judge(config.judge)
-        cards = {last_part(uri): card(uri, judged=(config.judge, found)) for uri in config.judge.cards}
         store = Store(config.judge.out)
+        store.write("judged.json", to_json(found))
+        cards = {last_part(uri): card(uri, judged=(config.judge, found)) for uri in config.judge.cards}
         for name, text in cards.items():
             store.write(f"cards/{name}.md", text.encode())
-        store.write("judged.json", to_json(found))
         store.write("judged.html", judged.page(found, judged.samples(config.judge), cards).encode())
         if folder := store.local_path():
             run.tracker.event({"type": "file", "name": "judged", "path": str(folder / "judged.html")})
         return run.finish({"html": f"{store.uri}/judged.html", **found})
+
+
+def _check(config: JudgeConfig) -> None:
+    """Say what is wrong with the key and the cards before the work is done, not after.
+
+    Raises:
+        UserError: there is no such key, or nothing that a card can be written of.
+    """
+    if config.watermark_key:
+        read_key(config.watermark_key)
+    for uri in config.cards:
+        card(uri)
 
 
 def _index(run: Run, config: Config) -> str:

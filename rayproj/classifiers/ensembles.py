@@ -23,7 +23,7 @@ class Ensemble(EpistemicNetwork):
     """Networks that began differently (Lakshminarayanan et al. 2017), each plus a fixed random one where there are priors
     (Osband et al. 2018, "Randomized Prior Functions"). The index is one-hot. A single network is an ensemble of one.
 
-    In training every member learns from every example.
+    In training every member learns from every example, unless there is a bootstrap.
     """
 
     def __init__(self, members: Sequence[nn.Module], priors: Sequence[nn.Module] = (), scale: float = 1.0) -> None:

@@ -55,8 +55,9 @@ class EpistemicConfig:
             found.append(f"epistemic.dropout must lie in [0, 1), not {self.dropout:g}.")
         if min(self.prior, self.conv_prior) < 0:
             found.append("epistemic.prior and conv_prior must not be negative.")
-        if self.kind is Kind.mc_dropout and self.bootstrap is not Bootstrap.none:
-            found.append("epistemic.bootstrap is for an epinet, an ensemble or a batch_ensemble, not for mc_dropout.")
+        if self.kind in (Kind.none, Kind.mc_dropout) and self.bootstrap is not Bootstrap.none:
+            kinds = "an epinet, an ensemble or a batch_ensemble"
+            found.append(f"epistemic.bootstrap is for {kinds}, not for {self.kind.value}.")
         return found
 
 

@@ -182,10 +182,15 @@ def _header(source: Source, part: str, samples: list[Sample], config: ImportConf
             "fractions": config.fractions,
             "seed": config.seed,
             **({"classes": config.classes[base]} if base in config.classes else {}),
-            **({"keep": [asdict(rule) for rule in rules]} if rules else {}),
+            **({"keep": [_said(rule) for rule in rules]} if rules else {}),
             **({"shuffle": config.shuffle[base]} if base in config.shuffle else {}),
         },
     )
+
+
+def _said(rule: KeepConfig) -> dict[str, Any]:
+    """As a header has it, the same as before there was `after`."""
+    return {name: value for name, value in asdict(rule).items() if name != "after" or value}
 
 
 def _summary(dataset: Dataset) -> dict[str, Any]:

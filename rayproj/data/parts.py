@@ -42,7 +42,9 @@ class KeepConfig:
 
     def __str__(self) -> str:
         where = ", ".join(f"{name}: {'|'.join(values)}" for name, values in self.where.items())
-        return f"the rule of '{self.part}' for {where or 'all'} of '{self.of or self.part}'"
+        some = f"{self.count} of " if self.count else ""
+        rest = f", after {self.after}" if self.after else ""
+        return f"the rule of '{self.part}' for {some}{where or 'all'} of '{self.of or self.part}'{rest}"
 
 
 def keep(parts: Parts, rules: Sequence[KeepConfig], classes: Sequence[str], seed: int) -> Parts:
@@ -84,7 +86,9 @@ def _taken(parts: Parts, rule: KeepConfig, classes: Sequence[str], seed: int) ->
 
     there = sorted(filter(matches, samples), key=lambda sample: hashed("keep", sample["key"], seed))
     if len(there) < (needed := rule.after + max(1, rule.count)):
-        raise UserError(f"data.keep: {rule} finds {len(there)} samples, and asks for {needed}; lower its count.")
+        raise UserError(
+            f"data.keep: {rule} finds {len(there)} samples, and asks for {needed}; lower its count or after."
+        )
     become: dict[str, Any] = dict(rule.become)
     if "label" in become:
         if become["label"] not in classes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import fsspec
@@ -55,13 +56,26 @@ def _of_csv(text: str, what: str) -> list[Prompt]:
     if "prompt" not in names or not {*names} <= {*COLUMNS}:
         raise UserError(f"{what} has the columns {names}; its first line is to name prompt and any of {COLUMNS[1:]}.")
     found = []
-    for row in rows:
+    for row in _lines(rows, what):
+        if None in row:
+            raise UserError(
+                f"{what}, line {rows.line_num}, has more cells than columns; put a prompt with commas in quotes."
+            )
         number = (row.get("number") or "").strip()
         if number and (not number.isascii() or not number.isdigit() or int(number) > MOST):
             raise UserError(f"{what}, line {rows.line_num}: '{number}' is no number from 0 to {MOST}.")
         prompt, category, counted = (_plain(row.get(column) or "") for column in COLUMNS[:3])
         found.append(Prompt(prompt, category, counted, int(number) if number else None))
     return found
+
+
+def _lines(rows: csv.DictReader[str], what: str) -> Iterator[dict[str, str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise UserError(
+            f"{what}, line {rows.line_num}, is no line of a .csv file ({error}); is a quote left open?"
+        ) from error
 
 
 def _plain(text: str) -> str:

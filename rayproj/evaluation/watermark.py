@@ -255,7 +255,8 @@ def survivals(sets: dict[str, str], real: str, secret: bytes, most: int = MARKED
     for name in found.keys() - {REAL}:
         for attack, one in found[name].items():
             one["area"] = area(one["scores"], found[REAL][attack]["scores"])
-    return {"images": most, "chance": CHANCE, "sets": found}
+    images = max(len(one["scores"]) for of in found.values() for one in of.values())
+    return {"images": images, "chance": CHANCE, "sets": found}
 
 
 def area(marked: list[float], unmarked: list[float]) -> float:

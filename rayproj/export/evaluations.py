@@ -266,7 +266,7 @@ class OfJudge(Evaluation):
 def _marks(result: dict[str, Any], names: list[str]) -> list[str]:
     marked = (result.get("watermark") or {}).get("sets", {})
     rows = [
-        (name, attack, one["found"], one["area"])
+        (name, attack, one["found"], one.get("area"))
         for name in names
         for attack, one in marked.get(name, {}).items()
     ]  # fmt: skip

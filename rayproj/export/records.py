@@ -48,7 +48,8 @@ def card(uri: str, evaluations: Sequence[str] = (), judged: tuple[JudgeConfig, d
     if store.exists("dataset.json"):
         return data_card(Dataset.open(uri))
     if store.exists("config.yaml"):
-        return model_card(store, evaluations, [OfJudge.of(*judged, store)] if judged else [])
+        told = [OfJudge.of(*judged, store)] if judged else []
+        return model_card(store, evaluations, [one for one in told if one.names])
     raise UserError(f"There is neither a run nor a dataset at '{uri}'; check the path.")
 
 

@@ -20,6 +20,7 @@ from rayproj.discovery.captions import EmbedderConfig, open_embedder
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.models import ExaminedConfig, open_classifier
+from rayproj.evaluation.watermark import REAL
 from rayproj.judging.alignment import AlignmentConfig, measures
 from rayproj.judging.extraction import adaptive_distance
 from rayproj.judging.prompts import categories
@@ -73,6 +74,11 @@ class JudgeConfig:
             found.append(f"judge.models: '{both[0]}' is the name of other images too; choose another.")
         if self.attempts and not self.learned_from:
             found.append("judge.attempts needs judge.learned_from, the images that they may be copies of.")
+        if REAL in {*self.models, *self.attempts}:
+            found.append(f"judge.models: '{REAL}' names the real images; choose another name.")
+        names = [uri.rstrip("/").rpartition("/")[2] for uri in self.cards]
+        if twice := [name for name in names if names.count(name) > 1]:
+            found.append(f"judge.cards: two of them end in '{twice[0]}', as their cards would be named; leave one out.")
         if self.watermark_key and not self.reference:
             found.append("judge.watermark_key needs judge.reference, real images to tell marked ones from.")
         return found

@@ -260,8 +260,9 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
             found["perturbed"] = data_uri(figures.png(figures.perturbed(attacked)), "png")
     for name, mixed in report.get("soups", {}).items():
         found[f"soups of {name}"] = data_uri(figures.svg(soups.trade_offs(mixed)), "svg+xml")
-    if len(report.get("watermark", {}).get("sets", {})) > 1:
-        found["watermark"] = data_uri(figures.svg(figures.watermark(report["watermark"]["sets"])), "svg+xml")
+    marked = report.get("watermark", {}).get("sets", {})
+    if any("area" in one for of in marked.values() for one in of.values()):
+        found["watermark"] = data_uri(figures.svg(figures.watermark(marked)), "svg+xml")
     if "accuracy" in stages.results.get("evaluate", {}):
         result = stages.results["evaluate"]
         chance = 1 / len(result["classes"])

@@ -48,7 +48,7 @@ def page(
         pictures=pictures or {},
         quality_names=QUALITY,
         marks=marks,
-        picture=data_uri(svg(watermark(marks["sets"])), "svg+xml") if marks else "",
+        picture=data_uri(svg(watermark(marks["sets"])), "svg+xml") if marks and len(marks["sets"]) > 1 else "",
         cards=cards or {},
         homogeneity=data_uri(svg(homogeneity(found)), "svg+xml") if found["attributes"] else "",
     )

@@ -108,7 +108,10 @@ def header_of(config: SoupConfig, uri: str, seed: int) -> Header:
     Raises:
         UserError: there are no such images or classifiers.
     """
-    images = Dataset.open(uri).header
+    dataset = Dataset.open(uri)
+    images = dataset.header
+    if "label" not in images.fields or dataset.without_label:
+        raise UserError(f"{dataset.uri} has images without a label, which soups cannot be judged by; leave them out.")
     _, states = members_of(config, images)
     weights = candidates(config, len(states))
     threats = [CLEAN, *(config.threats if uri == config.test else ())]

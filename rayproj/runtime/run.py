@@ -244,6 +244,9 @@ def require_same(store: Store, config: Any) -> None:
     texts = configuration.to_yaml(type(config)()), store.read("config.yaml").decode(), configuration.to_yaml(config)
     default, stored, now = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in texts)
     before = default | stored  # what a version before did not have is as it is by default
+    before |= {
+        key: value for key, value in _filled(type(config), texts[1]).items() if isinstance(before.get(key), list)
+    }
     differing = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -254,6 +257,16 @@ def require_same(store: Store, config: Any) -> None:
             f"The run dir '{store.uri}' belongs to another config ({'; '.join(differing)}); "
             "set another run.dir, or delete that folder to start again."
         )
+
+
+def _filled(schema: type, text: str) -> dict[str, Any]:
+    """A config that a run saved with the defaults of what it lacks, also in the items of its lists; {} if it has what there
+    is no more."""
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.create(text))
+        return _flat(configuration.to_dict(configuration.from_dict(schema, values)))
+    except UserError:
+        return {}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

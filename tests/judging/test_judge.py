@@ -185,6 +185,11 @@ def test_a_card_has_what_was_found_of_its_model(found: dict[str, Any], config: J
     assert "Set asked: all images of" in lines and "of one imagenet" in lines
 
 
+def test_without_a_marked_set_there_is_no_curve(found: dict[str, Any]) -> None:
+    sets = {"real": found["watermark"]["sets"]["real"]}
+    assert "told by their watermark?" in page(found | {"watermark": found["watermark"] | {"sets": sets}})
+
+
 def test_models_with_other_prompts_are_refused(config: JudgeConfig, tmp_path: Path) -> None:
     other = write(str(tmp_path / "x"), PROMPTS[:2], PROMPTS[:2], "prompt", 1.0)
     wrong = JudgeConfig(out=str(tmp_path / "out"), models={**config.models, "less": other})
@@ -202,4 +207,8 @@ def test_models_with_other_prompts_are_refused(config: JudgeConfig, tmp_path: Pa
 def test_bad_configs_are_said() -> None:
     assert JudgeConfig(models={}).problems() == ["judge.models must name the dataset of a model."]
     assert "needs judge.learned_from" in JudgeConfig(models={"a": "x"}, attempts={"b": "y"}).problems()[0]
+    assert "'real' names the real images" in JudgeConfig(models={"real": "x"}).problems()[0]
+    twice = JudgeConfig(models={"a": "x"}, cards=["one/train", "two/train/"])
+    assert "two of them end in 'train'" in twice.problems()[0]
+    assert "needs judge.reference" in JudgeConfig(models={"a": "x"}, watermark_key="key").problems()[0]
     assert "is the name of other images too" in JudgeConfig(models={"reference": "x"}).problems()[0]

@@ -4,16 +4,27 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from rayproj.data.importing import ImportConfig
+from rayproj.data.parts import KeepConfig
 from rayproj.errors import UserError
 from rayproj.runtime import run as run_module
 from rayproj.runtime.group import GroupConfig
 from rayproj.runtime.run import Attempt, Run, RunConfig, attempts, seconds, wish_stop
 from rayproj.storage.store import Store, to_json
+from rayproj.tracking.tracker import TrackingConfig, WandbMode
 from tests.support.entries import RunOnly
+
+
+@dataclass
+class ImportOnly:
+    data: ImportConfig = field(default_factory=ImportConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(wandb=WandbMode.disabled))
 
 
 def config(tmp_path: Path, **changes) -> RunOnly:  # type: ignore[no-untyped-def]
@@ -47,6 +58,21 @@ def test_what_an_older_version_did_not_have_is_as_by_default(tmp_path: Path) -> 
     with Run.open("job", config(tmp_path)):
         pass
     with pytest.raises(UserError, match=r"\(steps was 1, now 2\)"), Run.open("job", config(tmp_path, steps=2)):
+        pass
+
+
+def test_nor_do_the_items_of_its_lists_lack_anything(tmp_path: Path) -> None:
+    given = ImportOnly(ImportConfig(out="x", keep=[KeepConfig("a", count=3)]), RunConfig(dir=str(tmp_path / "b")))
+    with Run.open("job", given):
+        pass
+    path = tmp_path / "b" / "config.yaml"
+    lines = path.read_text().splitlines(True)
+    assert any("after: 0" in line for line in lines)
+    path.write_text("".join(line for line in lines if "after: 0" not in line))
+    with Run.open("job", given):
+        pass
+    given.data.keep[0].count = 4
+    with pytest.raises(UserError, match=r"data\.keep was"), Run.open("job", given):
         pass
 
 

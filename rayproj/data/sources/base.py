@@ -68,7 +68,8 @@ class SourceConfig:
     )
     split_column: str = ""  # image_folder: a column with the names of the parts, instead of a split by key
     group_column: str = ""  # what must not be torn apart, such as the patient; "": every image by itself
-    attributes: list[str] = field(default_factory=list)  # further ones to keep; []: all, but of a folder or tars none
+    # Further ones to keep; []: all, but none of a folder or tars, nor the tone of idx and fashion_mnist.
+    attributes: list[str] = field(default_factory=list)
     # Part of the source -> what it is for: train, unlabelled, id_val, id_test, ood_val or ood_test, or "" to leave it out.
     # Of image_folder the names in split_column, such as those of sites; other sources of tables say what they have.
     roles: dict[str, str] = field(default_factory=dict)
