@@ -116,7 +116,7 @@ def measure() -> list[Row]:
              lambda: left(apgd(Oracle(model), x, y, keys, threat, cross_entropy, 100).images), theirs(["apgd-ce"]), 1.3),
         _row("AutoAttack, standard", "pyautoattack",
              lambda: left(autoattack(model, x, y, ids, threat, standard).images),
-             theirs(["apgd-ce", "apgd-t", "fab-t", "square"]), 1.3),
+             theirs(["apgd-ce", "apgd-t", "fab-t", "square"]), 1.3, rounds=2, warm=0),
         _row("PGD, 40 steps", "foolbox",
              lambda: left(pgd(Oracle(model), x, y, None, threat, 40, 0.25, go_on=False).images),
              lambda: left(by_foolbox(around, x, y, epsilons=EPS)[1]), 1.3),
@@ -192,12 +192,13 @@ def _co_training(images: Tensor, label: Tensor) -> Row:
 
 
 def _row(
-    what: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any], goal: float, images: int = IMAGES
-) -> Row:
-    """Both in turns, after one round that is not counted."""
+    what: str, peer: str, ours: Callable[[], Any], theirs: Callable[[], Any], goal: float, images: int = IMAGES,
+    rounds: int = ROUNDS, warm: int = 1,
+) -> Row:  # fmt: skip
+    """Both in turns, after rounds that are not counted."""
     found: list[list[float]] = [[], []]
     stands: list[Any] = [None, None]
-    for number in range(ROUNDS + 1):
+    for number in range(warm + rounds):
         for k in (0, 1) if number % 2 else (1, 0):
             began = time.perf_counter()
             stands[k] = (ours, theirs)[k]()
@@ -207,7 +208,7 @@ def _row(
         if stands[0] > stands[1] + SAME:
             raise UserError(f"{what}: ours leaves {stands[0]:.1%} standing and {peer} {stands[1]:.1%}; ours is weaker.")
         what += f" (robust accuracy {stands[0]:.1%}, theirs {stands[1]:.1%})"
-    speed = [values[1:] for values in found]
+    speed = [values[warm:] for values in found]
     ratios = [a / b for a, b in zip(*speed, strict=True)]
     return {
         "metric": what, "unit": "1/s", "peer": peer, "better": "higher", "goal": goal,

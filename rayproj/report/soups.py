@@ -46,5 +46,5 @@ def trade_offs(found: dict[str, Any]) -> Figure:
         axis.set_ylim(0, 1)
         axis.set_xlabel(f"weight of {names[j]}, the rest {names[i]}")
         axis.set_ylabel("right")
-    axes[0].legend(frameon=False, fontsize=7)
+    axes[0].legend(frameon=False, fontsize=7, loc="lower left", ncols=3)
     return figure

@@ -203,7 +203,7 @@ def test_the_fairness_study_in_small(tmp_path: Path) -> None:
         *stage(
             "report",
             "study.controls.no_better={both: both}",
-            f"study.filters={{95: {tmp_path}/root/models/pool=95/filtered}}",
+            f"study.filters={{'95': {tmp_path}/root/models/pool=95/filtered}}",
         ),
         *stage("report", f"study.tests={{noto: {place}/noto, openmoji: {place}/openmoji}}", "study.bootstraps=50"),
         *stage("report", f"study.shown={{real: {place}/train_95, both: {images}/both}}"),
