@@ -264,7 +264,8 @@ def _filled(schema: type, text: str) -> dict[str, Any]:
     is no more."""
     try:
         values: Any = OmegaConf.to_container(OmegaConf.create(text))
-        return _flat(configuration.to_dict(configuration.from_dict(schema, values)))
+        filled = configuration.to_yaml(configuration.from_dict(schema, values))
+        return _flat(OmegaConf.to_container(OmegaConf.create(filled)))
     except UserError:
         return {}
 

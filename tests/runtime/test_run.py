@@ -22,6 +22,7 @@ from tests.support.entries import RunOnly
 
 @dataclass
 class ImportOnly:
+    pair: tuple[float, float] = (0.9, 0.99)  # which a file has as a list
     data: ImportConfig = field(default_factory=ImportConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(wandb=WandbMode.disabled))
@@ -62,7 +63,9 @@ def test_what_an_older_version_did_not_have_is_as_by_default(tmp_path: Path) -> 
 
 
 def test_nor_do_the_items_of_its_lists_lack_anything(tmp_path: Path) -> None:
-    given = ImportOnly(ImportConfig(out="x", keep=[KeepConfig("a", count=3)]), RunConfig(dir=str(tmp_path / "b")))
+    given = ImportOnly(
+        data=ImportConfig(out="x", keep=[KeepConfig("a", count=3)]), run=RunConfig(dir=str(tmp_path / "b"))
+    )
     with Run.open("job", given):
         pass
     path = tmp_path / "b" / "config.yaml"
