@@ -47,6 +47,7 @@ def test_the_report_has_table_and_plot(tmp_path: Path) -> None:
     (folder / "result.json").write_text(json.dumps(outcome()))
     (folder / "config.yaml").write_text(yaml.safe_dump({"soup": {}}))
     _, html = build(str(tmp_path), {})
+    assert "images that somebody has changed on purpose?" in html and "synthetic" not in html
     assert "Soups: mixed" in html and "80.0 % (70.8–87.3)" in html, "Clopper and Pearson's interval of 80 of 100"
     assert "linf: 60.0 % (weights 0.50, 0.50) against 70.0 % of b, p 0.45" in html
     assert 'alt="Accuracies along the lines between two members"' in html
