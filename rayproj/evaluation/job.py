@@ -26,7 +26,7 @@ from rayproj.evaluation.fairness import Judged, fairness
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.quality import memorisation, quality
 from rayproj.evaluation.skewsize import skewsize, variables
-from rayproj.evaluation.watermark import MARKED, read_key, survivals
+from rayproj.evaluation.watermark import MARKED, REAL, read_key, survivals
 from rayproj.storage.store import Store
 
 Name = TypeVar("Name")
@@ -68,6 +68,8 @@ class EvaluateConfig:
         found = [f"evaluate.learned_from has '{name}', which evaluate.synthetic has not." for name in unknown]
         if MAIN in self.tests:
             found.append(f"evaluate.tests: '{MAIN}' is the name of evaluate.test; give the set another.")
+        if REAL in self.synthetic:
+            found.append(f"evaluate.synthetic: '{REAL}' names the test images; give the set another name.")
         if not self.reference and (self.synthetic or self.clip or self.watermark_key):
             found.append(
                 "evaluate.reference must name real images, with which those of evaluate.synthetic are compared."
@@ -191,9 +193,9 @@ def _quality(
     extractor = EfficientNetLite0Features(config.feature_size, world.device)
     reference, real = (_features(config, uri, extractor, world) for uri in (config.reference, config.test))
     progress.add()
-    sets, mine = {"real": config.test, **config.synthetic}, {}
+    sets, mine = {REAL: config.test, **config.synthetic}, {}
     for number, (name, uri) in enumerate(sets.items()):
-        features = real if name == "real" else _features(config, uri, extractor, world)
+        features = real if name == REAL else _features(config, uri, extractor, world)
         learned = (
             _features(config, config.learned_from[name], extractor, world, 0) if name in config.learned_from else None
         )

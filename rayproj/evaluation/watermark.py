@@ -245,16 +245,12 @@ def survivals(sets: dict[str, str], real: str, secret: bytes, most: int = MARKED
         "sets": as of `survival`, with the area under the curve of true over false positives, against real images after
         the same attack: the chance that a marked image has a larger z than an unmarked one.
     """
-    marked = {name: Dataset.open(uri) for name, uri in sets.items()}
-    named = {name: dataset.header.provenance.get("watermark", {}).get("key") for name, dataset in marked.items()}
-    found = {
-        name: survival(_some(dataset, most), secret)
-        for name, dataset in {REAL: Dataset.open(real), **marked}.items()
-        if name == REAL or named[name] == key_name(secret)
-    }
-    for name in found.keys() - {REAL}:
-        for attack, one in found[name].items():
-            one["area"] = area(one["scores"], found[REAL][attack]["scores"])
+    found = {REAL: survival(_some(Dataset.open(real), most), secret)}
+    for name, dataset in {name: Dataset.open(uri) for name, uri in sets.items()}.items():
+        if dataset.header.provenance.get("watermark", {}).get("key") == key_name(secret):
+            found[name] = survival(_some(dataset, most), secret)
+            for attack, one in found[name].items():
+                one["area"] = area(one["scores"], found[REAL][attack]["scores"])
     images = max(len(one["scores"]) for of in found.values() for one in of.values())
     return {"images": images, "chance": CHANCE, "sets": found}
 

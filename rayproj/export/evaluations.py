@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,7 @@ def header_of(uri: str) -> Header | None:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(ABC):
     """What one run says of a model.
 
     Attributes:
@@ -57,15 +58,15 @@ class Evaluation:
     def factors(self) -> list[str]:
         return []
 
-    def metrics(self) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def metrics(self) -> list[str]: ...
 
-    def tables(self) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def tables(self) -> list[str]: ...
 
+    @abstractmethod
     def caveats(self) -> list[str]:
         """Measured ones alone."""
-        raise NotImplementedError
 
 
 def evaluation_of(uri: str, run: Store, kind: str) -> Evaluation:

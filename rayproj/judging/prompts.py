@@ -133,12 +133,12 @@ def score(questions: list[Question], answers: Mapping[int, str]) -> float:
 
 
 def _lines(file: str) -> list[str]:
-    option = "judge.alignment.questions"
+    what = f"judge.alignment.questions='{file}'"
     try:
         with fsspec.open(file, "rt", encoding="utf-8") as opened:
             found = [line.strip("\n") for line in opened if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{option}='{file}' cannot be read ({error}).") from error
+        raise UserError(f"{what} cannot be read ({error}).") from error
     if not found:
-        raise UserError(f"{option}='{file}' has no line.")
+        raise UserError(f"{what} has no line.")
     return found

@@ -30,8 +30,10 @@ from rayproj.storage.store import Store
 FEATURE, SECOND = "feature", "second_feature"
 PIXELS = 32  # side at which pixels are compared
 # Options that no score depends on.
-ELSEWHERE = {"models", "attempts", "reference", "out", "batch", "human", "question", "adversarial", "policy", "cards"}
-ELSEWHERE |= {"watermark_key"}
+ELSEWHERE = {
+    "models", "attempts", "reference", "out", "batch", "human", "question", "adversarial", "policy", "cards",
+    "watermark_key",
+}  # fmt: skip
 
 
 @dataclass

@@ -184,3 +184,8 @@ def test_what_cannot_be_evaluated_is_said(tmp_path: Path) -> None:
     write_bars(f"{tmp_path}/test", 1, 40)
     with pytest.raises(UserError, match="There is no run at"):
         evaluate(replace(config(str(tmp_path)), tests={}), World(0, 1, 0, "cpu"), regression.Recorder("c"))
+
+
+def test_the_name_of_the_test_images_is_taken() -> None:
+    config = EvaluateConfig(test="x", reference="y", synthetic={"real": "z"})
+    assert config.problems() == ["evaluate.synthetic: 'real' names the test images; give the set another name."]
