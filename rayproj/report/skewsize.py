@@ -27,6 +27,8 @@ def read_table(path: str, columns: Sequence[str]) -> dict[str, list[Any]]:
         raise UserError(f"'{path}' is to be a .parquet, .csv or .jsonl file.")
     try:
         table = readers[Path(path).suffix](path)
+    except FileNotFoundError:
+        raise UserError(f"There is no file '{path}'; check the path.") from None
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"'{path}' cannot be read: {str(error).splitlines()[0]}.") from error
     if missing := [name for name in columns if name not in table.column_names]:

@@ -303,7 +303,7 @@ def test_models_of_one_table_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     [
         ({"--label": "nothing"}, "has no column 'nothing'; it has y, p, g"),
         ({"file": "p.txt"}, "is to be a .parquet, .csv or .jsonl file"),
-        ({"file": "absent.csv"}, "cannot be read"),
+        ({"file": "absent.csv"}, "There is no file"),
         ({"file": "empty.parquet"}, "holds no row"),
     ],
 )
