@@ -35,6 +35,9 @@ class Config:
 
 
 Stage = tuple[Callable[[Any], dict[str, Any]], Any]
+# They put another module in their place when they are imported; of two threads that import one at once, the second gets the
+# module without the names.
+REPLACED = ("transformers", "diffusers")
 
 
 def jobs() -> list[str]:
@@ -80,6 +83,9 @@ def run(stages: list[list[Stage]]) -> dict[str, Any]:
     """As `main`, of stages that are there."""
     result: dict[str, Any] = {}
     for together in stages:
+        if len(together) > 1:
+            for library in REPLACED:
+                import_module(library)
         with ThreadPoolExecutor(len(together)) as pool:
             running = [pool.submit(job, stage) for job, stage in together]
             done, _ = wait(running, return_when=FIRST_EXCEPTION)

@@ -1,5 +1,7 @@
 """The file of a chain: what it must say, and what becomes of it. `tests/jobs/test_chain.py` runs the demo's."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,27 @@ def test_chains_that_ship_have_a_folder_of_its_own_for_each_stage(name: str) -> 
     config = chain.load(ROOT / "configs" / f"{name}.yaml", [])
     names = [stage for together in config.stages for stage in together]
     assert [getattr(config, stage).run.dir for stage in names] == [f"runs/{name}/{stage}" for stage in names]
+
+
+TOGETHER = """
+import threading
+from rayproj import chain
+
+begin = threading.Barrier(2)
+
+def job(name):
+    begin.wait()
+    exec(f"from transformers import ViTConfig; from diffusers import {name}")
+    return {"name": name}
+
+print(chain.run([[(job, "DDIMScheduler"), (job, "DDPMScheduler")]]))
+"""
+
+
+def test_stages_of_one_line_may_import_the_same_libraries() -> None:
+    """A race, which without the precaution is nearly always lost."""
+    done = subprocess.run([sys.executable, "-c", TOGETHER], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.strip()) == (0, "{'name': 'DDPMScheduler'}"), done.stderr[-2000:]
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ TOKENS: list[tuple[int, ...]] = [(32, 256, 1152), (8, 1024, 1152), (64, 256, 384
 IMAGES: list[tuple[int, ...]] = [(16, 320, 64, 64), (16, 640, 32, 32), (16, 1280, 16, 16), (2, 320, 64, 64)]
 LATENTS = [(8, 4, 64, 64), (64, 16, 128, 128)]
 SHARDS = [2**20, 2**25, 2**28]
+ATTACKED: list[tuple[int, ...]] = [(128, 1, 28, 28), (512, 3, 32, 32), (64, 3, 224, 224)]
 LAYOUTS = {"": torch.contiguous_format, ", channels-last": torch.channels_last}
 
 
@@ -45,6 +46,7 @@ def measure() -> list[Row]:
             found += _groups(shape, dtype, layout, trained=(shape, dtype) == (IMAGES[0], BF16))
     found += [row for shape in LATENTS for row in _guided(shape, BF16)]
     found += [row for size in SHARDS for row in _adamw(size, 1)]
+    found += [_ascent(shape, euclidean) for euclidean in (False, True) for shape in ATTACKED]
     return found
 
 
@@ -121,6 +123,22 @@ def _adamw(size: int, averages: int) -> list[Row]:
     row = _timed({"ours": ours, "eager": eager, "compiled": lambda: ours(compiled)}, launched=True)
     said = {"metric": f"AdamW + {averages} averages", "mode": "update", "shape": [size], "dtype": "float32"}
     return [_told(said, row)]
+
+
+def _ascent(shape: tuple[int, ...], euclidean: bool) -> Row:
+    """A step of APGD with momentum, launched from Python, as attacks do it."""
+    from rayproj.kernels import ascent, ascent_triton  # type: ignore[attr-defined]
+
+    x, move = torch.rand(shape, device="cuda"), _drawn((2, *shape), FP32)
+    eps = 1.0 if euclidean else 8 / 255
+    point, before = (ascent.projected(x, x + delta, eps, euclidean) for delta in move)
+    told = (x, point, before, _drawn(shape, FP32), torch.full(shape[:1], eps, device="cuda"), eps, 0.75, euclidean)
+    torch.testing.assert_close(ascent_triton.move(*told), ascent.move(*told), rtol=0, atol=1e-5)
+    torch._dynamo.reset()
+    ways = {"ours": ascent_triton.move, "eager": ascent.move, "compiled": torch.compile(ascent.move, dynamic=False)}
+    said = {"metric": f"APGD step, {'l2' if euclidean else 'linf'}", "mode": "launched", "shape": list(shape)}
+    row = _timed({way: lambda run=run: run(*told) for way, run in ways.items()}, launched=True)  # type: ignore[misc]
+    return _told({**said, "dtype": "float32"}, row)
 
 
 def _both(name: str, ours: Any, plain: Any, inputs: tuple[Tensor, ...], trained: bool) -> list[Row]:

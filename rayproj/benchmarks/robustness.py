@@ -37,7 +37,8 @@ from rayproj.robustness.pgd import pgd
 from rayproj.robustness.threats import Norm, Threat
 
 ROUNDS, THREADS = 3, 2
-IMAGES, EPS = 128, 0.06
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IMAGES, EPS = 1024 if DEVICE == "cuda" else 128, 0.06
 SAME = 0.02  # points of robust accuracy in which attacks of the same strength may differ
 
 
@@ -56,16 +57,17 @@ def _images(count: int) -> tuple[Tensor, Tensor]:
     """uint8 [n, 1, 28, 28] and labels."""
     rows = fashion(SourceConfig(image_size=28, channels=Channels.grey)).rows()
     some = [row for row, _ in zip(rows, range(count), strict=False)]
-    return torch.from_numpy(np.stack([row["image"] for row in some])), torch.tensor([row["label"] for row in some])
+    label = torch.tensor([row["label"] for row in some], device=DEVICE)
+    return torch.from_numpy(np.stack([row["image"] for row in some])).to(DEVICE), label
 
 
 def _trained(images: Tensor, label: Tensor, steps: int = 150) -> nn.Module:
     torch.manual_seed(0)
-    model = build(ClassifierConfig(dropout=0.0), 1, 28, 10)
+    model = build(ClassifierConfig(dropout=0.0), 1, 28, 10).to(DEVICE)
     adversary = AdversaryConfig(Training.adversarial, [ThreatConfig(Norm.linf, EPS)], steps=2, step=1.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(steps):
-        rows = torch.randint(0, len(images), (96,), generator=torch.Generator().manual_seed(step))
+        rows = torch.randint(0, len(images), (96,), generator=torch.Generator().manual_seed(step)).to(DEVICE)
         optimizer.zero_grad()
         row = _keys(step, rows)
         _losses(model, images[rows], label[rows], row, adversary).mean().backward()
@@ -96,7 +98,7 @@ def measure() -> list[Row]:
     images, label = _images(2000 + IMAGES)
     model = _Scaled(_trained(images[:2000], label[:2000])).eval()
     x, y = images[2000:].float() / 255, label[2000:]
-    threat, ids = Threat(Norm.linf, EPS), torch.arange(IMAGES)
+    threat, ids = Threat(Norm.linf, EPS), torch.arange(IMAGES, device=DEVICE)
     keys = _keys(0, ids)
 
     def left(broken: Tensor) -> float:
@@ -104,12 +106,12 @@ def measure() -> list[Row]:
             return float((model(broken).argmax(1) == y).float().mean())
 
     def theirs(kinds: list[str]) -> Callable[[], float]:
-        attack = AutoAttack(model, norm="Linf", eps=EPS, version="custom", attacks=kinds, seed=0)
+        attack = AutoAttack(model, norm="Linf", eps=EPS, version="custom", attacks=kinds, seed=0, device=DEVICE)
         attack.apgd.n_restarts = 1
-        return lambda: left(attack.run_standard_evaluation(x, y, batch_size=IMAGES)[0])
+        return lambda: left(attack.run_standard_evaluation(x, y, batch_size=IMAGES)[0].to(DEVICE))
 
     by_foolbox = foolbox.attacks.LinfPGD(abs_stepsize=EPS / 4, steps=40)
-    around = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    around = foolbox.PyTorchModel(model, bounds=(0, 1), device=DEVICE)
     standard = AttackConfig()
     rows = [
         _row("APGD on the cross-entropy, 100 steps", "pyautoattack",
@@ -145,7 +147,8 @@ def _soups(images: Tensor, label: Tensor) -> Row:
 
         def batches() -> Iterator[Tensor]:
             for shard in range(dataset.header.num_shards):
-                yield torch.from_numpy(reader.gather(np.array(dataset.header.shard_range(shard)))["image"]).float()
+                some = reader.gather(np.array(dataset.header.shard_range(shard)))["image"]
+                yield torch.from_numpy(some).to(DEVICE).float()
 
         @torch.no_grad()
         def shared() -> Tensor:
@@ -167,7 +170,7 @@ def _soups(images: Tensor, label: Tensor) -> Row:
 
 def _vit(adapters: list[str] | None = None) -> nn.Module:
     config = ClassifierConfig(Network.vit, dropout=0.0, layers=3, dim=48, heads=3, patch=4, adapters=adapters or [])
-    return build(config, 1, 28, 10)
+    return build(config, 1, 28, 10).to(DEVICE)
 
 
 def _co_training(images: Tensor, label: Tensor) -> Row:
@@ -175,8 +178,8 @@ def _co_training(images: Tensor, label: Tensor) -> Row:
     torch.manual_seed(0)
     model = _vit(["token"])
     config = AdversaryConfig(Training.co_training, [ThreatConfig(Norm.linf, EPS)], steps=1)
-    row = _keys(0, torch.arange(len(images)))
-    clean = F.one_hot(torch.full((len(images),), CLEAN), 2).float()
+    row = _keys(0, torch.arange(len(images), device=DEVICE))
+    clean = F.one_hot(torch.full((len(images),), CLEAN, device=DEVICE), 2).float()
 
     def ours() -> None:
         model.zero_grad()
@@ -202,6 +205,8 @@ def _row(
         for k in (0, 1) if number % 2 else (1, 0):
             began = time.perf_counter()
             stands[k] = (ours, theirs)[k]()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
             found[k].append(images / (time.perf_counter() - began))
     if isinstance(stands[0], float):
         # Weaker attacks are no comparison; one that counts every point on the way may be a little stronger.
