@@ -139,7 +139,7 @@ def _soups(images: Tensor, label: Tensor) -> Row:
         dataset = Dataset.create(folder, Header("fashion", fields, len(images), 64, tuple("0123456789")))
         for shard in range(dataset.header.num_shards):
             rows = [
-                {"key": f"{i:08d}", "image": images[i].numpy(), "label": int(label[i])}
+                {"key": f"{i:08d}", "image": images[i].cpu().numpy(), "label": int(label[i])}
                 for i in dataset.header.shard_range(shard)
             ]
             commit_shard(dataset, shard, rows, "benchmark", 0.0)
