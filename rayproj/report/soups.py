@@ -33,6 +33,8 @@ def trade_offs(found: dict[str, Any]) -> Figure:
     names, soups = found["members"], found["soups"]
     weights = np.array([one[WEIGHTS] for one in soups])
     measures = [name for name in soups[0] if name != WEIGHTS]
+    if measures[2:] == ["union"]:  # of a single threat
+        measures.pop()
     pairs = list(combinations(range(len(names)), 2))
     figure, axes = panels(max(1, len(pairs)), 3.0, 2.6)
     for axis, (i, j) in zip(axes, pairs, strict=False):

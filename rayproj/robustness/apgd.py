@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rayproj.kernels import ascent
 from rayproj.robustness.losses import Loss, cross_entropy
 from rayproj.robustness.oracle import Attacked, Oracle
 from rayproj.robustness.pgd import steepest
@@ -53,8 +52,8 @@ class _Halving:
         state["best_before"] = value.clone()
 
     def step(self, state: State, number: int) -> Tensor:
-        told = (self.threat.eps, 1.0 if number == 1 else MOMENTUM, self.threat.norm is Norm.l2)
-        return ascent.move(*(state[n] for n in ("x", "point", "before", "gradient", "step")), *told)
+        x, point, before, gradient, step = (state[n] for n in ("x", "point", "before", "gradient", "step"))
+        return self.threat.ascend(x, point, before, gradient, step, 1.0 if number == 1 else MOMENTUM)
 
     def check(self, state: State, number: int) -> None:
         state["increases"] += state["increased"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -118,7 +118,9 @@ def header_of(config: RobustnessConfig, name: str, seed: int) -> Header:
         }
         names = COLUMNS if defence else [f"at_{k}" for k in range(len(config.radii))]
         fields |= {f"{threat}_{name}": Field("int") for name in names}
-    values = configuration.to_dict(config)
+    # Of the defences its own alone: one that comes later leaves what is there as it was.
+    own = {name: defence} if defence else {}
+    values = configuration.to_dict(replace(config, defences=own))
     provenance = {
         "classifier": run.uri,
         "commit": done[-1].step,

@@ -47,9 +47,15 @@ def pgd(
             number, point, gradient = number[~broken], point[~broken], gradient[~broken]
         if not len(number):
             return found
-        point = threat.project(x[number], point + threat.eps * step * steepest(gradient, threat.norm))
+        point = _next(threat, x[number], point, gradient, threat.eps * step)
     found.images[number], found.broken[number] = point, oracle.logits(point).argmax(1) != label[number]
     return found
+
+
+def _next(threat: Threat, x: Tensor, point: Tensor, gradient: Tensor, step: float) -> Tensor:
+    if threat.norm is Norm.l1:
+        return threat.project(x, point + step * steepest(gradient, Norm.l1))
+    return threat.ascend(x, point, point, gradient, x.new_full((len(x),), step))
 
 
 def steepest(gradient: Tensor, norm: Norm, share: float | Tensor = 0.05) -> Tensor:

@@ -38,6 +38,18 @@ class Threat:
             return x + project_l1(z - x, x, self.eps)
         return ascent.projected(x, z, self.eps, self.norm is Norm.l2)  # type: ignore[no-any-return]
 
+    def ascend(
+        self, x: Tensor, point: Tensor, before: Tensor, gradient: Tensor, step: Tensor, momentum: float = 1.0
+    ) -> Tensor:
+        """The next points of a projected ascent in ℓ∞ or ℓ2, as `kernels.ascent.move` has it; in one kernel on a GPU."""
+        assert self.norm is not Norm.l1
+        move = ascent.move
+        if x.is_cuda and x.dtype is torch.float32:
+            from rayproj.kernels import ascent_triton  # Triton comes with PyTorch's CUDA builds alone
+
+            move = ascent_triton.move
+        return move(x, point, before, gradient, step, self.eps, momentum, self.norm is Norm.l2)  # type: ignore[no-any-return]
+
     def start(self, x: Tensor, row: Tensor, seed: int) -> Tensor:
         """A random point of each ball, keyed by (seed, row); rows [B, 3] are (example, restart, attack)."""
         if self.norm is Norm.linf:

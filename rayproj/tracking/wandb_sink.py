@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import queue
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -84,9 +85,7 @@ class WandbSink:
         """End the service, if nobody else needs it: only then an offline file is complete."""
         with _opening:
             _open.discard(self)
-            if not _open and self.mode == "offline":
-                import wandb
-
+            if not _open and self.mode == "offline" and (wandb := sys.modules.get("wandb")):
                 wandb.teardown()
 
 

@@ -122,6 +122,15 @@ def test_a_shard_is_the_same_whoever_makes_it_and_in_whatever_order(folder: str)
     assert again.records()[2].sha256 == there.records()[2].sha256
 
 
+def test_a_defence_that_comes_later_leaves_what_is_there_as_it_was(folder: str) -> None:
+    config = config_of(folder)
+    before = {name: header_of(config, name, 0) for name in ("plain", "noisy")}
+    config.defences["later"] = DefenceConfig("plain", Kind.quantiser)
+    assert {name: header_of(config, name, 0) for name in before} == before
+    config.defences["noisy"].options = {"std": 0.1}
+    assert header_of(config, "plain", 0) == before["plain"] and header_of(config, "noisy", 0) != before["noisy"]
+
+
 def test_a_defence_is_judged_beside_its_base(folder: str) -> None:
     config = config_of(folder)
     for name in ("anti", "noisy"):

@@ -187,13 +187,18 @@ def test_a_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
     assert len(lines(tmp_path / "timeline.jsonl")) == 2
 
 
-def test_wandb_that_cannot_be_reached_is_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("what", ["refuses to start", "is not there"])
+def test_wandb_that_cannot_be_had_is_one_warning(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """W&B refuses to start; the run goes on and the file is whole."""
-    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    """The run goes on, the file is whole, and nothing else is said."""
+    if what == "is not there":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        monkeypatch.setenv("WANDB_MODE", "nonsense")
     track(Store(str(tmp_path)), TrackingConfig(), range(1, 4))
-    assert capfd.readouterr().err.count("W&B is off for this run") == 1
+    said = capfd.readouterr().err
+    assert said.count("W&B is off for this run") == 1 and "Traceback" not in said
     assert len(lines(tmp_path / "metrics.jsonl")) == 3
 
 
