@@ -69,6 +69,8 @@ class Stage:
         wanted: the slices, and how many images of each, at most.
         first: the number of the first image; no two images of a search have the same, which keys their randomness.
         finding: whether the images are embedded and described, so that slices can be found by them.
+        paired: whether the images of all slices come of the same random numbers, so that those at the same place differ by
+            what is asked for alone.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Stage:
     first: int
     finding: bool
     confirming: bool = False
+    paired: bool = False
 
 
 class Bench:
@@ -152,6 +155,7 @@ class Bench:
                 "seed": self.seed,
                 "classifiers": {name: c.digest for name, c in self.classifiers.items()},
                 "index": index,
+                **({"paired": True} if stage.paired else {}),
                 "examine": {f.name: whole[f.name] for f in dataclasses.fields(ExamineConfig)},
             },
         )
@@ -165,6 +169,14 @@ def slices_of(header: Header) -> list[Slice]:
 def numbers_of(header: Header) -> list[int]:
     """Of each sample the place of its slice among those of the stage."""
     return [k for k, (_, count) in enumerate(header.provenance["slices"]) for _ in range(count)]
+
+
+def ids_of(header: Header) -> np.ndarray:
+    """Of each sample the number that keys its randomness."""
+    said = header.provenance
+    if not said.get("paired"):
+        return int(said["first"]) + np.arange(header.num_samples)
+    return int(said["first"]) + np.concatenate([np.arange(count) for _, count in said["slices"]])
 
 
 class Examiner:
@@ -181,7 +193,7 @@ class Examiner:
         for name, value in self.bench.generator.said.items():
             if value != said[name]:
                 raise UserError(f"discover.generator: '{name}' is another by now; give discover.out another place.")
-        self.slices, self.numbers = slices_of(self.header), numbers_of(self.header)
+        self.slices, self.numbers, self.ids = slices_of(self.header), numbers_of(self.header), ids_of(self.header)
         self.rows = np.array(said["rows"] or [-1] * self.header.num_samples)
         self.embed = open_embedder(own.embedder, device) if FEATURE in self.header.fields else None
         self.caption = open_captioner(own.captions, said["index"], device) if SHOWS in self.header.fields else None
@@ -192,10 +204,9 @@ class Examiner:
 
     def _examine(self, ids: np.ndarray) -> list[dict[str, Any]]:
         slices = [self.slices[i] for i in ids]
-        columns = self.bench.generator.draw(Asked(slices, ids + self.header.provenance["first"], self.rows[ids]))
+        columns = self.bench.generator.draw(Asked(slices, self.ids[ids], self.rows[ids]))
         images = torch.from_numpy(columns["image"]).to(self.device)
-        labels = list(self.bench.labels)
-        columns["label"] = np.array([labels.index(of.label) for of in slices])
+        columns["label"] = np.array([self.header.classes.index(of.label) for of in slices])
         columns["slice"] = np.array([self.numbers[i] for i in ids])
         for name, classifier in self.bench.classifiers.items():
             confidence, answer = classifier(images).max(1)

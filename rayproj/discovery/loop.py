@@ -4,6 +4,8 @@
     closer-2     images of the slices that seem to fail more, and of those slices without one of their terms; where none
                  does, look-2: more images of every label
     confirm      other images of the slices proposed by then, and of their labels as such: the only ones that are tested
+    pairs        if asked for: images of the slices that were confirmed, and of these slices without one of their terms, from
+                 the same random numbers
     scale        if asked for: many images of the slices that were confirmed
     adversarial  of these, the failures
 
@@ -16,13 +18,14 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 
 from rayproj.data.dataset import Dataset, Header
 from rayproj.data.importing import ImportConfig, import_dataset
@@ -56,6 +59,9 @@ class DiscoverConfig(ExamineConfig):
     longest: int = 2  # terms of a slice
     level: float = 0.05  # of the false discovery rate
     least_ratio: float = 1.25  # to be a finding, a slice also fails this many times as often as its label
+    counterfactuals: int = (
+        0  # further images of each finding, drawn with and without each of its terms from the same noise
+    )
     scale_up: int = 0  # further images of the slices that were found, of which the failures become a dataset
     shard_size: int = 64
 
@@ -67,7 +73,12 @@ class DiscoverConfig(ExamineConfig):
             found.append(f"discover.find is a share in (0, 1), not {self.find:g}.")
         if not 0 < self.level < 1:
             found.append(f"discover.level lies in (0, 1), not {self.level:g}.")
-        return found if self.scale_up >= 0 else [*found, "discover.scale_up must not be negative."]
+        found += [
+            f"discover.{n} must not be negative." for n in ("counterfactuals", "scale_up") if getattr(self, n) < 0
+        ]
+        if self.counterfactuals and self.generator.images:
+            found.append("discover.counterfactuals: real images cannot be drawn again; it needs a model or a pipeline.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -85,9 +96,11 @@ class Search:
     def looked_at(self) -> int:
         return sum(len(stage.slices) for stage in self.done)
 
-    def run(self, name: str, wanted: list[tuple[Slice, int]], confirming: bool = False) -> Results:
+    def run(
+        self, name: str, wanted: list[tuple[Slice, int]], confirming: bool = False, paired: bool = False
+    ) -> Results:
         """Draw and classify images of slices, or read them if they are there."""
-        stage = Stage(name, wanted, self.looked_at, not confirming, confirming)
+        stage = Stage(name, wanted, self.looked_at, not confirming, confirming, paired)
         taken = {int(row) for found in self.done for row in found.rows if row >= 0}
         header = self.bench.header(stage, taken, self.config.shard_size, self.index, self.dimensions)
         dataset = Dataset.create(f"{self.config.out}/{name}", header)
@@ -136,6 +149,8 @@ def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
         "classifier": config.classifier.model,
         "classes": list(search.bench.classifiers[OWN].classes),
     }
+    if config.counterfactuals and found["findings"]:
+        counterfactuals(search, found["findings"])
     if config.scale_up and found["findings"]:
         found["adversarial"] = scaled_up(search, [Slice.of(*test["slice"]) for test in found["findings"]])
     return found
@@ -299,6 +314,32 @@ def base_rates(done: list[Results]) -> dict[str, dict[str, float]]:
     return rates
 
 
+def counterfactuals(search: Search, findings: list[dict[str, Any]]) -> None:
+    """Add to each finding what becomes of the same images without one of its terms: would the classifier be right, were it
+    not for that? Pairs are drawn from the same random numbers, and tested by McNemar's exact test, one-sided."""
+    slices = [Slice.from_json(finding["slice"]) for finding in findings]
+    every = list(dict.fromkeys(of for own in slices for of in [own, *map(own.without, own.terms)]))
+    count = search.config.counterfactuals
+    drawn = search.run("pairs", [(of, count) for of in every], confirming=True, paired=True)
+    failed = {of: drawn.failed[OWN][k * count : (k + 1) * count] for k, of in enumerate(every)}
+    for finding, own in zip(findings, slices, strict=True):
+        finding["counterfactuals"] = []
+        for term in own.terms:
+            other = own.without(term)
+            only, back = np.flatnonzero(failed[own] & ~failed[other]), int((failed[other] & ~failed[own]).sum())
+            p = binomtest(len(only), len(only) + back, alternative="greater").pvalue if len(only) + back else 1.0
+            finding["counterfactuals"].append({
+                "term": term.name,
+                "rate": Rate(int(failed[own].sum()), count).described(),
+                "rate_without": Rate(int(failed[other].sum()), count).described(),
+                "only_with": len(only),
+                "only_without": back,
+                "p": float(p),
+                "dataset": drawn.dataset.uri,
+                "pairs": [[every.index(of) * count + int(i) for of in (own, other)] for i in only[:SHOWN]],
+            })  # fmt: skip
+
+
 def scaled_up(search: Search, slices: list[Slice]) -> dict[str, Any]:
     """Further images of the slices, their failures as a dataset, and how many of them other classifiers fail on too."""
     config = search.config
@@ -307,7 +348,7 @@ def scaled_up(search: Search, slices: list[Slice]) -> dict[str, Any]:
     found: dict[str, Any] = {"images": len(stage.slices), "failures": len(failures)}
     if not len(failures):
         return found
-    found["dataset"] = _adversarial(config, stage, failures)
+    found["dataset"] = _adversarial(config, stage, failures, search.bench.classifiers[OWN].classes)
     found["transfer"] = {
         name: {
             "drawn": Rate(int(failed.sum()), len(failed)).described(),
@@ -323,9 +364,11 @@ def scaled_up(search: Search, slices: list[Slice]) -> dict[str, Any]:
     return found
 
 
-def _adversarial(config: DiscoverConfig, stage: Results, failures: np.ndarray) -> str:
-    """Write the failures among a stage's images; returns the dataset's place."""
+def _adversarial(config: DiscoverConfig, stage: Results, failures: np.ndarray, own: Sequence[str]) -> str:
+    """Write the failures among a stage's images; returns the dataset's place. Their labels are numbered as the classifier's
+    classes, if all of them are such, so that they can be mixed with what it has learned from."""
     header = stage.dataset.header
+    classes = own if set(header.classes) <= set(own) else header.classes
     fields = {name: f for name, f in header.fields.items() if name != FEATURE}
     said = {n: v for n, v in header.provenance.items() if n not in ("slices", "rows")}
     planned = Header(
@@ -333,7 +376,7 @@ def _adversarial(config: DiscoverConfig, stage: Results, failures: np.ndarray) -
         fields=fields,
         num_samples=len(failures),
         shard_size=config.shard_size,
-        classes=header.classes,
+        classes=tuple(classes),
         provenance={**said, "scaled_from": stage.dataset.uri, "manifest_of": stage.dataset.manifest_hash(),
                     "slices": [cell for cell, _ in header.provenance["slices"]]},
     )  # fmt: skip
@@ -344,6 +387,7 @@ def _adversarial(config: DiscoverConfig, stage: Results, failures: np.ndarray) -
         began, span = time.time(), planned.shard_range(shard)
         columns = reader.gather(failures[span.start : span.stop])
         arrays = [name for name, f in fields.items() if f.array]
+        columns["label"] = np.array([classes.index(header.classes[i]) for i in columns["label"]])
         values = {n: columns[n] if n in arrays else columns[n].tolist() for n in fields}
         samples = [{"key": f"{i:08d}", **{n: v[k] for n, v in values.items()}} for k, i in enumerate(columns["index"])]
         commit_shard(dataset, shard, samples, "discovery", time.time() - began)

@@ -47,10 +47,13 @@ class Slice:
     def phrases(self) -> list[str]:
         return [term.value for term in self.terms if term.attribute == WORDS]
 
+    def without(self, term: Term) -> Slice:
+        """The slice that lacks a term."""
+        return Slice(self.label, tuple(other for other in self.terms if other != term))
+
     def shorter(self) -> list[Slice]:
         """The slices that lack one of the terms, but for the label itself."""
-        kept = [self.terms[:k] + self.terms[k + 1 :] for k in range(len(self.terms))]
-        return [Slice(self.label, terms) for terms in kept if terms]
+        return [self.without(term) for term in self.terms] if len(self.terms) > 1 else []
 
     def to_json(self) -> list[Any]:
         return [self.label, [list(term) for term in self.terms]]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rayproj.errors import UserError
-from rayproj.obfuscation.registry import CLEAN, HELD_OUT, OBFUSCATIONS, TRAINING
+from rayproj.obfuscation.registry import CLEAN, DRAW, HELD_OUT, OBFUSCATIONS, TRAINING
 
 TOP = (1, 3, 5, 10)  # guesses that count
 KEPT = max(TOP)
@@ -135,12 +135,15 @@ def metrics(
 def intervals(
     predictions: Mapping[str, Predictions], label_weighted: bool = True, draws: int = 200, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the metrics for one guess, by a bootstrap over images: all obfuscations of an image go together."""
+    """95 % intervals of the metrics for one guess, by a bootstrap over images: all obfuscations of an image go together, and
+    all draws of it, `<image>#<draw>`."""
     rng, ordered = np.random.default_rng(seed), {name: p.ordered() for name, p in predictions.items()}
-    size, found = len(next(iter(ordered.values())).label), list[dict[str, float]]()
+    names = next(iter(ordered.values())).image
+    _, which = np.unique([name.rpartition(DRAW)[0] or name for name in names], return_inverse=True)
+    drawn, found = [np.flatnonzero(which == k) for k in range(which.max() + 1)], list[dict[str, float]]()
     for _ in range(draws):
-        chosen = rng.integers(0, size, size)
-        number = np.arange(size).astype(str)
+        chosen = np.concatenate([drawn[k] for k in rng.integers(0, len(drawn), len(drawn))])
+        number = np.arange(len(chosen)).astype(str)
         again = {name: Predictions(number, p.label[chosen], p.top[chosen]) for name, p in ordered.items()}
         found.append(metrics(again, label_weighted, top=(1,)))
     return {

@@ -43,9 +43,7 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         "prompts": len(prompts),
         "images": {name: len(found.columns["prompt"]) for name, found in scores.items()},
         "guidance": {name: found.guidance for name, found in models.items()},
-        "alignment": {
-            m: {name: _categories(v, prompts, category) for name, v in of.items()} for m, of in table.items()
-        },
+        "alignment": {m: _alignment(of, [category[prompt] for prompt in prompts]) for m, of in table.items()},
         "real": {m: paired.mean_interval(v) for m, v in scores["reference"].measures.items()}
         if config.reference
         else {},
@@ -82,11 +80,12 @@ def _of_prompts(found: Scores, measure: str, prompts: list[str]) -> np.ndarray:
     return np.array([of[prompt] for prompt in prompts])
 
 
-def _categories(values: np.ndarray, prompts: list[str], category: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Of all prompts, and of those of each category."""
-    of = np.array([category[prompt] for prompt in prompts])
-    found = {"all": paired.mean_interval(values)}
-    return found | {name: paired.mean_interval(values[of == name]) for name in sorted({*of} - {""})}
+def _alignment(scores: dict[str, np.ndarray], category: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each model over all prompts, and over those of each category of which the measure says something."""
+    of = np.array(category)
+    places = {"all": np.ones(len(of), bool), **{name: of == name for name in sorted({*of} - {""})}}
+    told = [name for name, at in places.items() if any(np.isfinite(v[at]).any() for v in scores.values())] or ["all"]
+    return {model: {name: paired.mean_interval(v[places[name]]) for name in told} for model, v in scores.items()}
 
 
 def _people(config: JudgeConfig, models: list[str]) -> dict[tuple[str, str], int]:

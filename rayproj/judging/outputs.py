@@ -21,7 +21,7 @@ def distribution(kind: np.ndarray, kinds: Sequence[str]) -> dict[str, dict[str, 
     }
 
 
-def homogeneous(kind: np.ndarray, prompt: np.ndarray) -> dict[str, float]:
+def homogeneous(kind: np.ndarray, prompt: np.ndarray) -> dict[str, Any]:
     """The share of prompts all of whose images are of one kind, with its exact 95 % interval.
 
     Beside it is what it would be if every image were drawn by itself from the distribution over all images: Σ_k p_k^m,
@@ -39,11 +39,11 @@ def homogeneous(kind: np.ndarray, prompt: np.ndarray) -> dict[str, float]:
         expected.append(float((shares ** sizes[k]).sum()))
     rate = Rate(int(one), len(expected))
     low, high = rate.interval()
-    by_chance = float(np.mean(expected)) if expected else float("nan")
+    by_chance = float(np.mean(expected)) if expected else None
     return {
         "prompts": rate.images,
         "homogeneous": rate.failures,
-        "share": rate.value,
+        "share": rate.value if expected else None,
         "low": low,
         "high": high,
         "independent": by_chance,

@@ -19,11 +19,11 @@ Order = int
 """1: the first of a pair is better; -1: the second; 0: neither."""
 
 
-def mean_interval(values: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """The mean of what is a number, with its 95 % interval by a percentile bootstrap over prompts."""
+def mean_interval(values: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """The mean of what is a number, with its 95 % interval by a percentile bootstrap over prompts; None of none."""
     there = values[np.isfinite(values)]
     if not len(there):
-        return {"n": 0, "mean": float("nan"), "low": float("nan"), "high": float("nan")}
+        return {"n": 0, "mean": None, "low": None, "high": None}
     rng = np.random.default_rng(seed)
     means = there[rng.integers(0, len(there), (DRAWS, len(there)))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -78,12 +78,18 @@ def agreement(
     for a, b in combinations(measures, 2):
         pairs = measures[a].keys() & measures[b].keys() & people.keys()
         same = {pair: measures[a][pair] for pair in pairs if measures[a][pair] == measures[b][pair]}
-        both[f"{a}, {b}"] = {**_share(same, people), "same": len(same) / len(pairs) if pairs else float("nan")}
+        both[f"{a}, {b}"] = {**_share(same, people), "same": len(same) / len(pairs) if pairs else None}
     return {"measures": each, "both": both}
 
 
-def _share(found: Mapping[tuple[str, str], Order], people: Mapping[tuple[str, str], Order]) -> dict[str, float]:
+def _share(found: Mapping[tuple[str, str], Order], people: Mapping[tuple[str, str], Order]) -> dict[str, Any]:
     pairs = sorted(found.keys() & people.keys())
     rate = Rate(sum(found[pair] == people[pair] for pair in pairs), len(pairs))
     low, high = rate.interval()
-    return {"agree": rate.failures, "pairs": rate.images, "share": rate.value, "low": low, "high": high}
+    return {
+        "agree": rate.failures,
+        "pairs": rate.images,
+        "share": rate.value if pairs else None,
+        "low": low,
+        "high": high,
+    }

@@ -16,6 +16,7 @@ from rayproj.obfuscation.assets import Assets, AssetsConfig
 from rayproj.obfuscation.base import Obfuscation
 
 CLEAN = "Clean"  # the benchmark's name of the images as they are
+DRAW = "#"  # between the name of an image and the number of a draw
 
 # In the order of the benchmark: by name, those that are held out at the end.
 OBFUSCATIONS: dict[str, type[Obfuscation]] = {

@@ -15,7 +15,7 @@ from rayproj.data.imagenet import ImageFolders
 from rayproj.data.reader import Reader
 from rayproj.data.writer import Sample
 from rayproj.obfuscation.assets import Assets, AssetsConfig
-from rayproj.obfuscation.registry import CLEAN, OBFUSCATIONS, chosen, obfuscate
+from rayproj.obfuscation.registry import CLEAN, DRAW, OBFUSCATIONS, chosen, obfuscate
 from rayproj.storage.store import Store
 
 NOTICE = (
@@ -141,7 +141,7 @@ class Writer:
             sample = {n: columns[n][k] for n in self.images.header.fields if n in self.header.fields}
             sample = {n: v.item() if isinstance(v, np.generic) else v for n, v in sample.items()}
             own = str(columns["image_id"][k]) if "image_id" in columns else f"{index[k]:08d}"
-            sample |= {"image_id": own if draws == 1 else f"{own}#{view[k]}", "obfuscation": which, "image": image}
+            sample |= {"image_id": own if draws == 1 else f"{own}{DRAW}{view[k]}", "obfuscation": which, "image": image}
             key = f"{which * per_name + int(numbers[k]):08d}"
             found.append({"key": key, **sample, "parameters": json.dumps(records[k], sort_keys=True)})
         return found

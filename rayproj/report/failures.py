@@ -51,6 +51,12 @@ def _issue(finding: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     if "p_as" in finding:
         rates = f"{_percent(finding['rate_as'])} against {_percent(finding['base_rate_as'])}"
         lines.insert(4, f"- as {finding['wrong']}: {rates}, p = {finding['p_as']:.3g}, q = {finding['q_as']:.3g}")
+    for pair in finding.get("counterfactuals", []):
+        lines.append(
+            f"- the same {pair['rate']['images']} pictures without {pair['term']}: fails on "
+            f"{_percent(pair['rate_without'])} instead of {_percent(pair['rate'])}; {pair['only_with']} fail only with it, "
+            f"{pair['only_without']} only without (McNemar's exact test, one-sided: p = {pair['p']:.3g})"
+        )
     for name, other in finding["others"].items():
         lines.append(f"- {name} fails on {_percent(other['slice'])}, and elsewhere on {_percent(other['base'])}")
     kept = ("rate", "base_rate", "ratio", "rate_as", "base_rate_as", "ratio_as", "p", "q", "p_as", "q_as", "hypotheses")
@@ -70,20 +76,20 @@ def page(found: dict[str, Any]) -> str:
 
 
 def _pictures(finding: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """The images that fail and those that do not, each with the answer and how sure it is."""
-    dataset = Dataset.open(finding["dataset"])
-    reader = Reader(dataset, ["image", f"predicted_{OWN}", "confidence"])
-    names = dataset.header.values_of(f"predicted_{OWN}")
-    shown = {}
-    for kind in ("failures", "right"):
-        columns = reader.gather(np.array(finding[kind], np.int64))
-        shown[kind] = [
-            {"uri": _uri(image), "says": f"{names[answer]} {sure:.2f}"}
-            for image, answer, sure in zip(
-                columns["image"], columns[f"predicted_{OWN}"], columns["confidence"], strict=True
-            )
-        ]
+    """The images that fail and those that do not, each with the answer and how sure it is; and by term the pairs with and
+    without it, one after the other."""
+    shown = {kind: _shown(finding["dataset"], finding[kind]) for kind in ("failures", "right")}
+    for pair in finding.get("counterfactuals", []):
+        shown[pair["term"]] = _shown(pair["dataset"], [i for both in pair["pairs"] for i in both])
     return shown
+
+
+def _shown(uri: str, ids: list[int]) -> list[dict[str, str]]:
+    dataset = Dataset.open(uri)
+    columns = Reader(dataset, ["image", f"predicted_{OWN}", "confidence"]).gather(np.array(ids, np.int64))
+    names = dataset.header.values_of(f"predicted_{OWN}")
+    answers = zip(columns["image"], columns[f"predicted_{OWN}"], columns["confidence"], strict=True)
+    return [{"uri": _uri(image), "says": f"{names[answer]} {sure:.2f}"} for image, answer, sure in answers]
 
 
 def _uri(image: np.ndarray) -> str:

@@ -77,9 +77,11 @@ def homogeneity(found: dict[str, Any]) -> Figure:
         order = sorted(of, key=lambda name: guidance[name] if guidance[name] is not None else 0)
         x = [guidance[name] if guidance[name] is not None else k for k, name in enumerate(order)]
         values = [of[name]["homogeneous"] for name in order]
-        low, high = ([abs(v["share"] - v[end]) for v in values] for end in ("low", "high"))
-        axis.errorbar(x, [v["share"] for v in values], [low, high], marker="o", capsize=3, label="measured")
-        axis.plot(x, [v["independent"] for v in values], "--", color="grey", label="if draws were independent")
+        share, low, high, by_chance = (
+            np.array([v[name] for v in values], float) for name in ("share", "low", "high", "independent")
+        )
+        axis.errorbar(x, share, [share - low, high - share], marker="o", capsize=3, label="measured")
+        axis.plot(x, by_chance, "--", color="grey", label="if draws were independent")
         axis.set(title=attribute, xlabel="guidance", ylim=(0, 1.02))
     axes[0].set_ylabel("prompts with one kind alone")
     axes[0].legend(frameon=False)

@@ -2,6 +2,7 @@
 one yields nothing, and a search that is stopped and started again ends the same."""
 
 import re
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rayproj import config as configuration
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.discovery.generators import Asked, GeneratorConfig, open_generator
-from rayproj.discovery.loop import DiscoverConfig, discover
+from rayproj.discovery.loop import DiscoverConfig, counterfactuals, discover, prepared
 from rayproj.discovery.slices import Slice
 from rayproj.errors import UserError
 from rayproj.report.failures import issues, page
@@ -58,7 +59,8 @@ def drawn(out: Path) -> int:
 def test_a_background_is_found_by_name_with_a_page_issues_and_an_adversarial_dataset(
     folder: Path, tmp_path: Path
 ) -> None:
-    given = config(folder, "background", tmp_path / "out", others=["clean"], scale_up=60)
+    labels = dict.fromkeys(reversed(planted.LABELS), "")  # another order than the classifier's
+    given = config(folder, "background", tmp_path / "out", others=["clean"], scale_up=60, labels=labels)
     found = discover(given, 0, planted.make)
     first = found["findings"][0]
     assert first["slice"] == ["female", [["background", "green"]]] and first["wrong"] == "male"
@@ -69,8 +71,8 @@ def test_a_background_is_found_by_name_with_a_page_issues_and_an_adversarial_dat
     confirm = Dataset.open(first["dataset"])
     columns = Reader(confirm).gather(np.arange(confirm.header.num_samples))
     at = columns["slice"] == confirm.header.provenance["slices"].index([first["slice"], first["rate"]["images"]])
-    assert set(columns["background"][at]) == {"green"} and (columns["label"][at] == 0).all()
-    assert (columns["predicted_classifier"][at] != 0).sum() == first["rate"]["failures"]
+    assert set(columns["background"][at]) == {"green"} and (columns["label"][at] == 1).all()
+    assert (columns["predicted_classifier"][at] != planted.LABELS.index("female")).sum() == first["rate"]["failures"]
     figures, roles = Reader(Dataset.open(str(folder / "figures")), ["role"]), []
     for name in ("look-1", "closer-2", "confirm"):
         rows = Dataset.open(str(tmp_path / "out" / name)).header.provenance["rows"]
@@ -80,7 +82,9 @@ def test_a_background_is_found_by_name_with_a_page_issues_and_an_adversarial_dat
     more = found["adversarial"]
     failures = Dataset.open(more["dataset"])
     assert failures.header.num_samples == more["failures"] and 0 < more["failures"] <= more["images"] <= 60
-    wrong = Reader(failures, ["label", "predicted_classifier", "row"]).gather(np.arange(more["failures"]))
+    wrong = Reader(failures, ["label", "slice", "predicted_classifier", "row"]).gather(np.arange(more["failures"]))
+    named = [failures.header.provenance["slices"][i][0] for i in wrong["slice"]]
+    assert failures.header.classes == planted.LABELS and [planted.LABELS[i] for i in wrong["label"]] == named
     assert (wrong["label"] != wrong["predicted_classifier"]).all()
     assert not set(wrong["row"]) & set(columns["row"]), "further images"
     assert more["transfer"]["classifier"]["adversarial"]["rate"] == 1 > more["transfer"]["clean"]["adversarial"]["rate"]
@@ -176,6 +180,7 @@ def test_bad_input_is_said(folder: Path, tmp_path: Path) -> None:
         ({"find": 1.0}, r"discover.find is a share in \(0, 1\)"),
         ({"generator": {}}, "needs one of model, pipeline and images"),
         ({"generator": {"pipeline": "p"}}, "size is"),
+        ({"counterfactuals": 5}, "real images cannot be drawn again"),
         ({"words": False, "attributes": {}}, "needs attributes, words=true, or both"),
     ):
         given = config(folder, "clean", tmp_path / "out", **values)
@@ -193,6 +198,51 @@ class Brightness(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         bright = torch.sigmoid(400 * (images.mean((1, 2, 3)) - self.threshold))
         return torch.stack([1 - bright, bright], 1)
+
+
+def test_counterfactuals_are_the_same_images_without_a_term(tmp_path: Path) -> None:
+    """Against images that are drawn one by one, and the sum of binomial probabilities."""
+    pipelines.write(tmp_path / "pipeline")
+    generator = {"pipeline": str(tmp_path / "pipeline"), "size": [16, 16], "sampler": {"steps": 1, "guidance": 1.5}}
+    draws = open_generator(configuration.from_dict(GeneratorConfig, generator), {"dark": "a thing"}, {}, 0, "cpu")
+    both = [Slice.of("dark", [("", "red"), ("", "round")]), Slice.of("dark", [("", "blue")])]
+    slices = [both[0], Slice.of("dark", [("", "round")]), Slice.of("dark", [("", "red")]), both[1], Slice("dark")]
+    count, nothing = 20, np.full(1, -1)
+    means = [
+        [draws.draw(Asked([of], np.array([i]), nothing))["image"].mean() / 255 for i in range(count)] for of in slices
+    ]
+    module = Brightness(float(np.median(means)))
+    torch.jit.trace(module, torch.zeros(2, 3, 16, 16)).save(str(tmp_path / "brightness.pt"))
+    values = {
+        "generator": generator, "labels": {"dark": "a thing"}, "out": str(tmp_path / "out"), "words": False,
+        "counterfactuals": count, "shard_size": 7, "batch": 3,
+        "classifier": {"model": str(tmp_path / "brightness.pt"), "classes": ["dark", "bright"], "probabilities": True},
+    }  # fmt: skip
+    search = prepared(configuration.from_dict(DiscoverConfig, values), 0, planted.make)
+    findings: list[dict[str, Any]] = [{"slice": of.to_json()} for of in both]
+    counterfactuals(search, findings)
+    failed = {of: np.array(row) > module.threshold for of, row in zip(slices, means, strict=True)}
+    assert [[pair["term"] for pair in f["counterfactuals"]] for f in findings] == [["'red'", "'round'"], ["'blue'"]]
+    images = Reader(Dataset.open(str(tmp_path / "out" / "pairs"))).gather(np.arange(len(slices) * count))["image"]
+    for own, without, pair in [
+        (both[0], slices[1], findings[0]["counterfactuals"][0]),
+        (both[0], slices[2], findings[0]["counterfactuals"][1]),
+        (both[1], slices[4], findings[1]["counterfactuals"][0]),
+    ]:
+        only, back = int((failed[own] & ~failed[without]).sum()), int((failed[without] & ~failed[own]).sum())
+        assert (pair["only_with"], pair["only_without"]) == (only, back)
+        assert (pair["rate"]["failures"], pair["rate_without"]["failures"]) == (
+            failed[own].sum(),
+            failed[without].sum(),
+        )
+        tail = sum(comb(only + back, k) for k in range(only, only + back + 1)) / 2 ** (only + back)
+        assert pair["p"] == pytest.approx(tail)
+        for first, second in pair["pairs"]:
+            i = first % count
+            assert second % count == i and failed[own][i] and not failed[without][i]
+            assert images[first].mean() / 255 == pytest.approx(means[slices.index(own)][i])
+            assert images[second].mean() / 255 == pytest.approx(means[slices.index(without)][i])
+    assert any(pair["pairs"] for f in findings for pair in f["counterfactuals"]), "none differs; the test says nothing"
 
 
 def test_open_ended_with_a_pipeline_and_retrieved_captions(tmp_path: Path) -> None:

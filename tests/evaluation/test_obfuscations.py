@@ -119,6 +119,17 @@ def test_intervals_hold_what_a_larger_sample_shows() -> None:
     assert 0.05 < high - low < 0.25, "about 2 * 1.96 * sqrt(0.25 / 200)"
 
 
+def test_draws_of_one_image_are_no_further_evidence() -> None:
+    one = drawn([CLEAN, "Halftoning"])
+    four = {
+        name: Predictions(
+            np.array([f"{i}#{k}" for k in range(4) for i in p.image]), np.tile(p.label, 4), np.tile(p.top, (4, 1))
+        )
+        for name, p in one.items()
+    }
+    assert intervals(four, label_weighted=False) == pytest.approx(intervals(one, label_weighted=False))
+
+
 def test_predictions_of_other_images_are_refused() -> None:
     predictions = drawn([CLEAN, "Halftoning"])
     other = predictions["Halftoning"]

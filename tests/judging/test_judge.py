@@ -18,7 +18,7 @@ from rayproj.evaluation.models import ExaminedConfig
 from rayproj.evaluation.watermark import key_name, mark
 from rayproj.export.evaluations import OfJudge
 from rayproj.judging.alignment import AlignmentConfig
-from rayproj.judging.judge import judge
+from rayproj.judging.judge import _alignment, judge
 from rayproj.judging.scoring import JudgeConfig, header_of
 from rayproj.report.judged import page, samples
 from rayproj.storage.store import Store
@@ -107,6 +107,19 @@ def test_the_model_that_draws_what_it_is_asked_for_is_found_better(found: dict[s
         (row,) = found["compared"][measure]
         assert (row["first"], row["second"], row["order"]) == ("asked", "other", 1)
     assert set(found["alignment"]["count (components)"]["asked"]) == {"all", "two", "three"}
+
+
+def test_categories_of_which_a_measure_says_nothing_are_left_out() -> None:
+    some, none = np.array([0.2, 0.4, np.nan]), np.array([0.1, np.nan, np.nan])
+    found = _alignment({"a": some, "b": none}, ["x", "y", "z"])
+    assert {name: list(by) for name, by in found.items()} == {"a": ["all", "x", "y"], "b": ["all", "x", "y"]}
+    assert found["a"]["all"]["mean"] == pytest.approx(0.3) and found["a"]["y"]["n"] == 1
+    assert found["b"]["y"] == {"n": 0, "mean": None, "low": None, "high": None}
+    assert list(_alignment({"a": np.full(2, np.nan)}, ["x", ""])["a"]) == ["all"]
+
+
+def test_a_result_is_json_to_whoever_reads_it(found: dict[str, Any]) -> None:
+    json.dumps(found, allow_nan=False)
 
 
 def test_measures_agree_with_people_where_they_have_their_order(found: dict[str, Any]) -> None:

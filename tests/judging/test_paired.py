@@ -26,7 +26,7 @@ def test_an_interval_holds_the_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     held = [f["low"] <= 0 <= f["high"] for f in (mean_interval(rng.normal(0, 1, 60), k) for k in range(200))]
     assert 0.89 <= np.mean(held) <= 0.99
-    assert np.isnan(mean_interval(np.full(4, np.nan))["mean"])
+    assert mean_interval(np.full(4, np.nan)) == {"n": 0, "mean": None, "low": None, "high": None}
 
 
 @pytest.mark.parametrize("wins, losses, order", [(70, 30, 1), (30, 70, -1), (52, 48, 0), (0, 0, 0)])
