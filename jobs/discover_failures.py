@@ -38,6 +38,7 @@ def main(config: Config) -> dict[str, Any]:
         store = Store(config.discover.out)
         store.write("failures.json", to_json(failures.issues(found)))
         store.write("failures.html", failures.page(found).encode())
+        store.write("predictions.parquet", failures.predictions(found))
         if folder := store.local_path():
             run.tracker.event({"type": "file", "name": "failures", "path": str(folder / "failures.html")})
         return run.finish(found)

@@ -57,12 +57,13 @@ def _texts(dataset: Dataset, fields: list[str]) -> list[str]:
     reader, found = Reader(dataset, fields=fields), list[str]()
     for begin in range(0, header.num_samples, AT_ONCE):
         columns = reader.gather(np.arange(begin, min(begin + AT_ONCE, header.num_samples)))
-        parts = [_named(columns[name], header.values_of(name)) for name in fields]
+        parts = [[text or UNKNOWN for text in texts_of(columns[name], header.values_of(name))] for name in fields]
         found += [" × ".join(row) for row in zip(*parts, strict=True)]
     return found
 
 
-def _named(column: np.ndarray, values: Sequence[str]) -> list[str]:
+def texts_of(column: np.ndarray, values: Sequence[str]) -> list[str]:
+    """What a column of a field with these values says of each sample; "" where that is not known."""
     if column.dtype == object:
-        return [str(value) or UNKNOWN for value in column]
-    return [UNKNOWN if n < 0 else values[n] if values else str(n) for n in column.tolist()]
+        return list(map(str, column))
+    return ["" if n < 0 else values[n] if values else str(n) for n in column.tolist()]

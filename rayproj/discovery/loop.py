@@ -51,7 +51,7 @@ Make = Callable[[Dataset, str, dict[str, Any]], Any]
 class DiscoverConfig(ExamineConfig):
     """What is examined, with how many images, and what counts as a finding."""
 
-    out: str = "???"  # a folder for the datasets of all stages, failures.json and failures.html
+    out: str = "???"  # a folder for the datasets of all stages, failures.json and .html, predictions.parquet
     images: int = 4000  # that the search may look at
     find: float = 0.5  # share of them by which slices are found; the others confirm
     rounds: int = 2  # of finding
@@ -246,7 +246,7 @@ def tested(search: Search, proposals: list[Proposal], on: Results) -> list[dict[
     for row in rows:
         any_class = row["q"] <= config.level and _at_least(row["ratio"], config.least_ratio)
         one_class = row.get("q_as", 1.0) <= config.level and _at_least(row["ratio_as"], config.least_ratio)
-        row["finding"] = any_class or one_class
+        row["finding"], row["by_any_class"] = any_class or one_class, any_class
         row["hypotheses"] = len(hypotheses)
     return sorted(rows, key=lambda row: (not row["finding"], min(row["p"], row.get("p_as", 1.0)), row["name"]))
 

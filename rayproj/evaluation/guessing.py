@@ -148,10 +148,13 @@ def _numbers(images: tuple[str, ...], model: tuple[str, ...], name: str) -> np.n
     """For each class of the images its number with the model: int64.
 
     Raises:
-        UserError: they have neither the same names nor the same number of classes.
+        UserError: they have neither the same names nor, under quite other names, the same number of classes.
     """
     if set(images) <= set(model):
         return np.array([model.index(c) for c in images], np.int64)
+    if set(images) & set(model):
+        lacking = next(c for c in images if c not in model)
+        raise UserError(f"The model '{name}' has no class '{lacking}', which the images have; give one that has it.")
     if len(images) == len(model):
         return np.arange(len(images))
     raise UserError(

@@ -15,6 +15,7 @@ from pyarrow import parquet
 from torch import nn
 
 from rayproj import classifiers
+from rayproj.data.cells import texts_of
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.engine.training import Link
@@ -119,7 +120,7 @@ def evaluate(config: EvaluateConfig, world: World, link: Link, store: Store | No
 
 
 Attributes = dict[str, np.ndarray]
-"""Grouping variable -> text [n] of the test images."""
+"""Grouping variable -> text [n] of the test images, None where it is not known."""
 
 
 def _judged(
@@ -239,7 +240,8 @@ def _predict(
     for ids in _share(np.arange(test.header.num_samples), world, config.batch):
         batch = reader.gather(ids)
         predicted = model(torch.from_numpy(batch["image"]).to(world.device)).softmax(1).cpu().numpy()
-        found.append((batch["label"], predicted, *(batch[name].astype(str) for name in config.groups)))
+        said = (texts_of(batch[name], test.header.values_of(name)) for name in config.groups)
+        found.append((batch["label"], predicted, *(np.array([text or None for text in of], object) for of in said)))
     everything: list[Any] = [None] * world.world_size
     dist.all_gather_object(everything, found)
     columns = zip(*[part for parts in everything for part in parts], strict=True)

@@ -251,10 +251,10 @@ def _costs(config: ShiftConfig, judges: _Judges) -> list[dict[str, Any]]:
             cost: dict[str, Any] = {"training_flops": _training_flops(config.networks[name], images, count)}
             cost |= epistemic.parameters(network, count) | epistemic.inference_cost(network, images, count)
             rows.append({"network": name, "indices": count, "extrapolated": False, **cost})
-        if isinstance(network, Ensemble) and len(network.members) > 1:  # the last row is of all members
-            for count in config.extrapolated:
-                more = {key: value * count / len(network.members) for key, value in cost.items()}
-                rows.append({"network": name, "indices": count, "extrapolated": True, **more})
+        if isinstance(network, Ensemble) and len(network.members) > 1:  # the last row is of the most members
+            for more_members in config.extrapolated:
+                more = {key: value * more_members / count for key, value in cost.items()}
+                rows.append({"network": name, "indices": more_members, "extrapolated": True, **more})
     return rows
 
 

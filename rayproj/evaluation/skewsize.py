@@ -74,8 +74,22 @@ class _Layout:
         rows, columns, total = self._sums(counts)
         return _over(rows[self.rows] * columns[self.columns], total[self.classes])
 
+    def p_values(self, counts: np.ndarray) -> np.ndarray:
+        """Of Pearson's χ² test of each class [classes]; 1 where there is nothing that could depend."""
+        phi2, r, k, n, some = self._phi(counts)
+        return np.where(some, stats.chi2.sf(n * phi2, (r - 1) * (k - 1)), 1.0)
+
     def effects(self, counts: np.ndarray, corrected: bool) -> np.ndarray:
         """V of each class [classes], from counts [cells]."""
+        phi2, r, k, n, some = self._phi(counts)
+        m = np.where(some, n - 1, 1)
+        if corrected:
+            phi2 = np.maximum(phi2 - (r - 1) * (k - 1) / m, 0)
+            r, k = r - (r - 1) ** 2 / m, k - (k - 1) ** 2 / m
+        return np.where(some, np.sqrt(_over(phi2, np.minimum(r, k) - 1)), 0.0)
+
+    def _phi(self, counts: np.ndarray) -> tuple[np.ndarray, ...]:
+        """By class χ² / n, its rows, columns (2 where there are fewer) and examples, and whether it has two of each."""
         rows, columns, n = self._sums(counts)
         # χ² / n = Σ O² / (row column) - 1, in which empty cells, rows and columns have no part.
         terms = _over(counts**2, rows[self.rows] * columns[self.columns])
@@ -83,11 +97,7 @@ class _Layout:
         r: np.ndarray = np.bincount(self.class_of_row, rows > 0, self.count)
         k: np.ndarray = np.bincount(self.class_of_column, columns > 0, self.count)
         some = (r >= 2) & (k >= 2)
-        r, k, m = np.where(some, r, 2), np.where(some, k, 2), np.where(some, n - 1, 1)
-        if corrected:
-            phi2 = np.maximum(phi2 - (r - 1) * (k - 1) / m, 0)
-            r, k = r - (r - 1) ** 2 / m, k - (k - 1) ** 2 / m
-        return np.where(some, np.sqrt(_over(phi2, np.minimum(r, k) - 1)), 0.0)
+        return phi2, np.where(some, r, 2), np.where(some, k, 2), n, some
 
     def _sums(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of rows, of columns, of classes."""
@@ -143,16 +153,16 @@ class SkewSize:
         """SkewSize with what is needed to read it.
 
         Args:
-            permutations: shuffles of the groups within each class, for the null; a class's p-value is at best one over
-                their number.
+            permutations: shuffles of the groups within each class, for the null.
             bootstraps: draws of each class's examples with replacement, for the intervals.
             top: classes whose shifted predictions are named.
             names: of classes and predictions, where they are numbers.
 
         Returns:
             "value" (None where undefined, with "reason") and its "interval"; V by class ("effects") with mean, quantiles and
-            maximum, and the mean's interval; of the null its mean, deviation and the share at or above the value; p-values
-            by class, adjusted for their number (Benjamini and Hochberg 1995); the classes that drive the value, with the
+            maximum, and the mean's interval; of the null its mean, deviation and the share at or above the value, which
+            counts as one of it; p-values by class, of Pearson's χ² test where Cochran's rule allows that and else by
+            permutation, adjusted for their number (Benjamini and Hochberg 1995); the classes that drive the value, with the
             predictions that a group has more or less often than it would; accuracy overall, of the worst group and the gap;
             how many classes were skipped, and how many break Cochran's rule (no expected count under 1, at most a fifth
             under 5), so that their V means little.
@@ -170,7 +180,10 @@ class SkewSize:
         drawn = [layout.effects(examples.drawn(rng), self.corrected) for _ in range(bootstraps)]
         value, under_null = skewness(effects), _finite([skewness(v) for v in null])
         higher = sum((v >= effects - 1e-12).astype(int) for v in null) if null else np.zeros(len(effects), int)
-        p = stats.false_discovery_control((1 + higher) / (1 + permutations)) if permutations else np.ones(len(effects))
+        # Permutations tell no p below one over their number, which many classes' adjustment takes for chance.
+        thin = _thin(layout, counts)
+        p = np.where(thin, (1 + higher) / (1 + permutations), layout.p_values(counts))
+        q = stats.false_discovery_control(p)
         defined = math.isfinite(value)
         return {
             "value": value if defined else None,
@@ -185,14 +198,16 @@ class SkewSize:
             "max": float(effects.max()),
             "null_mean": float(np.mean(under_null)) if under_null else None,
             "null_std": float(np.std(under_null, ddof=1)) if len(under_null) > 1 else None,
-            "null_share_at_or_above": float(np.mean(np.array(under_null) >= value)) if defined and under_null else None,
+            "null_share_at_or_above": float((1 + np.sum(np.array(under_null) >= value)) / (1 + len(under_null)))
+            if defined and under_null
+            else None,
             "null_mean_effect": float(np.mean(null)) if null else None,
-            "p_values": dict(zip(classes, p.tolist(), strict=True)),
-            "significant": [c for c, q in zip(classes, p, strict=True) if q <= 1 - level],
+            "p_values": dict(zip(classes, q.tolist(), strict=True)),
+            "significant": [c for c, one in zip(classes, q, strict=True) if one <= 1 - level],
             "drivers": _drivers(layout, counts, keys, effects, classes, top, shown),
             **self._accuracy(),
             "classes_skipped": self._classes() - len(classes),
-            "classes_thin": int(_thin(layout, counts).sum()),
+            "classes_thin": int(thin.sum()),
             "examples": int(counts.sum()),
             "dropped": self.dropped,
         }

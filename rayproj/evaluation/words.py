@@ -15,7 +15,7 @@ Embed = Callable[[list[str]], np.ndarray]
 def plain(text: str, known: frozenset[str] = frozenset()) -> str:
     """Lower case, without punctuation, leading articles and outer space; a plural whose singular is known is that."""
     words = re.sub(r"[^\w\s'-]", " ", text.lower()).split()
-    while words and words[0] in ARTICLES:
+    while len(words) > 1 and words[0] in ARTICLES:
         words = words[1:]
     found = " ".join(words)
     for ending, other in (("ies", "y"), ("es", ""), ("s", "")):

@@ -62,14 +62,21 @@ def chosen(names: Sequence[str], assets: AssetsConfig | None = None) -> tuple[st
     sets, those are left out that need what was not learned.
 
     Raises:
-        UserError: a name that is neither.
+        UserError: a name that is neither, or a set of which nothing is left.
     """
     found: list[str] = []
     for name in names:
         if name not in OBFUSCATIONS and name not in SETS:
             raise UserError(f"There is no obfuscation '{name}'; there are {', '.join([*OBFUSCATIONS, *SETS])}.")
-        learned = assets is None or bool(assets.learned)
-        found += [n for n in SETS.get(name, ()) if learned or not OBFUSCATIONS[n].needs] or [name]
+        if name in OBFUSCATIONS:
+            found.append(name)
+            continue
+        there = [n for n in SETS[name] if assets is None or assets.learned or not OBFUSCATIONS[n].needs]
+        if not there:
+            raise UserError(
+                f"The obfuscations '{name}' need the run dir of jobs/learn_obfuscations.py in assets.learned."
+            )
+        found += there
     return tuple(name for name in OBFUSCATIONS if name in found)
 
 

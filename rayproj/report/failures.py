@@ -1,15 +1,19 @@
-"""What a search for failures found: failures.html, a section for each finding, and failures.json for issue trackers."""
+"""What a search for failures found: failures.html, a section for each finding, failures.json for issue trackers, and
+predictions.parquet for SkewSize."""
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.encodings import ENCODINGS
 from rayproj.data.reader import Reader
-from rayproj.discovery.examine import OWN
+from rayproj.discovery.examine import OWN, slices_of
 from rayproj.discovery.slices import Slice
 from rayproj.report.pages import data_uri, rendered
 
@@ -28,10 +32,14 @@ def issues(found: dict[str, Any]) -> dict[str, Any]:
 
 def title(finding: dict[str, Any]) -> str:
     """A finding in one line."""
-    label, times = finding["label"], finding["ratio"]["value"]
+    label = finding["label"]
     where = " and ".join(term.name for term in Slice.from_json(finding["slice"]).terms)
+    if finding["by_any_class"]:
+        said, times = f"misclassified, mostly as {finding['wrong']}", finding["ratio"]["value"]
+    else:
+        said, times = f"taken for {finding['wrong']}", finding["ratio_as"]["value"]
     more = f"{times:.1f} times as often as {label} as such" if times else f"which {label} as such never is"
-    return f"{label} with {where} is misclassified, mostly as {finding['wrong']}, {more}"
+    return f"{label} with {where} is {said}, {more}"
 
 
 def _issue(finding: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +74,27 @@ def _issue(finding: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         "labels": ["model-failure", finding["label"], finding["wrong"]],
         "statistics": {name: finding[name] for name in kept if name in finding},
     }
+
+
+def predictions(found: dict[str, Any]) -> bytes:
+    """predictions.parquet, as `rayproj evaluate skewsize` takes it: of each image of the first looks, which are over all
+    combinations of the attributes alike, "label", "prediction" and the value of each attribute that was asked for."""
+    tables = []
+    for name, stage in found["stages"].items():
+        if name.startswith("look"):
+            dataset = Dataset.open(stage["dataset"])
+            header, asked = dataset.header, slices_of(dataset.header)
+            columns = Reader(dataset, ["label", f"predicted_{OWN}"]).gather(np.arange(header.num_samples))
+            known = header.values_of(f"predicted_{OWN}")
+            attributes = header.provenance["examine"]["attributes"]
+            tables.append(pa.table({
+                "label": [header.classes[i] for i in columns["label"]],
+                "prediction": [known[i] for i in columns[f"predicted_{OWN}"]],
+                **{attribute: [of.values.get(attribute, "") for of in asked] for attribute in attributes},
+            }))  # fmt: skip
+    sink = io.BytesIO()
+    parquet.write_table(pa.concat_tables(tables), sink)
+    return sink.getvalue()
 
 
 def page(found: dict[str, Any]) -> str:

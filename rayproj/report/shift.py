@@ -81,14 +81,15 @@ def loss_over_severity(result: dict[str, Any], measure: str = "dyadic_nll_exact"
     """The loss of each network, with all its indices, over the severity of the corruptions; 0 is without."""
     by_severity: dict[int, list[str]] = {}
     for condition in result["conditions"]:
-        if condition["family"] != "shifted":
+        if condition["family"] in ("in_distribution", "corrupted"):
             by_severity.setdefault(condition["severity"], []).append(condition["name"])
+    severities = sorted(by_severity)
     figure, axis = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
     for (network, count), colour in zip(largest(result).items(), cycle(figures.SERIES), strict=False):
         by = result["measures"][network][count]
-        y = [mean_of(by, names, measure) for names in by_severity.values()]
-        axis.plot(list(by_severity), y, color=colour, marker="o", markersize=3.5, label=network)
-    axis.set_xticks(list(by_severity))
+        y = [mean_of(by, by_severity[severity], measure) for severity in severities]
+        axis.plot(severities, y, color=colour, marker="o", markersize=3.5, label=network)
+    axis.set_xticks(severities)
     axis.set_xlabel("severity")
     axis.set_ylabel(TITLES.get(measure, measure))
     axis.legend(frameon=False, fontsize=7)

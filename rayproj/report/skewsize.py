@@ -55,7 +55,8 @@ def of_table(
     predictions = table[prediction]
     if words:
         classes = sorted({str(c) for c in table[label]})
-        predictions, table[label] = mapped([str(p) for p in predictions], classes), [str(c) for c in table[label]]
+        predictions = mapped(["" if p is None else str(p) for p in predictions], classes)
+        table[label] = [str(c) for c in table[label]]
     found = {}
     owner = table[by] if by else [""] * len(predictions)
     for of in dict.fromkeys(owner):

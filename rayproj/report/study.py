@@ -8,6 +8,7 @@ its predictions, and one of jobs/train_classifier.py. Nothing is computed anew b
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -54,6 +55,7 @@ class StudyConfig:
         default_factory=dict
     )  # title -> the test images as they were evaluated, in domain first
     groups: list[str] = field(default_factory=list)  # attributes of theirs that make the groups together
+    group_examples: int = 10  # groups with fewer images of a test set are left out of it
     cluster_by: str = ""  # attribute whose images are alike, and are drawn together in a bootstrap
     kinds: dict[str, list[str]] = field(default_factory=dict)  # kind, such as synthetic -> its arms
     usual: dict[str, str] = field(default_factory=dict)  # further axis -> the value that the arms themselves have
@@ -75,12 +77,14 @@ class Points:
         right: by setting and test set, bool [seeds, n].
         trained: run dirs of the classifiers by setting, in the order of the seeds.
         groups, clusters: by test set, [n].
+        left_out: by test set, the groups that are too small, and how many images they have.
     """
 
     right: dict[Setting, dict[str, np.ndarray]]
     trained: dict[Setting, list[str]]
     groups: dict[str, list[str]]
     clusters: dict[str, list[str] | None]
+    left_out: dict[str, dict[str, int]]
 
 
 def read(config: StudyConfig) -> Points:
@@ -111,17 +115,23 @@ def read(config: StudyConfig) -> Points:
         raise UserError(f"The sweep has no arm '{config.baseline}'; it has {', '.join(arms)}.")
     if wrong := [setting for setting, by in found.items() if sorted(by) != seeds]:
         raise UserError(f"'{wrong[0][0]}' was not run under the seeds of '{config.baseline}': {', '.join(seeds)}.")
+    left_out = {title: _left_out(groups[title], config.group_examples) for title in config.tests}
+    kept = {title: [i for i, g in enumerate(groups[title]) if g not in left_out[title]] for title in config.tests}
+    if lost := [title for title, at in kept.items() if not at]:
+        raise UserError(f"'{lost[0]}' has no group with {config.group_examples} images; lower group_examples.")
     clusters = {
-        title: _column(uri, config.cluster_by) if config.cluster_by else None for title, uri in config.tests.items()
+        title: _column(uri, config.cluster_by, kept[title]) if config.cluster_by else None
+        for title, uri in config.tests.items()
     }
     return Points(
         {
-            s: {title: np.stack([by[seed][title] for seed in seeds]) for title in config.tests}
+            s: {title: np.stack([by[seed][title][at] for seed in seeds]) for title, at in kept.items()}
             for s, by in found.items()
         },
         {s: [by[seed] for seed in seeds] for s, by in trained.items()},
-        groups,
+        {title: [groups[title][i] for i in at] for title, at in kept.items()},
         clusters,
+        left_out,
     )
 
 
@@ -138,15 +148,21 @@ def _right(run: Store, config: StudyConfig, groups: dict[str, list[str]]) -> dic
         if not len(at):
             raise UserError(f"{run.uri} did not evaluate '{title}'; the first of tests is evaluate.test.")
         found[title] = np.array(table["label"])[at] == np.array(table["prediction"])[at]
-        groups[title] = [" × ".join(str(table[name][i]) for name in config.groups) for i in at]
+        rows = ([table[name][i] for name in config.groups] for i in at)
+        groups[title] = ["" if None in row or "" in row else " × ".join(map(str, row)) for row in rows]
     return found
 
 
-def _column(uri: str, name: str) -> list[str]:
+def _left_out(groups: list[str], least: int) -> dict[str, int]:
+    """Images by group, of groups that are too small to be measured; "" where the group is not known."""
+    return {group: n for group, n in sorted(Counter(groups).items()) if not group or n < least}
+
+
+def _column(uri: str, name: str, at: list[int]) -> list[str]:
     dataset = Dataset.open(uri)
     if name not in dataset.header.fields:
         raise UserError(f"{uri} has no attribute '{name}'; it has {', '.join(dataset.header.fields)}.")
-    return list(map(str, Reader(dataset, [name]).gather(np.arange(dataset.header.num_samples))[name]))
+    return list(map(str, Reader(dataset, [name]).gather(np.array(at))[name]))
 
 
 def gather(config: StudyConfig) -> dict[str, Any]:
@@ -174,7 +190,11 @@ def gather(config: StudyConfig) -> dict[str, Any]:
                 against[arm][measure]["adjusted_p"] = p
         for arm in others:
             rows[arm]["against_baseline"] = against[arm]
-        found["tests"][test] = {"images": len(points.groups[test]), "arms": rows}
+        found["tests"][test] = {
+            "images": len(points.groups[test]),
+            "left_out": points.left_out[test],
+            "arms": rows,
+        }
     found["seeds"] = len(next(iter(base.values())))
     found["curves"] = _curves(config, points)
     found["controls"] = list(_controls(config, points, compared))

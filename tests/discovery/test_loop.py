@@ -1,6 +1,7 @@
 """The search on real classifiers of real images: planted bugs are found by their names within a budget, a classifier without
 one yields nothing, and a search that is stopped and started again ends the same."""
 
+import io
 import re
 from math import comb
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pyarrow import parquet
 from torch import nn
 
 from rayproj import config as configuration
@@ -18,7 +20,8 @@ from rayproj.discovery.generators import Asked, GeneratorConfig, open_generator
 from rayproj.discovery.loop import DiscoverConfig, counterfactuals, discover, prepared
 from rayproj.discovery.slices import Slice
 from rayproj.errors import UserError
-from rayproj.report.failures import issues, page
+from rayproj.evaluation.skewsize import skewsize
+from rayproj.report.failures import issues, page, predictions
 from rayproj.storage.store import to_json
 from tests.support import pipelines, planted
 
@@ -92,6 +95,15 @@ def test_a_background_is_found_by_name_with_a_page_issues_and_an_adversarial_dat
     issue = issues(found)["issues"][0]
     assert issue["title"].startswith("female with background=green is misclassified, mostly as male, ")
     assert f"q = {first['q']:.3g}" in issue["body"] and issue["labels"] == ["model-failure", "female", "male"]
+    table = parquet.read_table(io.BytesIO(predictions(found)))
+    assert table.num_rows == sum(stage["images"] for name, stage in found["stages"].items() if name.startswith("look"))
+    numbers = ([planted.LABELS.index(name) for name in table[column].to_pylist()] for column in ("label", "prediction"))
+    label, answer = map(np.array, numbers)
+    green = np.array(table["background"]) == "green"
+    female, wrong = label == planted.LABELS.index("female"), label != answer
+    assert wrong[female & green].mean() > 2 * wrong[female & ~green].mean()
+    effects = skewsize(label, answer, np.array(table["background"], object), planted.LABELS)["effects"]
+    assert effects["female"] > 0.3
     html = page(found)
     assert html.count("<section") == len(found["findings"]) and html.count("data:image/png;base64,") >= 12
     assert "<link" not in html and "<script" not in html and "src=\"http" not in html  # fmt: skip

@@ -103,6 +103,9 @@ def test_classes_are_matched_by_name_and_groups_drop_the_rest(tmp_path: Path) ->
     other = ExaminedConfig(str(tmp_path / "m.onnx"), classes=["p", "q", "r", "s"])
     with pytest.raises(UserError, match="give a model of the same classes"):
         guess(GuessConfig(images.uri, out=f"{tmp_path}/other", models={"m": other}), "m")
+    with pytest.raises(UserError, match="The model 'm' has no class 'dog', which the images have"):
+        guessing._numbers(("cat", "dog", "eel"), ("dove", "cat", "fox"), "m")
+    assert guessing._numbers(("cat", "dog"), ("n01", "n02"), "m").tolist() == [0, 1]
 
 
 def test_the_published_files_by_efficientnet_in_the_benchmarks_groups(tmp_path: Path) -> None:

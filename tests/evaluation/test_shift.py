@@ -24,7 +24,7 @@ from rayproj.evaluation.shift import ShiftConfig, evaluate, load
 from rayproj.keyed import places
 from rayproj.obfuscation.assets import Assets, AssetsConfig
 from rayproj.obfuscation.registry import obfuscate
-from rayproj.report.shift import grouped, page
+from rayproj.report.shift import grouped, loss_over_severity, page
 from rayproj.storage.store import Store, from_json, to_json
 from tests.support.ranks import run_ranks
 from tests.support.regression import Recorder
@@ -191,6 +191,11 @@ def test_the_page_has_it_all(found: dict[str, Any]) -> None:
         assert text in html
     shown = found["measures"]["epinet"]["25"]["test"]["dyadic_nll_exact"]
     assert f"{shown:.3f}" in html
+    line = next(line for line in loss_over_severity(result).axes[0].lines if line.get_label() == "epinet")
+    by = result["measures"]["epinet"]["25"]
+    corrupted_5 = [by[f"{name}_noise 5"]["dyadic_nll_exact"] for name in ("gaussian", "impulse")]
+    assert list(line.get_xdata()) == [0, 1, 5], "obfuscated images have no severity"
+    assert line.get_ydata()[0] == pytest.approx(shown) and line.get_ydata()[2] == pytest.approx(np.mean(corrupted_5))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ from rayproj.obfuscation import (
     regenerate,
     scenes,
 )
+from rayproj.obfuscation.assets import AssetsConfig
 from rayproj.obfuscation.colour import ColorNoiseBlocks, Halftoning, LowContrastTriangles
+from rayproj.obfuscation.registry import ObfuscateConfig
 from rayproj.obfuscation.styles import StyleNetwork
 
 # The names of the benchmark's data, and which of them it holds out.
@@ -75,6 +77,12 @@ def rows(n: int, first: int = 0) -> Tensor:
     return torch.stack(
         [torch.arange(first, first + n), torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)], 1
     )
+
+
+def test_what_was_not_learned_cannot_be_all_that_is_asked_for() -> None:
+    assert "need the run dir of jobs/learn_obfuscations.py" in ObfuscateConfig(["learned"]).problems()[0]
+    assert ObfuscateConfig(["learned", "colour"]).problems() and not ObfuscateConfig(["training"]).problems()
+    assert "StyleTransfer" not in chosen(["training"], AssetsConfig()) and "StyleTransfer" in chosen(["training"])
 
 
 def test_names_and_split_are_those_of_the_benchmark() -> None:

@@ -33,7 +33,8 @@ def found(tmp_path: Path) -> dict[str, Any]:
     finding = {
         "name": "cat, style=<b>", "slice": ["cat", [["style", "<b>"], ["", "on grass"]]], "label": "cat", "wrong": "<dog>",
         "rate": own, "base_rate": base, "ratio": {"value": None, "low": 0.1, "high": None}, "p": 0.2, "q": 0.3,
-        "hypotheses": 1, "confused": {"<dog>": 2}, "prompt": "a cat", "dataset": dataset.uri, "failures": [3, 1],
+        "hypotheses": 1, "by_any_class": True, "confused": {"<dog>": 2}, "prompt": "a cat", "dataset": dataset.uri,
+        "failures": [3, 1],
         "right": [0, 2], "others": {"elder": {"slice": own, "base": base, "p": 0.2}}, "captions": {}, "label_doubted": None,
     }  # fmt: skip
     return {
@@ -47,6 +48,8 @@ def test_an_issue_says_what_a_tracker_needs(found: dict[str, Any]) -> None:
     assert issue["title"] == title(found["findings"][0]) == (
         "cat with 'on grass' and style=<b> is misclassified, mostly as <dog>, which cat as such never is"
     )  # fmt: skip
+    by_one = {**found["findings"][0], "by_any_class": False, "ratio_as": {"value": 3.0, "low": 1.1, "high": 9.0}}
+    assert title(by_one).endswith("and style=<b> is taken for <dog>, 3.0 times as often as cat as such")
     low, high = Rate(2, 4).interval()
     assert (
         f"50.0 % ({100 * low:.1f}–{100 * high:.1f})" in issue["body"] and "q = 0.3 over 1 hypotheses" in issue["body"]

@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rayproj.engine.steps import PlainStep
 from rayproj.engine.training import Recipe, TrainConfig, train
 from rayproj.engine.world import World
 from rayproj.errors import UserError
-from rayproj.report.study import ControlsConfig, StudyConfig, build, gather
+from rayproj.report.study import ControlsConfig, StudyConfig, _left_out, build, gather
 from rayproj.storage.store import Store, to_json
 from tests.support import images, regression
 from tests.support.ranks import run_ranks
@@ -95,6 +96,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
         controls=ControlsConfig({"fair": "base", "idle": "base"}, {"alpha=0": "base"}),
         filters={"fair": f"{root}/curated"}, shown={"real": f"{root}/images"}, bootstraps=200,
     )  # fmt: skip
+
+
+def test_small_and_unknown_groups_are_left_out(study: StudyConfig) -> None:
+    assert _left_out(["b"] * 10 + ["a"] * 9 + [""] * 20, 10) == {"": 20, "a": 9}
+    some = gather(replace(study, group_examples=N // 2))["tests"]["here"]
+    assert some["left_out"] == {} and some["images"] == N
+    with pytest.raises(UserError, match="'here' has no group with"):
+        gather(replace(study, group_examples=N // 2 + 1))
 
 
 def naive(setting: tuple[str, str, str], number: int) -> tuple[list[float], list[float]]:
