@@ -32,7 +32,7 @@ from rayproj.errors import UserError
 from rayproj.robustness.apgd import apgd
 from rayproj.robustness.autoattack import AttackConfig, autoattack
 from rayproj.robustness.losses import cross_entropy
-from rayproj.robustness.oracle import Oracle
+from rayproj.robustness.oracle import OfUnit, Oracle
 from rayproj.robustness.pgd import pgd
 from rayproj.robustness.threats import Norm, Threat
 
@@ -40,17 +40,6 @@ ROUNDS, THREADS = 3, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGES, EPS = 1024 if DEVICE == "cuda" else 128, 0.06
 SAME = 0.02  # points of robust accuracy in which attacks of the same strength may differ
-
-
-class _Scaled(nn.Module):
-    """Of images in [0, 1], as attacks have them."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(255 * x)  # type: ignore[no-any-return]
 
 
 def _images(count: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +85,7 @@ def measure() -> list[Row]:
         raise UserError(f"The benchmark of attacks needs {error.name}; pip install 'rayproj[dev]'.") from None
     torch.set_num_threads(THREADS)
     images, label = _images(2000 + IMAGES)
-    model = _Scaled(_trained(images[:2000], label[:2000])).eval()
+    model = OfUnit(_trained(images[:2000], label[:2000])).eval()
     x, y = images[2000:].float() / 255, label[2000:]
     threat, ids = Threat(Norm.linf, EPS), torch.arange(IMAGES, device=DEVICE)
     keys = _keys(0, ids)

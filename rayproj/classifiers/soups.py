@@ -15,6 +15,7 @@ from rayproj.classifiers.networks import VisionTransformer
 from rayproj.errors import UserError
 
 State = Mapping[str, Tensor]
+AT_ONCE = 32  # candidates whose activations are there at a time
 
 
 def soup(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -84,7 +85,7 @@ class Stack:
         own = images.dim() == 5
         if not self.at_once:
             return torch.stack([self.alone(k, images[k] if own else images) for k in range(self.count)])
-        call = torch.func.vmap(self._one, in_dims=(0, 0 if own else None), randomness="error")
+        call = torch.func.vmap(self._one, in_dims=(0, 0 if own else None), randomness="error", chunk_size=AT_ONCE)
         return call(self.stacked, images)
 
     def alone(self, number: int, images: Tensor) -> Tensor:

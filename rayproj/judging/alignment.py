@@ -116,7 +116,9 @@ class AnsweringModel:
         # "Yes" and "yes", as the first token of an answer, with and without the space before it.
         said = {(first, *rest) for word in ("yes", "Yes", " yes", " Yes")
                 for first, *rest in [words(word, add_special_tokens=False)["input_ids"]]}  # fmt: skip
-        self.yes = sorted({tokens[0] for tokens in said if tokens[0] != words.unk_token_id})
+        # A tokenizer that splits the space off begins both, and every other answer, with that.
+        first = {tokens[0] for tokens in said} - {words.unk_token_id}
+        self.yes = sorted(t for t in first if words.decode([t]).strip().lower().startswith("y"))
 
     def _given(self, image: Tensor, question: str) -> Any:
         picture = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()

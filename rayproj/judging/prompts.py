@@ -15,6 +15,13 @@ from rayproj.errors import UserError
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 COLOURS = ("black", "blue", "brown", "grey", "green", "orange", "pink", "purple", "red", "white", "yellow")
+# Plurals of what is drawn that no ending tells.
+IRREGULAR = {
+    "buses": "bus", "calves": "calf", "children": "child", "elves": "elf", "feet": "foot", "geese": "goose",
+    "halves": "half", "leaves": "leaf", "loaves": "loaf", "men": "man", "mice": "mouse", "octopuses": "octopus",
+    "people": "person", "potatoes": "potato", "scarves": "scarf", "sheep": "sheep", "shelves": "shelf", "teeth": "tooth",
+    "thieves": "thief", "tomatoes": "tomato", "walruses": "walrus", "wolves": "wolf", "women": "woman",
+}  # fmt: skip
 BETWEEN = re.compile(r"\s*(?:,|\b(?:and|with|next to|beside|on|in|under|behind|of)\b)\s*")
 
 
@@ -93,6 +100,8 @@ def questions_of(prompt: str) -> list[Question]:
         count = next((NUMBERS.index(w) for w in words if w in NUMBERS), None)
         colour = next((w for w in words if w in COLOURS), None)
         rest = [w for w in words if w not in COLOURS and w not in NUMBERS]
+        if not rest and colour:  # an orange
+            rest, colour = [colour], None
         if not rest:
             continue
         thing = " ".join([*rest[:-1], singular(rest[-1]) if count not in (None, 1) else rest[-1]])
@@ -106,7 +115,9 @@ def questions_of(prompt: str) -> list[Question]:
 
 
 def singular(word: str) -> str:
-    """Of a regular plural: apples, cherries, boxes."""
+    """Of a plural: apples, cherries, boxes, wolves, mice."""
+    if word in IRREGULAR:
+        return IRREGULAR[word]
     for ending, other in (("ies", "y"), ("ches", "ch"), ("shes", "sh"), ("xes", "x"), ("sses", "ss"), ("s", "")):
         if word.endswith(ending) and len(word) > len(ending) + 1 and not word.endswith("ss"):
             return word.removesuffix(ending) + other

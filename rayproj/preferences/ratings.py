@@ -94,12 +94,14 @@ def inattentive(plan: Plan, checks: Iterable[Rating]) -> set[str]:
 
 
 def counted(plan: Plan, ratings: Iterable[Rating], checks: Iterable[Rating]) -> list[Rating]:
-    """The ratings that count, by slot: of attentive raters, the earliest of each slot."""
-    out, first = inattentive(plan, checks), dict[int, Rating]()
-    for rating in sorted(ratings, key=lambda r: (r.number, r.at, r.rater)):
-        if rating.rater not in out:
+    """The ratings that count, by slot: of attentive raters, the earliest of each slot; those beyond a rater's quotas, which
+    several tabs can send at one moment, do not."""
+    out, own, first = inattentive(plan, checks), defaultdict[str, set[int]](set), dict[int, Rating]()
+    for rating in sorted(ratings, key=lambda r: (r.at, r.rater, r.number)):
+        if rating.rater not in out and plan.allows(own[rating.rater], rating.number):
+            own[rating.rater].add(rating.number)
             first.setdefault(rating.number, rating)
-    return list(first.values())
+    return [first[number] for number in sorted(first)]
 
 
 class Progress:

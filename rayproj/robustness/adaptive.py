@@ -101,12 +101,14 @@ def _attacks(
     static: Tensor,
 ) -> Iterator[tuple[str, list[Tensor]]]:  # fmt: skip
     """The points of each column."""
-    logits, draws = base(x).detach(), config.draws if defence.random else 1
+    logits, draws, votes = base(x).detach(), *((config.draws, config.votes) if defence.random else (1, 1))
     to_second = targeted(logits.shape[1])
 
     def ascended(model: Model, loss: Loss, number: int, draws: int, go_on: bool = False) -> Tensor:
         row = torch.stack([ids, torch.full_like(ids, number), torch.full_like(ids, 50)], 1)
         target, oracle = ranked(logits, label, 1), Oracle(model, draws)
+        # Of a random defence none leaves early: the first wrong answer may be luck, and votes decide.
+        go_on = go_on or defence.random
         return apgd(oracle, x, label, row, threat, loss, config.steps, seed, target=target, go_on=go_on).images
 
     # Of images that the base gets right all the same, the points of its highest loss.
@@ -114,8 +116,8 @@ def _attacks(
     for name, model in (("direct", defence), ("bpda", defence.surrogate)):
         yield name, [ascended(model, loss, k, draws) for k, loss in enumerate((cross_entropy, margin, to_second))]
     row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 51)], 1)
-    yield "square", [square(Oracle(defence), x, label, row, threat, config.queries, seed).images]
-    yield "rays", [rays(Oracle(defence), x, label, threat, config.queries).images]
+    yield "square", [square(Oracle(defence, draws, votes), x, label, row, threat, config.queries, seed).images]
+    yield "rays", [rays(Oracle(defence, votes=votes), x, label, threat, config.queries).images]
 
 
 class _Counted:
@@ -145,11 +147,11 @@ def deviation(defence: Defence, x: Tensor, label: Tensor, config: AdaptiveConfig
 
 def passes(defence: Callable[[Model], Defence], base: Model, x: Tensor) -> tuple[float, float] | None:
     """Forward and backward passes through the base for one answer; None of a defence that does not call it as it is."""
+    if not defence(base).calls_base:
+        return None
     counted = _Counted(base)
     with torch.no_grad():
         defence(counted)(x)
-    if not counted.forwards:
-        return None
     return counted.forwards / len(x), counted.backwards / len(x)
 
 

@@ -25,9 +25,10 @@ class Defence:
 
     Attributes:
         random: whether the same image may be taken for different things.
+        calls_base: whether it calls the base as it is, and not one of its own.
     """
 
-    random = False
+    random, calls_base = False, True
 
     def __init__(self, base: Model) -> None:
         self.base = base
@@ -145,6 +146,8 @@ class EntropyAdaptation(Defence):
         network: the base, as a module of images in [0, 1].
     """
 
+    calls_base = False
+
     def __init__(self, network: nn.Module, steps: int = 6, lr: float = 0.1) -> None:
         super().__init__(network)
         self.network, self.steps, self.lr = copy.deepcopy(network).eval(), steps, lr
@@ -198,8 +201,7 @@ class GenerativePurifier(Defence):
     purification", eq. 4).
 
     Args:
-        redrawn: images [B, C, H, W] in [0, 1] and a seed to images; of our own diffusion models `redraw` of
-            `rayproj.synthesis.purifier`.
+        redrawn: images [B, C, H, W] in [0, 1] and a seed to images, such as `Redraw` of `rayproj.robustness.job`.
     """
 
     random = True

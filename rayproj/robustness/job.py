@@ -31,7 +31,7 @@ from rayproj.robustness.autoattack import AttackConfig, autoattack
 from rayproj.robustness.defences import Defence
 from rayproj.robustness.losses import cross_entropy
 from rayproj.robustness.masking import signs
-from rayproj.robustness.oracle import Model, Oracle
+from rayproj.robustness.oracle import Model, OfUnit, Oracle
 from rayproj.robustness.threats import Norm, Threat, size
 from rayproj.storage.store import Store
 
@@ -141,8 +141,11 @@ class Attacker:
         said = self.dataset.header.provenance
         self.config = configuration.from_dict(RobustnessConfig, said["robustness"])
         self.seed, self.defence = int(said["seed"]), self.config.defences.get(said["name"])
-        network = classifiers.load(said["classifier"], device)
-        self.model: Model = lambda x: network(255 * x)
+        torch.backends.cudnn.allow_tf32 = False  # attacks are in fp32, the convolutions of a GPU too
+        self.model: Model = OfUnit(classifiers.load(said["classifier"], device))
+        self.build: Callable[[Model], Defence] | None = None
+        if self.defence:
+            self.build = builder(self.defence, self.config, self.model, device, self.seed)
         self.reader = Reader(Dataset.open(self.config.test), ["image", "label"])
 
     def make(self, shard: int) -> list[dict[str, Any]]:
@@ -177,10 +180,9 @@ class Attacker:
     def _defended(
         self, found: list[dict[str, Any]], name: str, threat: Threat, x: Tensor, label: Tensor, ids: Tensor
     ) -> Tensor:
-        assert self.defence is not None
-        build = builder(self.defence, self.config, self.model, self.device, self.seed)
+        assert self.build is not None
         tried = (self.config.attack, self.config.adaptive, self.seed)
-        verdict = adaptive.evaluate(build, self.model, x, label, ids, threat, *tried)
+        verdict = adaptive.evaluate(self.build, self.model, x, label, ids, threat, *tried)
         for column in COLUMNS:
             self._add(found, f"{name}_{column}", verdict.correct[column].int())
         first = [next((c for c in COLUMNS[2:] if not verdict.correct[c][i]), "") for i in range(len(x))]
@@ -225,8 +227,8 @@ def builder(
         told = discriminator(defence.images, base, next(iter(config.balls.values())), device, seed)
         given = _given(defences.AuxiliaryPurifier, options)
         return lambda model: defences.AuxiliaryPurifier(model, told, **given)
-    given = _given(kinds[defence.kind], options)
-    return lambda model: kinds[defence.kind](model, **given)
+    given, draws = _given(kinds[defence.kind], options), kinds[defence.kind].random  # type: ignore[attr-defined]
+    return lambda model: kinds[defence.kind](model, **({"seed": seed, **given} if draws else given))
 
 
 def _given(kind: Callable[..., Defence], options: dict[str, float]) -> dict[str, Any]:
@@ -324,10 +326,10 @@ def share(right: np.ndarray) -> dict[str, float]:
 
 def masking(config: RobustnessConfig, name: str, device: str, seed: int) -> list[dict[str, Any]]:
     """The signs of masked gradients of a classifier, on its first images."""
-    network = classifiers.load(config.classifiers[name], device)
+    network = OfUnit(classifiers.load(config.classifiers[name], device))
     x, label = _first(Dataset.open(config.test), "image", device)
     threat = next(iter(config.balls.values()))
-    found = signs(lambda z: network(255 * z), x / 255, label, torch.arange(len(x), device=device), threat, seed=seed)
+    found = signs(network, x / 255, label, torch.arange(len(x), device=device), threat, seed=seed)
     return [asdict(sign) for sign in found]
 
 
@@ -348,11 +350,7 @@ class Cost:
 
 def cost_of(config: RobustnessConfig, name: str, dataset: Dataset, device: str, seed: int) -> Cost:
     """Of the defence of that name, whose attacked images are in `dataset`."""
-    network = classifiers.load(dataset.header.provenance["classifier"], device)
-
-    def base(z: Tensor) -> Tensor:
-        return network(255 * z)  # type: ignore[no-any-return]
-
+    base = OfUnit(classifiers.load(dataset.header.provenance["classifier"], device))
     build, deviations = builder(config.defences[name], config, base, device, seed), {}
     for threat in config.balls:
         x, label = _first(dataset, f"{threat}_image", device)

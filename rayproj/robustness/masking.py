@@ -72,12 +72,14 @@ def signs(
     _, gradient, _ = oracle.ask(x, label, label, cross_entropy)
     zero = (gradient.flatten(1).abs().amax(1) == 0).float().mean().item()
     found.append(Sign("zero_gradients", zero > 0.01, f"{zero:.0%} of the images have a gradient of exactly zero."))
+    begun = cross_entropy(oracle.logits(threat.start(x, row, seed)), label, label).mean().item()
     few, many = (_loss_after(oracle, x, label, row, threat, n, seed) for n in (max(1, steps // 5), steps))
     found.append(
         Sign(
             "loss_does_not_rise",
-            many < few - 1e-6,
-            f"The loss was {few:.3g} after {max(1, steps // 5)} steps and {many:.3g} after {steps}.",
+            many < few - 1e-6 or many <= begun + 1e-6,
+            f"The loss was {begun:.3g} at random points, {few:.3g} after {max(1, steps // 5)} steps from there and "
+            f"{many:.3g} after {steps}.",
         )
     )
     white = apgd(oracle, x, label, row, threat, margin, steps, seed).broken

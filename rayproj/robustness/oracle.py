@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayproj.robustness.losses import Loss
 
@@ -20,19 +20,35 @@ class Oracle:
 
     Args:
         draws: of a random model, for each answer.
+        votes: of a random model: it is fooled if more than half of so many single answers are wrong.
 
     Attributes:
         forwards, backwards: examples that went through the model so far.
     """
 
-    def __init__(self, model: Model, draws: int = 1) -> None:
-        self.model, self.draws = model, draws
+    def __init__(self, model: Model, draws: int = 1, votes: int = 1) -> None:
+        self.model, self.draws, self.votes = model, draws, votes
         self.forwards = self.backwards = 0
 
     def logits(self, x: Tensor) -> Tensor:
         """fp32 [B, K]."""
         with torch.no_grad():
             return torch.stack([self._ask(x) for _ in range(self.draws)]).mean(0)
+
+    @property
+    def random(self) -> bool:
+        return self.votes > 1
+
+    def fooled(self, x: Tensor, logits: Tensor, label: Tensor) -> Tensor:
+        """bool [B]: whether these logits of `x` are wrong, and of a random model also most of further answers: a search
+        that ends with the first wrong one finds luck alone."""
+        wrong = logits.argmax(1) != label
+        if self.random and wrong.any():
+            at = torch.nonzero(wrong)[:, 0]
+            with torch.no_grad():
+                again = torch.stack([self._ask(x[at]).argmax(1) != label[at] for _ in range(self.votes)])
+            wrong[at] = again.float().mean(0) > 0.5
+        return wrong
 
     def ask(self, x: Tensor, label: Tensor, target: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
         """Losses [B], their gradients by `x`, and logits [B, K], each the mean over the draws."""
@@ -60,6 +76,18 @@ def _gradient(losses: Tensor, point: Tensor) -> Tensor:
         return torch.zeros_like(point)
     (found,) = torch.autograd.grad(losses.sum(), point, allow_unused=True)
     return torch.zeros_like(point) if found is None else found
+
+
+class OfUnit(nn.Module):
+    """A network of images in [0, 255] for such in [0, 1], which attacks have."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, K] of images fp32 [B, C, H, W]."""
+        return self.network(255 * x)  # type: ignore[no-any-return]
 
 
 @dataclass

@@ -34,7 +34,7 @@ def rays(oracle: Oracle, x: Tensor, label: Tensor, threat: Threat, queries: int 
         asked = torch.where(bisecting, (low + high) / 2, radius.minimum(far))
         step = (asked / size(trial, threat.norm))[:, None] * trial
         point = (x[number] + step.view_as(x[number])).clamp(0, 1)
-        fooled = oracle.logits(point).argmax(1) != label[number]
+        fooled = oracle.fooled(point, oracle.logits(point), label[number])
         low = torch.where(bisecting & ~fooled, asked, torch.where(bisecting, low, 0.0))
         high, passed = torch.where(fooled, asked, high), ~bisecting & ~fooled
         bisecting = bisecting | fooled

@@ -24,7 +24,8 @@ def share_at(query: int) -> float:
 def square(
     oracle: Oracle, x: Tensor, label: Tensor, row: Tensor, threat: Threat, queries: int = 5000, seed: int = 0
 ) -> Attacked:
-    """Every example draws its own squares, keyed by (seed, row, query): what comes of it depends on no other.
+    """Every example draws its own squares, keyed by (seed, row, query): what comes of it depends on no other. Against a
+    random model none leaves the search early, which one wrong answer of many would have it do.
 
     Args:
         x: fp32 [B, C, H, W] in [0, 1].
@@ -38,10 +39,12 @@ def square(
     for query in range(queries):
         logits = oracle.logits(proposal)
         loss = margin(logits, label[number], label[number])
+        if oracle.random and query:  # the value of the point so far is that of its luckiest draw, and is asked anew
+            value = margin(oracle.logits(best), label[number], label[number])
         better = loss > value
         value, best = torch.maximum(loss, value), torch.where(wide(better, best), proposal, best)
         broken = value > 0
-        if broken.any():
+        if broken.any() and not oracle.random:
             found.images[number[broken]], found.broken[number[broken]] = best[broken], True
             number, value, best = number[~broken], value[~broken], best[~broken]
         if not len(number):
@@ -51,6 +54,8 @@ def square(
         at = query % AT_ONCE
         proposal = change(x[number], best, places[number, at], signs[number, at], threat, share_at(query))
     found.images[number] = best
+    if oracle.random:
+        found.broken = oracle.fooled(best, oracle.logits(best), label)
     return found
 
 

@@ -19,6 +19,8 @@ def test_plain_rules_ask_for_things_numbers_and_colours() -> None:
         (Kind.colour, "whale", "blue", 3),
     ]
     assert [q.about for q in questions_of("house with a garden")] == ["house", "garden"]
+    assert [(q.kind, q.about) for q in questions_of("an orange")] == [(Kind.object, "orange")]
+    assert [q.about for q in questions_of("two buses and three mice")] == ["bus", "bus", "mouse", "mouse"]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,10 @@ def test_plain_rules_ask_for_things_numbers_and_colours() -> None:
         ("benches", "bench"),
         ("glass", "glass"),
         ("houses", "house"),
+        ("buses", "bus"),
+        ("wolves", "wolf"),
+        ("mice", "mouse"),
+        ("horses", "horse"),
     ],
 )
 def test_singular(plural: str, one: str) -> None:

@@ -49,6 +49,15 @@ def test_of_two_raters_the_earlier_counts_and_of_inattentive_ones_none(tmp_path:
     assert set(Progress(of, store).taken().nonzero()[0]) == {0, 1}, "slots of inattentive raters are open again"
 
 
+def test_what_tabs_send_beyond_a_quota_at_one_moment_does_not_count(tmp_path: Path) -> None:
+    of = replace(made(tmp_path), per_rater=3)
+    slots = [number for number in range(of.slots) if number % of.ratings == 0]  # of different pairs
+    sent = [rating("r0001", slot, at=place) for place, slot in enumerate(slots[:5])]
+    assert counted(of, reversed(sent), []) == sent[:3]
+    same = [rating("r0002", slot, at=slot) for slot in range(of.ratings)]  # of one pair
+    assert counted(of, same, []) == same[: min(of.limit, 3)]
+
+
 def test_progress_sees_what_others_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of, store = made(tmp_path), Store(str(tmp_path / "run"))
     monkeypatch.setattr(ratings, "LOOK_SECONDS", 0.0)

@@ -16,6 +16,8 @@ from rayproj.robustness.defences import (
     RandomNoise,
     trained_discriminator,
 )
+from rayproj.robustness.oracle import Oracle
+from rayproj.robustness.square import square
 from rayproj.robustness.threats import Norm, Threat
 from tests.support.linear import digits, trained
 
@@ -88,6 +90,24 @@ def test_noise_is_averaged_out_and_judged_by_votes(data) -> None:  # type: ignor
     defence = RandomNoise(data[0], 0.1, copies=2)
     assert 0 < deviation(defence, found.images, data[2], AdaptiveConfig(repeats=8, votes=1)) < 0.1
     assert passes(lambda base: RandomNoise(base, copies=2), data[0], data[1]) == (2, 0)
+
+
+def test_luck_ends_no_search_of_a_random_model() -> None:
+    """One answer in three is wrong, whatever the image: every query is asked, and votes alone say what is broken."""
+    generator = torch.Generator().manual_seed(0)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        wrong = torch.rand(len(x), generator=generator) < 1 / 3
+        return torch.stack([(~wrong).float(), wrong.float()], 1)
+
+    x, label = torch.rand(200, 1, 6, 6), torch.zeros(200, dtype=torch.long)
+    row = torch.stack([torch.arange(200), torch.zeros(200, dtype=torch.long), torch.zeros(200, dtype=torch.long)], 1)
+    lucky, voted = Oracle(model), Oracle(model, 4, 25)
+    assert square(lucky, x, label, row, THREAT, 40).broken.all() and lucky.forwards < 5 * 200
+    found = square(voted, x, label, row, THREAT, 40)
+    assert voted.forwards >= 40 * 4 * 200 and found.broken.float().mean() < 0.05
+    fooled = Oracle(model, votes=25).fooled(x, torch.eye(2)[[1]].expand(200, 2), label)
+    assert fooled.float().mean() < 0.12, "of 25 answers more than half, each wrong with 1/3: 4 %"
 
 
 def test_an_answer_is_that_of_more_than_half() -> None:

@@ -10,10 +10,13 @@ from rayproj.classifiers.adversary import ThreatConfig
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
+from rayproj.diffusion.sampling import SamplerConfig
+from rayproj.diffusion.task import TrainedModel
 from rayproj.errors import UserError
 from rayproj.robustness.adaptive import AdaptiveConfig
 from rayproj.robustness.autoattack import Attack, AttackConfig
 from rayproj.robustness.job import (
+    COLUMNS,
     Attacker,
     DefenceConfig,
     Kind,
@@ -27,6 +30,7 @@ from rayproj.robustness.job import (
 )
 from rayproj.robustness.threats import Norm
 from rayproj.storage.store import Store
+from tests.support import runs
 from tests.support.linear import digits
 from tests.support.ranks import run_ranks
 from tests.support.regression import Recorder
@@ -143,6 +147,54 @@ def test_a_defence_is_judged_beside_its_base(folder: str) -> None:
         assert len(one["checklist"]) == 7 and all(check["evidence"] for check in one["checklist"])
         assert found["cost"]["passes"] == ((4, 2) if name == "anti" else (4, 0)) and found["cost"]["seconds"][1] > 0
         assert (found["cost"]["deviations"]["linf"] == 0) == (name == "anti")
+
+
+def train_diffusion(world, folder: str) -> None:  # type: ignore[no-untyped-def]
+    images = Dataset.open(f"{folder}/train")
+    autoencoder = runs.autoencoder(world, f"{folder}/autoencoder", images, {"channels": [8, 8], "norm_groups": 4}, 60)
+    latents = runs.latents(f"{folder}/latents", images, autoencoder)
+    network = {"channels": [8, 8], "head_dim": 8, "norm_groups": 4, "layers_per_block": 1}
+    runs.denoiser(world, f"{folder}/diffusion", latents, {"denoiser": network, "conditions": {}})
+
+
+@pytest.fixture(scope="module")
+def diffusion(folder: str) -> str:
+    run_ranks(train_diffusion, 1, folder)
+    return f"{folder}/diffusion"
+
+
+OPTIONS: dict[Kind, dict[str, float]] = {
+    Kind.hedge: {"steps": 2}, Kind.auxiliary: {"steps": 2}, Kind.entropy: {"steps": 2}, Kind.generative: {"steps": 2},
+    Kind.quantiser: {}, Kind.noise: {"copies": 2}, Kind.anti_adversary: {"steps": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.value)
+def test_every_kind_is_attacked_and_its_cost_told(folder: str, diffusion: str, kind: Kind) -> None:
+    config = config_of(folder)
+    config.defences = {"it": DefenceConfig("plain", kind, OPTIONS[kind], diffusion, f"{folder}/train")}
+    config.threats = {"linf": config.threats["linf"]}
+    config.adaptive = AdaptiveConfig(steps=2, draws=2, votes=3, queries=5, repeats=2)
+    config.examples = config.shard_size = 16
+    config.out = f"{folder}/{kind.value}"
+    dataset = made(config, "it")
+    found = summary(dataset, cost_of(config, "it", dataset, "cpu", 0))
+    columns = found["threats"]["linf"]["columns"]
+    assert found["threats"]["linf"]["robust"]["value"] <= min(columns[c]["value"] for c in COLUMNS[2:])
+    assert (found["cost"]["passes"] is None) == (kind is Kind.entropy)
+
+
+def test_a_diffusion_model_draws_images_again_by_their_number(folder: str, diffusion: str) -> None:
+    model, config = TrainedModel(diffusion, "cpu"), SamplerConfig(steps=4, guidance=1.0)
+    images = torch.from_numpy(Reader(Dataset.open(f"{folder}/test")).gather(np.arange(6))["image"])
+    ids = torch.arange(6)
+    again = model.redraw(images, ids, 0, config, 0.4)
+    assert torch.equal(again[2:4], model.redraw(images[2:4], ids[2:4], 0, config, 0.4))
+    assert not torch.equal(again, model.redraw(images, ids, 1, config, 0.4))
+    codec = model.codec.decode(model.codec.encode(images)[0])
+    hardly = model.redraw(images, ids, 0, config, 1e-4)
+    assert (hardly.float() - codec.float()).abs().max() <= 2, "without noise it is what the autoencoder makes of it"
+    assert (again.float() - codec.float()).abs().mean() > (hardly.float() - codec.float()).abs().mean() + 1
 
 
 def test_signs_of_masked_gradients_are_looked_for(folder: str) -> None:

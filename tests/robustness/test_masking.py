@@ -28,7 +28,7 @@ def test_an_honest_model_shows_none(data) -> None:  # type: ignore[no-untyped-de
 def test_a_quantiser_in_front_is_seen(data) -> None:  # type: ignore[no-untyped-def]
     model, x, label = data
     names, found = seen(lambda z: model((z * 8).round() / 8 + 0 * z), x, label)
-    assert {"zero_gradients", "black_box_is_better", "unbounded_attack_fails"} <= names
+    assert {"zero_gradients", "loss_does_not_rise", "black_box_is_better", "unbounded_attack_fails"} <= names
     assert found["zero_gradients"].evidence.startswith("100%")
 
 

@@ -53,7 +53,7 @@ def keep(store: Store, rating: Rating) -> None:
 def simulate(folder: Path, raters: int = 24, seed: int = 0, **changes: Any) -> tuple[Plan, Store]:
     """A study whose slots were dealt out to raters; one more is inattentive and wrong."""
     of, store, rng = (
-        made(folder, ratings=150, **changes),
+        made(folder, **{"ratings": 150, "per_rater": 150, **changes}),  # a rater has 75 or so
         Store(f"{folder}/run{seed}"),
         np.random.default_rng(seed),
     )
