@@ -21,6 +21,7 @@ from rayproj.runtime.producer import PoolConfig, produce
 from rayproj.runtime.run import Run, RunConfig
 from rayproj.runtime.supervisor import fit
 from rayproj.storage.store import Store
+from rayproj.tracking.progress import say
 from rayproj.tracking.tracker import TrackingConfig
 
 
@@ -62,7 +63,10 @@ def under_attack(run: Run, config: Config) -> dict[str, Any]:
         cost = cost_of(wanted, name, dataset, "cpu", config.run.seed) if name in wanted.defences else None
         found[name] = summary(dataset, cost)
         if name in wanted.classifiers:
-            found[name]["masking"] = masking(wanted, name, "cpu", config.run.seed)
+            found[name]["masking"] = signs = masking(wanted, name, "cpu", config.run.seed)
+            for sign in signs:
+                if sign["seen"]:
+                    say(f"{name} may only look robust: {sign['evidence']}")
     return found
 
 

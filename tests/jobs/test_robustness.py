@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rayproj.data.dataset import Dataset
 from rayproj.report.build import build
 from tests.robustness.test_job import write
 from tests.robustness.test_mixing import train
@@ -43,10 +44,39 @@ def test_evaluate_attacks_classifiers_and_defences_and_the_report_shows_it(folde
     assert found["base"]["masking"] and "masking" not in found["anti"]
     report, html = build(str(folder), {"evaluate": str(folder / "evaluate")})
     assert report["robustness"] == found
-    for text in ("somebody wants it to be wrong", "anti: a defence at test time", "times as long as the base"):
+    assert html.count("It costs less than ten times its base") == 2, "a checklist of each threat"
+    for text in (
+        "somebody wants it to be wrong",
+        "anti: a defence at test time",
+        "4 passes through the base forward and 2 back",
+        "signs that gradients only seem to lead nowhere",
+    ):
         assert text in html
     for picture in ("Accuracy under attack over the radius", "the magnified difference", "over their cost"):
         assert picture in html
+
+
+def test_killed_in_the_middle_it_attacks_the_rest_and_ends_the_same(folder: Path) -> None:
+    def given(name: str) -> list[str]:
+        return [
+            f"robustness.test={folder}/test", f"robustness.out={folder}/{name}_attacked", "robustness.defences={}",
+            "robustness.threats={linf: {norm: linf, eps: 0.08}}", f"robustness.classifiers={{base: {folder}/base}}",
+            "robustness.attack={attacks: [apgd_ce, square], steps: 5, queries: 10}", "robustness.examples=24",
+            "robustness.shard_size=6", f"run.dir={folder}/{name}",
+        ]  # fmt: skip
+
+    config, found = "configs/evaluate/robustness.yaml", []
+    killed = job("evaluate", config, *given("killed"), *QUICK, RAYPROJ_FAULT="lease.after_finish:*:2")
+    assert killed.returncode == -9, killed.stderr
+    before = Dataset.open(f"{folder}/killed_attacked/base").records()
+    assert 0 < len(before) < 4
+    for name in ("killed", "whole"):
+        done = job("evaluate", config, *given(name), *QUICK)
+        assert done.returncode == 0, done.stderr
+        dataset = Dataset.open(f"{folder}/{name}_attacked/base")
+        result = json.loads((folder / name / "result.json").read_text())
+        found.append((result["robustness"], [r.sha256 for r in dataset.records().values()]))
+    assert found[0] == found[1]
 
 
 def test_soups_of_members_and_of_the_branches_of_one(folder: Path) -> None:

@@ -22,7 +22,9 @@ def outcome(parts: int = 4) -> dict:
     best = {name: int(np.argmax([s[name]["value"] for s in soups])) for name in ("clean", "linf")}
     row = {"member": "b", "alone": 0.7, "soup": 0.6, "weights": [0.5, 0.5], "only_alone": 5, "only_soup": 2, "p": 0.45}
     return {"job": "soup", "members": ["a", "b"], "soups": soups, "best": best, "greedy": 2, "seconds": 1.0,
-            "beats_specialist": {"clean": {}, "linf": row}, "finished_at": 1.0}  # fmt: skip
+            "beats_specialist": {"clean": {}, "linf": row}, "finished_at": 1.0, "barriers": {"a - b": 0.012},
+            "few_shot": {"sketches": {"chosen": {"10": {"mean": 0.5, "std": 0.02}}, "best_member": 0.4, "best_soup": 0.6}},
+            }  # fmt: skip
 
 
 def test_members_and_the_best_have_rows() -> None:
@@ -50,4 +52,8 @@ def test_the_report_has_table_and_plot(tmp_path: Path) -> None:
     assert "images that somebody has changed on purpose?" in html and "synthetic" not in html
     assert "Soups: mixed" in html and "80.0 % (70.8–87.3)" in html, "Clopper and Pearson's interval of 80 of 100"
     assert "linf: 60.0 % (weights 0.50, 0.50) against 70.0 % of b, p 0.45" in html
+    assert (
+        "by at most 1.2 points" in html
+        and "Chosen by few labelled images of sketches: by 10 the soup has 50.0 ± 2.0 %" in html
+    )
     assert 'alt="Accuracies along the lines between two members"' in html
