@@ -26,7 +26,7 @@ from rayproj.evaluation.clip import ClipScore
 from rayproj.evaluation.fairness import Judged, fairness
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.quality import memorisation, quality
-from rayproj.evaluation.skewsize import skewsize, variables
+from rayproj.evaluation.skewsize import SkewSizeConfig, skewsize, variables
 from rayproj.evaluation.watermark import MARKED, REAL, read_key, survivals
 from rayproj.storage.store import Store
 
@@ -57,6 +57,7 @@ class EvaluateConfig:
     watermark_key: str = ""
     # Attributes of the test images: SkewSize of each classifier, and measures by group, over each and over pairs.
     groups: list[str] = field(default_factory=list)
+    skewsize: SkewSizeConfig = field(default_factory=SkewSizeConfig)
     high_risk: list[str] = field(
         default_factory=list
     )  # classes that must not be missed: how often they are seen, by group
@@ -172,7 +173,11 @@ def _measured(
     pairs = [(name, variable) for name in judged for variable in by]
     for name, variable in pairs[world.rank :: world.world_size]:
         one, values = judged[name], by[variable]
-        skew = skewsize(one.labels, one.predictions, np.array(values, object), classes)
+        told = config.skewsize
+        skew = skewsize(
+            one.labels, one.predictions, np.array(values, object), classes, not told.plain, told.min_examples,
+            told.permutations, told.bootstraps,
+        )  # fmt: skip
         mine[name, variable] = skew, fairness(one, values, config.group_examples, config.bootstraps)
     found = _from_all(mine, pairs, world)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -51,6 +52,20 @@ def skewness(values: np.ndarray) -> float:
     centred = values - values.mean()
     m2 = (centred**2).mean()
     return float((centred**3).mean() / m2**1.5) if m2 > 1e-18 else math.nan
+
+
+@dataclass
+class SkewSizeConfig:
+    """How SkewSize is worked out."""
+
+    plain: bool = False  # Cramér's V without the correction of its bias
+    min_examples: int = 10  # classes with fewer are left out
+    permutations: int = 200  # of the groups within each class, for chance
+    bootstraps: int = 200  # for intervals
+
+    def problems(self) -> list[str]:
+        names = ("min_examples", "permutations", "bootstraps")
+        return [f"skewsize.{name} must not be negative." for name in names if getattr(self, name) < 0]
 
 
 class _Layout:

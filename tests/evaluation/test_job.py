@@ -26,6 +26,7 @@ from rayproj.engine.training import Recipe, TrainConfig, train
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.job import EvaluateConfig, evaluate
+from rayproj.evaluation.skewsize import SkewSizeConfig
 from rayproj.evaluation.watermark import key_name, mark
 from rayproj.storage.store import Store
 from tests.support import regression
@@ -126,6 +127,7 @@ def config(root: str) -> EvaluateConfig:
         groups=["tone"],
         tests={"again": f"{root}/test", "seen": f"{root}/train"},
         bootstraps=20,
+        skewsize=SkewSizeConfig(plain=True, permutations=50, bootstraps=20),
         predictions=True,
     )
 
@@ -153,7 +155,7 @@ def test_ranks_share_the_work_and_the_planted_bias_is_found(tmp_path: Path) -> N
     assert found_marks["marked"]["as they are"]["area"] > 0.9
     bias = alone["skewsize"]["real"]["tone"]
     assert max(bias["effects"], key=bias["effects"].get) == "three" and bias["effects"]["three"] > 0.5
-    assert bias["value"] > 0
+    assert bias["value"] > 0 and bias["corrected"] is False
     fair = alone["fairness"]["real"]["tone"]["measures"]["accuracy"]
     assert fair["worst_group"] == "dark" and fair["gap"] == pytest.approx(bias["accuracy_gap"])
     again, seen = alone["tests"]["again"], alone["tests"]["seen"]
