@@ -15,7 +15,7 @@ from pyarrow import parquet
 from torch import nn
 
 from rayproj import classifiers
-from rayproj.data.cells import texts_of
+from rayproj.data.cells import cells_of, texts_of
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.engine.training import Link
@@ -25,7 +25,7 @@ from rayproj.evaluation.accuracy import accuracy, confusion_matrix
 from rayproj.evaluation.clip import ClipScore
 from rayproj.evaluation.fairness import Judged, fairness
 from rayproj.evaluation.features import EfficientNetLite0Features
-from rayproj.evaluation.quality import memorisation, quality
+from rayproj.evaluation.quality import by_cell, memorisation, quality
 from rayproj.evaluation.skewsize import SkewSizeConfig, skewsize, variables
 from rayproj.evaluation.watermark import MARKED, REAL, read_key, survivals
 from rayproj.storage.store import Store
@@ -48,6 +48,7 @@ class EvaluateConfig:
     # name in `synthetic` -> the real images that its model learned from: how many of the set are near copies of them. Of
     # private images that is a private output, which no ε covers.
     learned_from: dict[str, str] = field(default_factory=dict)
+    quality_by: list[str] = field(default_factory=list)  # fields, such as [label, tone]: quality within each cell too
     samples: int = 1000  # images of each set in the measures of quality, which depend on their number
     feature_size: int = 64  # side to which images are resized for the feature extractor
     batch: int = 128
@@ -105,7 +106,7 @@ def evaluate(config: EvaluateConfig, world: World, link: Link, store: Store | No
         rows = [[test, name, *v.values()] for test, found in of.items() for name, v in found["accuracy"].items()]
         columns = ["test", "classifier", *next(iter(of[MAIN]["accuracy"].values()))]
         link.report({"type": "table", "name": "accuracy", "columns": columns, "rows": rows})
-    measures, marked, extractor = _quality(config, world, progress) if config.reference else ({}, None, "")
+    measures, cells, marked, extractor = _quality(config, world, progress) if config.reference else ({}, {}, None, "")
     return {
         "classes": list(classes),
         **of.pop(MAIN),
@@ -115,6 +116,7 @@ def evaluate(config: EvaluateConfig, world: World, link: Link, store: Store | No
             "samples": config.samples,
             "frechet_distance": {name: found["frechet_distance"] for name, found in measures.items()},
             "measures": measures,
+            "by_cell": cells,
         },
         "watermark": marked,
     }
@@ -194,12 +196,14 @@ def _measured(
 
 def _quality(
     config: EvaluateConfig, world: World, progress: _Progress
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None, str]:
-    """The measures of each set of images, what is left of the watermark, and the network whose features were compared."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]], dict[str, Any] | None, str]:
+    """The measures of each set of images, those within cells, what is left of the watermark, and the network whose features
+    were compared."""
     extractor = EfficientNetLite0Features(config.feature_size, world.device)
     reference, real = (_features(config, uri, extractor, world) for uri in (config.reference, config.test))
     progress.add()
-    sets, mine = {REAL: config.test, **config.synthetic}, {}
+    sets, mine, parts = {REAL: config.test, **config.synthetic}, {}, dict[str, Any]()
+    of_reference = _cells(config, config.reference)
     for number, (name, uri) in enumerate(sets.items()):
         features = real if name == REAL else _features(config, uri, extractor, world)
         learned = (
@@ -208,8 +212,11 @@ def _quality(
         if number % world.world_size == world.rank:
             copied = {} if learned is None else memorisation(learned, real, features)
             mine[name] = quality(reference, features) | copied
+            if config.quality_by:
+                told = (of_reference, features, _cells(config, uri))
+                parts[name] = by_cell(reference, *told, config.group_examples)
         progress.add()
-    measures = _from_all(mine, sets, world)
+    measures, cells = _from_all(mine, sets, world), _from_all(parts, sets if config.quality_by else {}, world)
     if config.clip:
         clip = ClipScore(config.clip, world.device)
         for name, uri in sets.items():
@@ -220,7 +227,15 @@ def _quality(
         marked = survivals(config.synthetic, config.test, secret, most)
     shown = {f"{key}/{name}": v for name, found in measures.items() for key, v in found.items() if v is not None}
     progress.add(**shown)
-    return measures, marked, extractor.name
+    return measures, cells, marked, extractor.name
+
+
+def _cells(config: EvaluateConfig, uri: str) -> list[str]:
+    """The cell of each of the images whose features are looked at."""
+    if not config.quality_by:
+        return []
+    cells = cells_of([Dataset.open(uri)], config.quality_by)
+    return [cells.names[number] for number in cells.numbers[: config.samples]]
 
 
 class _Progress:

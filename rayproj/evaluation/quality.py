@@ -6,7 +6,7 @@ All of them depend on the number of images: compare sets at equal n.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,38 @@ def quality(reference: np.ndarray, found: np.ndarray) -> dict[str, Any]:
         "mmd": gaussian_mmd(reference, found),
         **prdc(reference, found),
     }
+
+
+def by_cell(
+    reference: np.ndarray, reference_cells: Sequence[str], found: np.ndarray, cells: Sequence[str], least: int = 30
+) -> dict[str, Any]:
+    """Measures that few images do not bias, within each cell, such as a class of one group: a generator may draw one worse
+    than the others, which the whole does not show.
+
+    Args:
+        reference, found: features [m, d] and [n, d].
+        reference_cells, cells: the cell of each.
+        least: cells with fewer images, in either set, are left out.
+
+    Returns:
+        "cells": by name "images", "kernel_distance", "recall" and "coverage"; "left_out": names; "worst": of the largest
+        kernel distance, None without cells.
+    """
+    there, here = np.asarray(reference_cells, str), np.asarray(cells, str)
+    measured: dict[str, dict[str, float]] = {}
+    names = sorted({*there.tolist(), *here.tolist()})
+    for name in names:
+        a, b = reference[there == name], found[here == name]
+        if min(len(a), len(b)) >= least:
+            spread = prdc(a, b)
+            measured[name] = {
+                "images": len(b),
+                "kernel_distance": kernel_distance(a, b)[0],
+                "recall": spread["recall"],
+                "coverage": spread["coverage"],
+            }
+    worst = max(measured, key=lambda name: measured[name]["kernel_distance"], default=None)
+    return {"cells": measured, "left_out": [name for name in names if name not in measured], "worst": worst}
 
 
 def frechet_limit(first: np.ndarray, second: np.ndarray, points: int = 6, seed: int = 0) -> float | None:

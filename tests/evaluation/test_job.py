@@ -125,6 +125,7 @@ def config(root: str) -> EvaluateConfig:
         feature_size=32,
         batch=50,
         groups=["tone"],
+        quality_by=["tone"],
         tests={"again": f"{root}/test", "seen": f"{root}/train"},
         bootstraps=20,
         skewsize=SkewSizeConfig(plain=True, permutations=50, bootstraps=20),
@@ -148,6 +149,13 @@ def test_ranks_share_the_work_and_the_planted_bias_is_found(tmp_path: Path) -> N
     same = alone["quality"]["measures"]["same"]
     assert same["precision"] == same["coverage"] == 1 and same["kernel_distance"] < 0
     assert same["nearest"] == 0 and same["copying"] < -10, "they are the training images themselves"
+    cells = alone["quality"]["by_cell"]
+    assert set(cells) == {"real", "same", "marked"} and set(cells["same"]["cells"]) == {"dark", "light"}
+    assert all(m["recall"] == 1 and m["kernel_distance"] < 0 for m in cells["same"]["cells"].values())
+    assert sum(m["images"] for m in cells["marked"]["cells"].values()) == 120 and not cells["marked"]["left_out"]
+    for found in shared:
+        for name, one in cells.items():
+            assert found["quality"]["by_cell"][name]["worst"] == one["worst"]
     found_marks = alone["watermark"]["sets"]
     assert set(found_marks) == {"real", "marked"}, "of those that are said to have the mark of this key"
     assert found_marks["marked"]["as they are"]["chance"] < 1e-6 < found_marks["real"]["as they are"]["chance"]

@@ -105,3 +105,22 @@ def test_copies_are_found_out() -> None:
     between = (cdist(train, train) + np.diag(np.full(400, np.inf))).min(1)
     authentic = np.sqrt(distance) > between[cdist(new, train).argmin(1)]
     assert honest["authenticity"] == pytest.approx(authentic.mean())
+
+
+def test_a_group_that_is_drawn_badly_is_the_worst_of_its_cells() -> None:
+    rng, cells = np.random.default_rng(5), np.repeat(["a", "b", "c", "few"], [80, 90, 100, 10])
+    means = {name: rng.normal(size=6) for name in "abc"} | {"few": np.zeros(6)}
+    real, drawn = (np.stack([means[c] + rng.normal(size=6) for c in cells]) for _ in range(2))
+    drawn[cells == "b"] *= 0.2  # all alike
+    found = q.by_cell(real, cells.tolist(), drawn[::-1], cells[::-1].tolist())
+    assert found["worst"] == "b" and found["left_out"] == ["few"] and list(found["cells"]) == ["a", "b", "c"]
+    assert found["cells"]["b"]["recall"] < 0.5 * min(found["cells"][c]["recall"] for c in "ac")
+    for name, one in found["cells"].items():
+        x, y = real[cells == name], drawn[cells == name]
+        assert one["images"] == len(y) and one["kernel_distance"] == pytest.approx(q.kernel_distance(x, y)[0], abs=1e-9)
+        assert one["coverage"] == q.prdc(x, y)["coverage"]
+    assert q.by_cell(real, ["x"] * len(real), drawn, ["y"] * len(drawn)) == {
+        "cells": {},
+        "left_out": ["x", "y"],
+        "worst": None,
+    }
