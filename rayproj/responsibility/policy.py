@@ -104,7 +104,7 @@ class Decision:
     """What the policy says of one prompt.
 
     Attributes:
-        rule: the one that blocked it, or those that rewrote it; "" where none did.
+        rule: the one that blocked it, or those that rewrote it or that exempted some of it; "" where none did.
         before: as it was given.
         prompt: as it is to be drawn; of a blocked one as it was given.
     """
@@ -185,7 +185,8 @@ class _Rule:
         self.name, self.rule = name, rule
         self.words, self.also = _finder(rule.words), _finder(rule.also)
         self.patterns = [re.compile(pattern, re.IGNORECASE) for pattern in rule.patterns]
-        self.reason = rule.reason or f"the rule '{name}' is against it"
+        verb = "allows" if rule.action is Action.allow else "is against"
+        self.reason = rule.reason or f"the rule '{name}' {verb} it"
         self.action = rule.otherwise if rule.action is Action.rewrite and not base.rewrite else rule.action
 
     def spans(self, text: str) -> list[tuple[int, int]]:
@@ -227,7 +228,8 @@ class PromptPolicy:
 
     def decide(self, prompt: str) -> Decision:
         """What is to be done with a prompt."""
-        text, seen, changed = prompt, prompt, list[_Rule]()  # `seen`: without what a rule allowed
+        text, seen = prompt, prompt  # `seen`: without what a rule allowed
+        changed, exempted = list[_Rule](), list[_Rule]()
         for rule in self.rules:
             spans = rule.spans(seen)
             against = rule.classifier is not None and rule.classifier.probability(seen) >= rule.rule.classifier.at_least
@@ -240,9 +242,11 @@ class PromptPolicy:
                 changed.append(rule)
             elif rule.rule.action is Action.allow:
                 seen = _replaced(seen, spans, None)  # of the same length, so that places are the same in both
+                exempted.append(rule)
+        said = changed or exempted
+        names, reasons = ", ".join(rule.name for rule in said), "; ".join(rule.reason for rule in said)
         if not changed:
-            return Decision(Action.allow, "", "", prompt, prompt)
-        names, reasons = ", ".join(rule.name for rule in changed), "; ".join(rule.reason for rule in changed)
+            return Decision(Action.allow, names, reasons, prompt, prompt)
         text = " ".join(text.split())
         if not text:
             return Decision(Action.block, names, f"nothing would be left of it: {reasons}", prompt, prompt)

@@ -155,7 +155,7 @@ class Playground:
         began = time.monotonic()
         asked = parse(await _json(request), self.config, self.offer)
         decision = await asyncio.to_thread(self.policy.decide, asked[0].prompt)
-        if decision.action is not Action.allow:
+        if decision.action is not Action.allow or decision.rule:
             await asyncio.to_thread(self._record, decision.record())
         said = {"action": decision.action.value, "rule": decision.rule, "reason": decision.reason}
         if decision.action is Action.block:

@@ -35,15 +35,15 @@ def shipped() -> PromptPolicy:
         ("a card with 4111 1111 1111 1111", "personal"),
         ("pay to DE89 3704 0044 0532 0130 00", "personal"),
         ("a red heart", ""),
-        ("a naked mole rat", ""),
-        ("a girl in a red dress and a naked mole rat", ""),
-        ("an us flag, 455 apples and a gore-tex jacket seen by the naked eye", ""),
+        ("a naked mole rat", "innocent"),
+        ("a girl in a red dress and a naked mole rat", "innocent"),
+        ("an us flag, 455 apples and a gore-tex jacket seen by the naked eye", "innocent"),
         ("a naked mole rat and a naked man", "sexual"),
     ],
 )
 def test_what_the_shipped_rules_say(shipped: PromptPolicy, prompt: str, rule: str) -> None:
     decision = shipped.decide(prompt)
-    assert (decision.action, decision.rule) == (Action.block if rule else Action.allow, rule)
+    assert (decision.action, decision.rule) == (Action.allow if rule in ("", "innocent") else Action.block, rule)
     assert bool(decision.reason) == bool(rule) and decision.before == decision.prompt == prompt
     assert decision == shipped.decide(prompt)
 
