@@ -287,6 +287,10 @@ def _row(
         "captions": dict(captions.most_common(5)),
         "others": others,
         "label_doubted": Rate(len(agreed), len(mistakes)).described() if others and mistakes else None,
+        # As if none of these showed its label.
+        "rate_undoubted": Rate(len(mistakes) - len(agreed), len(own) - len(agreed)).described()
+        if others and len(own) > len(agreed)
+        else None,
         "dataset": on.dataset.uri,
         "failures": [mistakes[k] for k in order[:SHOWN]],
         "right": [int(i) for i in own if not failed[OWN][i]][:SHOWN],

@@ -103,6 +103,17 @@ class _Layout:
             r, k = r - (r - 1) ** 2 / m, k - (k - 1) ** 2 / m
         return np.where(some, np.sqrt(_over(phi2, np.minimum(r, k) - 1)), 0.0)
 
+    def described(self, counts: np.ndarray) -> list[dict[str, Any]]:
+        """Of each class its examples, predictions and groups that occur, and the least expected count."""
+        rows, columns, n = self._sums(counts)
+        least = np.full(self.count, np.inf)
+        np.minimum.at(least, self.classes, self.expected(counts))
+        r = np.bincount(self.class_of_row, rows > 0, self.count)
+        k = np.bincount(self.class_of_column, columns > 0, self.count)
+        keys = ("examples", "predictions", "groups", "least_expected")
+        found = zip(n.astype(int).tolist(), r.astype(int).tolist(), k.astype(int).tolist(), least.tolist(), strict=True)
+        return [dict(zip(keys, row, strict=True)) for row in found]
+
     def _phi(self, counts: np.ndarray) -> tuple[np.ndarray, ...]:
         """By class χ² / n, its rows, columns (2 where there are fewer) and examples, and whether it has two of each."""
         rows, columns, n = self._sums(counts)
@@ -174,13 +185,14 @@ class SkewSize:
             names: of classes and predictions, where they are numbers.
 
         Returns:
-            "value" (None where undefined, with "reason") and its "interval"; V by class ("effects") with mean, quantiles and
-            maximum, and the mean's interval; of the null its mean, deviation and the share at or above the value, which
-            counts as one of it; p-values by class, of Pearson's χ² test where Cochran's rule allows that and else by
-            permutation, adjusted for their number (Benjamini and Hochberg 1995); the classes that drive the value, with the
-            predictions that a group has more or less often than it would; accuracy overall, of the worst group and the gap;
-            how many classes were skipped, and how many break Cochran's rule (no expected count under 1, at most a fifth
-            under 5), so that their V means little.
+            "value" (None where undefined, with "reason"), its "interval" and "z" against the null; V by class
+            ("effects") and of each what its V rests on ("tables"): examples, predictions, groups and the least expected
+            count; their mean, quantiles and maximum, and the mean's interval; of the null its mean, deviation and the
+            share at or above the value, which counts as one of it; p-values by class, of Pearson's χ² test where
+            Cochran's rule allows that and else by permutation, adjusted for their number (Benjamini and Hochberg 1995);
+            the classes that drive the value, with the predictions that a group has more or less often than it would;
+            accuracy overall, of the worst group and the gap; how many classes were skipped, and how many break Cochran's
+            rule (no expected count under 1, at most a fifth under 5), so that their V means little.
         """
         shown = names or {}
         cells = self._cells()
@@ -205,7 +217,11 @@ class SkewSize:
             "reason": "" if defined else "fewer than three classes, or effect sizes without spread",
             "interval": _interval(value, _finite([skewness(v) for v in drawn]), level),
             "corrected": self.corrected,
+            "z": (value - float(np.mean(under_null))) / float(np.std(under_null, ddof=1))
+            if defined and len(under_null) > 1 and np.std(under_null) > 0
+            else None,
             "effects": dict(zip(classes, effects.tolist(), strict=True)),
+            "tables": dict(zip(classes, layout.described(counts), strict=True)),
             "mean": float(effects.mean()),
             "mean_interval": _interval(float(effects.mean()), [float(v.mean()) for v in drawn], level),
             "median": float(np.quantile(effects, 0.5)),
@@ -353,10 +369,16 @@ def _thin(layout: _Layout, counts: np.ndarray) -> np.ndarray:
 
 def _nothing(corrected: bool, skipped: int, dropped: int) -> dict[str, Any]:
     empty: dict[str, Any] = dict.fromkeys(
-        ("value", "interval", "mean", "mean_interval", "median", "q90", "max", "null_mean", "null_std",
+        ("value", "interval", "z", "mean", "mean_interval", "median", "q90", "max", "null_mean", "null_std",
          "null_share_at_or_above", "null_mean_effect", "accuracy", "worst_group", "worst_group_accuracy", "accuracy_gap")
     )  # fmt: skip
-    said = {"reason": "no class has enough examples", "corrected": corrected, "effects": {}, "p_values": {}}
+    said = {
+        "reason": "no class has enough examples",
+        "corrected": corrected,
+        "effects": {},
+        "tables": {},
+        "p_values": {},
+    }
     rest = {"significant": [], "drivers": [], "classes_skipped": skipped, "classes_thin": 0, "examples": 0}
     return {**empty, **said, **rest, "accuracy_by_group": {}, "dropped": dropped}
 

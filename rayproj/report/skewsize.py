@@ -89,6 +89,8 @@ def _text(name: str, s: dict[str, Any]) -> str:
         f"{len(s['significant'])}, with tables too thin to say: {s['classes_thin']}, with too few examples: "
         f"{s['classes_skipped']}",
     ]
+    if 2 * s["classes_thin"] > len(s["effects"]):
+        lines.append("  most tables are too thin for their V to mean much: give more examples, or fewer groups")
     if s["dropped"]:
         lines.append(f"  {s['dropped']:,} rows without a group were left out")
     for driver in s["drivers"]:

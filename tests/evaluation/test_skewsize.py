@@ -191,6 +191,18 @@ def test_one_biased_class_among_many_is_found_by_pearsons_test() -> None:
     assert list(found["p_values"].values()) == pytest.approx(stats.false_discovery_control(p).tolist(), rel=1e-6)
 
 
+def test_what_each_v_rests_on_is_told() -> None:
+    label, prediction = np.array([0] * 12 + [1] * 11), np.array([0] * 9 + [1] * 3 + [1] * 11)
+    group = np.array(list("aabbaabbaabb") + ["a"] * 11)
+    found = skewsize(label, prediction, group, ("x", "y"), permutations=20, bootstraps=0)
+    assert found["tables"]["x"] == {"examples": 12, "predictions": 2, "groups": 2, "least_expected": 6 * 3 / 12}
+    assert found["tables"]["y"] == {"examples": 11, "predictions": 1, "groups": 1, "least_expected": 11}
+    assert found["z"] is None, "two classes have no skew"
+    labels, predictions, groups = biased()
+    one = skewsize(labels, predictions, groups, tuple(map(str, range(20))), bootstraps=0)
+    assert one["z"] == pytest.approx((one["value"] - one["null_mean"]) / one["null_std"])
+
+
 def test_intervals_have_the_deviation_of_a_bootstrap_of_examples() -> None:
     labels, predictions, groups = biased(each=100)
     found = skewsize(labels, predictions, groups, tuple(map(str, range(20))), False, permutations=0, bootstraps=2000)
