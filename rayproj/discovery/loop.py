@@ -4,10 +4,10 @@
     closer-2     images of the slices that seem to fail more, and of those slices without one of their terms; where none
                  does, look-2: more images of every label
     confirm      other images of the slices proposed by then, and of their labels as such: the only ones that are tested
-    pairs        if asked for: images of the slices that were confirmed, and of these slices without one of their terms, from
-                 the same random numbers
     scale        if asked for: many images of the slices that were confirmed
     adversarial  of these, the failures
+    pairs        if asked for: images of the slices that were confirmed, and of these slices without one of their terms, from
+                 the same random numbers
 
 A stage is a dataset of committed shards, planned as a pure function of the config and of the stages before, so a search that
 was stopped anywhere goes on, and ends with the same findings.
@@ -149,10 +149,10 @@ def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
         "classifier": config.classifier.model,
         "classes": list(search.bench.classifiers[OWN].classes),
     }
-    if config.counterfactuals and found["findings"]:
-        counterfactuals(search, found["findings"])
     if config.scale_up and found["findings"]:
         found["adversarial"] = scaled_up(search, [Slice.of(*test["slice"]) for test in found["findings"]])
+    if config.counterfactuals and found["findings"]:
+        counterfactuals(search, found["findings"])
     return found
 
 

@@ -159,7 +159,10 @@ def _table(judged: dict[str, dict[str, Judged]], groups: dict[str, Attributes], 
             columns = {"test": [test] * len(one.labels), "classifier": [name] * len(one.labels)}
             columns |= {"label": names[one.labels]}
             said = {"prediction": names[one.predictions], "probabilities": list(one.probabilities.astype(np.float32))}
-            tables.append(pa.table({**columns, **said, **groups[test]}))
+            by = {
+                name: pa.array(values, pa.string()) for name, values in groups[test].items()
+            }  # also where all are unknown
+            tables.append(pa.table({**columns, **said, **by}))
     sink = io.BytesIO()
     parquet.write_table(pa.concat_tables(tables), sink)
     return sink.getvalue()
@@ -234,8 +237,8 @@ def _cells(config: EvaluateConfig, uri: str) -> list[str]:
     """The cell of each of the images whose features are looked at."""
     if not config.quality_by:
         return []
-    cells = cells_of([Dataset.open(uri)], config.quality_by)
-    return [cells.names[number] for number in cells.numbers[: config.samples]]
+    cells = cells_of([Dataset.open(uri)], config.quality_by, config.samples)
+    return [cells.names[number] for number in cells.numbers]
 
 
 class _Progress:

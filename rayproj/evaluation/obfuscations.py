@@ -139,7 +139,7 @@ def intervals(
     all draws of it, `<image>#<draw>`."""
     rng, ordered = np.random.default_rng(seed), {name: p.ordered() for name, p in predictions.items()}
     names = next(iter(ordered.values())).image
-    _, which = np.unique([name.rpartition(DRAW)[0] or name for name in names], return_inverse=True)
+    _, which = np.unique([re.sub(rf"{DRAW}\d+$", "", name) for name in names], return_inverse=True)
     drawn, found = [np.flatnonzero(which == k) for k in range(which.max() + 1)], list[dict[str, float]]()
     for _ in range(draws):
         chosen = np.concatenate([drawn[k] for k in rng.integers(0, len(drawn), len(drawn))])

@@ -35,8 +35,9 @@ def quality(reference: np.ndarray, found: np.ndarray) -> dict[str, Any]:
 def by_cell(
     reference: np.ndarray, reference_cells: Sequence[str], found: np.ndarray, cells: Sequence[str], least: int = 30
 ) -> dict[str, Any]:
-    """Measures that few images do not bias, within each cell, such as a class of one group: a generator may draw one worse
-    than the others, which the whole does not show.
+    """Measures within each cell, such as a class of one group: a generator may draw one worse than the others, which the
+    whole does not show. The kernel distance is unbiased; recall and coverage, which depend on the number of images, are of
+    as many in each cell and on both sides.
 
     Args:
         reference, found: features [m, d] and [n, d].
@@ -44,24 +45,26 @@ def by_cell(
         least: cells with fewer images, in either set, are left out.
 
     Returns:
-        "cells": by name "images", "kernel_distance", "recall" and "coverage"; "left_out": names; "worst": of the largest
-        kernel distance, None without cells.
+        "cells": by name "images", "kernel_distance", "recall" and "coverage"; "compared": images of the latter two;
+        "left_out": names; "worst": of the largest kernel distance, None without cells.
     """
     there, here = np.asarray(reference_cells, str), np.asarray(cells, str)
-    measured: dict[str, dict[str, float]] = {}
     names = sorted({*there.tolist(), *here.tolist()})
-    for name in names:
-        a, b = reference[there == name], found[here == name]
-        if min(len(a), len(b)) >= least:
-            spread = prdc(a, b)
-            measured[name] = {
-                "images": len(b),
-                "kernel_distance": kernel_distance(a, b)[0],
-                "recall": spread["recall"],
-                "coverage": spread["coverage"],
-            }
+    both = {name: (reference[there == name], found[here == name]) for name in names}
+    both = {name: pair for name, pair in both.items() if min(map(len, pair)) >= least}
+    equal, rng = min((len(part) for pair in both.values() for part in pair), default=0), np.random.default_rng(0)
+    measured: dict[str, dict[str, float]] = {}
+    for name, (a, b) in both.items():
+        spread = prdc(*(part[rng.permutation(len(part))[:equal]] for part in (a, b)))
+        measured[name] = {
+            "images": len(b),
+            "kernel_distance": kernel_distance(a, b)[0],
+            "recall": spread["recall"],
+            "coverage": spread["coverage"],
+        }
     worst = max(measured, key=lambda name: measured[name]["kernel_distance"], default=None)
-    return {"cells": measured, "left_out": [name for name in names if name not in measured], "worst": worst}
+    left_out = [name for name in names if name not in measured]
+    return {"cells": measured, "compared": equal, "left_out": left_out, "worst": worst}
 
 
 def frechet_limit(first: np.ndarray, second: np.ndarray, points: int = 6, seed: int = 0) -> float | None:

@@ -16,6 +16,7 @@ from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.discovery.captions import FEATURE
+from rayproj.errors import UserError
 from rayproj.evaluation.clip import ClipScore
 from rayproj.evaluation.folders import loading
 from rayproj.evaluation.words import plain
@@ -113,12 +114,17 @@ class AnsweringModel:
             model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
         self.model = model.to(device).eval().requires_grad_(False)
         words = self.processor.tokenizer
-        # "Yes" and "yes", as the first token of an answer, with and without the space before it.
-        said = {(first, *rest) for word in ("yes", "Yes", " yes", " Yes")
-                for first, *rest in [words(word, add_special_tokens=False)["input_ids"]]}  # fmt: skip
-        # A tokenizer that splits the space off begins both, and every other answer, with that.
-        first = {tokens[0] for tokens in said} - {words.unk_token_id}
-        self.yes = sorted(t for t in first if words.decode([t]).strip().lower().startswith("y"))
+        # "Yes" and "yes", as the first token of an answer, with and without the space before it: the first that says more
+        # than a space, with which some tokenizers begin every answer.
+        first = {
+            next((t for t in words(word, add_special_tokens=False)["input_ids"] if words.decode([t]).strip()), None)
+            for word in ("yes", "Yes", " yes", " Yes")
+        }
+        self.yes = [token for token in first if token not in (None, words.unk_token_id)]
+        if not self.yes:
+            raise UserError(
+                f"judge.alignment.answers='{folder}': its tokenizer has no word for yes; give another model."
+            )
 
     def _given(self, image: Tensor, question: str) -> Any:
         picture = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()

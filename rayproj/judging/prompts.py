@@ -95,12 +95,15 @@ def questions_of(prompt: str) -> list[Question]:
     """The questions that plain rules find in a prompt: of each of its things whether it is there, then its number and
     colour where the prompt says them. A language model finds more; give its questions in a file (`read_questions`)."""
     asked: list[Question] = []
-    for part in BETWEEN.split(prompt.lower()):
+    parts = BETWEEN.split(prompt.lower())
+    for place, part in enumerate(parts):
         words = [word for word in re.findall(r"[\w'’-]+", part) if word not in ("a", "an", "the")]
         count = next((NUMBERS.index(w) for w in words if w in NUMBERS), None)
         colour = next((w for w in words if w in COLOURS), None)
         rest = [w for w in words if w not in COLOURS and w not in NUMBERS]
-        if not rest and colour:  # an orange
+        if (
+            not rest and colour == "orange" and place == len(parts) - 1
+        ):  # the one that is a thing, not "orange and white"
             rest, colour = [colour], None
         if not rest:
             continue

@@ -87,11 +87,10 @@ def predictions(found: dict[str, Any]) -> bytes:
             columns = Reader(dataset, ["label", f"predicted_{OWN}"]).gather(np.arange(header.num_samples))
             known = header.values_of(f"predicted_{OWN}")
             attributes = header.provenance["examine"]["attributes"]
-            tables.append(pa.table({
-                "label": [header.classes[i] for i in columns["label"]],
-                "prediction": [known[i] for i in columns[f"predicted_{OWN}"]],
-                **{attribute: [of.values.get(attribute, "") for of in asked] for attribute in attributes},
-            }))  # fmt: skip
+            said = {attribute: [of.values.get(attribute, "") for of in asked] for attribute in attributes}
+            said["label"] = [header.classes[i] for i in columns["label"]]
+            said["prediction"] = [known[i] for i in columns[f"predicted_{OWN}"]]
+            tables.append(pa.table({name: pa.array(texts, pa.string()) for name, texts in said.items()}))
     sink = io.BytesIO()
     parquet.write_table(pa.concat_tables(tables), sink)
     return sink.getvalue()

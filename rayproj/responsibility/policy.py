@@ -254,7 +254,8 @@ class PromptPolicy:
 
     def described(self, decisions: Iterable[Decision]) -> dict[str, Any]:
         """For the header of a dataset: by which rules, and how many prompts each blocked or rewrote; no prompt itself."""
-        counts = Counter(" ".join(filter(None, (d.action.value, d.rule))) for d in decisions)
+        told = (d.action.value if d.action is Action.allow else f"{d.action.value} {d.rule}" for d in decisions)
+        counts = Counter(told)
         return {"rules": self.digest, "rewrite": self.config.rewrite, "decisions": dict(sorted(counts.items()))}
 
 

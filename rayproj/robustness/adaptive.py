@@ -33,7 +33,7 @@ class AdaptiveConfig:
     steps: int = 100  # of every ascent
     draws: int = 4  # of a random defence, for each gradient (EoT)
     votes: int = 5  # of a random defence: an image is right if more than half of so many answers are
-    queries: int = 1000  # of the search by scores, and of that by decisions
+    queries: int = 1000  # of the search by scores (a random defence answers each twice), and of that by decisions
     repeats: int = 3  # evaluations of a random defence, for the deviation
 
     def problems(self) -> list[str]:
@@ -101,7 +101,7 @@ def _attacks(
     static: Tensor,
 ) -> Iterator[tuple[str, list[Tensor]]]:  # fmt: skip
     """The points of each column."""
-    logits, draws, votes = base(x).detach(), *((config.draws, config.votes) if defence.random else (1, 1))
+    logits, draws = base(x).detach(), config.draws if defence.random else 1
     to_second = targeted(logits.shape[1])
 
     def ascended(model: Model, loss: Loss, number: int, draws: int, go_on: bool = False) -> Tensor:
@@ -116,8 +116,15 @@ def _attacks(
     for name, model in (("direct", defence), ("bpda", defence.surrogate)):
         yield name, [ascended(model, loss, k, draws) for k, loss in enumerate((cross_entropy, margin, to_second))]
     row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 51)], 1)
-    yield "square", [square(Oracle(defence, draws, votes), x, label, row, threat, config.queries, seed).images]
-    yield "rays", [rays(Oracle(defence, votes=votes), x, label, threat, config.queries).images]
+    yield (
+        "square",
+        [
+            square(
+                Oracle(defence, draws, defence.random, config.votes), x, label, row, threat, config.queries, seed
+            ).images
+        ],
+    )
+    yield "rays", [rays(Oracle(defence, 1, defence.random, config.votes), x, label, threat, config.queries).images]
 
 
 class _Counted:

@@ -118,9 +118,9 @@ def header_of(config: RobustnessConfig, name: str, seed: int) -> Header:
         }
         names = COLUMNS if defence else [f"at_{k}" for k in range(len(config.radii))]
         fields |= {f"{threat}_{name}": Field("int") for name in names}
-    # Of the defences its own alone: one that comes later leaves what is there as it was.
-    own = {name: defence} if defence else {}
-    values = configuration.to_dict(replace(config, defences=own))
+    # What the others are, and how defences are attacked, is no matter here: what is there stays where that changes.
+    own, adaptive = ({name: defence}, config.adaptive) if defence else ({}, AdaptiveConfig())
+    values = configuration.to_dict(replace(config, defences=own, adaptive=adaptive))
     provenance = {
         "classifier": run.uri,
         "commit": done[-1].step,

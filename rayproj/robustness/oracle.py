@@ -20,24 +20,21 @@ class Oracle:
 
     Args:
         draws: of a random model, for each answer.
+        random: whether the same image may be taken for different things.
         votes: of a random model: it is fooled if more than half of so many single answers are wrong.
 
     Attributes:
         forwards, backwards: examples that went through the model so far.
     """
 
-    def __init__(self, model: Model, draws: int = 1, votes: int = 1) -> None:
-        self.model, self.draws, self.votes = model, draws, votes
+    def __init__(self, model: Model, draws: int = 1, random: bool = False, votes: int = 1) -> None:
+        self.model, self.draws, self.random, self.votes = model, draws, random, votes
         self.forwards = self.backwards = 0
 
     def logits(self, x: Tensor) -> Tensor:
         """fp32 [B, K]."""
         with torch.no_grad():
             return torch.stack([self._ask(x) for _ in range(self.draws)]).mean(0)
-
-    @property
-    def random(self) -> bool:
-        return self.votes > 1
 
     def fooled(self, x: Tensor, logits: Tensor, label: Tensor) -> Tensor:
         """bool [B]: whether these logits of `x` are wrong, and of a random model also most of further answers: a search

@@ -118,9 +118,15 @@ def test_a_group_that_is_drawn_badly_is_the_worst_of_its_cells() -> None:
     for name, one in found["cells"].items():
         x, y = real[cells == name], drawn[cells == name]
         assert one["images"] == len(y) and one["kernel_distance"] == pytest.approx(q.kernel_distance(x, y)[0], abs=1e-9)
-        assert one["coverage"] == q.prdc(x, y)["coverage"]
+        if name == "a":  # the smallest, of which all are compared
+            assert one["coverage"] == q.prdc(x, y)["coverage"] and found["compared"] == len(x)
+    # Fewer images of the same kind are not worse.
+    few = np.concatenate([drawn[cells == "a"][:40], drawn[cells == "c"]])
+    thinned = q.by_cell(real, cells.tolist(), few, ["a"] * 40 + ["c"] * 100)["cells"]
+    assert abs(thinned["a"]["coverage"] - thinned["c"]["coverage"]) < 0.15
     assert q.by_cell(real, ["x"] * len(real), drawn, ["y"] * len(drawn)) == {
         "cells": {},
+        "compared": 0,
         "left_out": ["x", "y"],
         "worst": None,
     }

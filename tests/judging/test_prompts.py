@@ -20,6 +20,12 @@ def test_plain_rules_ask_for_things_numbers_and_colours() -> None:
     ]
     assert [q.about for q in questions_of("house with a garden")] == ["house", "garden"]
     assert [(q.kind, q.about) for q in questions_of("an orange")] == [(Kind.object, "orange")]
+    assert [q.about for q in questions_of("a black and white cat and an orange and white dog")] == [
+        "cat",
+        "cat",
+        "dog",
+        "dog",
+    ]
     assert [q.about for q in questions_of("two buses and three mice")] == ["bus", "bus", "mouse", "mouse"]
 
 

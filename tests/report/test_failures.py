@@ -1,15 +1,17 @@
 """The page and the issues of a search, from its result and datasets alone."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.writer import commit_shard
 from rayproj.evaluation.proportions import Rate
-from rayproj.report.failures import issues, page, title
+from rayproj.report.failures import issues, page, predictions, title
 
 CLASSES = ("cat", "<dog>")
 
@@ -63,3 +65,25 @@ def test_the_page_needs_no_other_file_and_shows_names_as_they_are(found: dict[st
     assert html.count("data:image/png;base64,") == 4 and "&lt;dog&gt; 0.90" in html and "<dog>" not in html
     assert "1 were tested, and 1 is a finding" in html and "∞ (0.10–∞)" in html
     assert "none are findings" in page({**found, "findings": []})
+
+
+def test_the_table_for_skewsize_is_of_the_first_looks_also_if_one_is_empty(tmp_path: Path) -> None:
+    def stage(name: str, slices: list[Any]) -> dict[str, Any]:
+        fields = {"label": Field("int"), "predicted_classifier": Field("int", values=("cat", "dog"))}
+        said = {"slices": slices, "examine": {"attributes": {"style": ["flat", "round"]}}}
+        count = sum(n for _, n in slices)
+        dataset = Dataset.create(f"{tmp_path}/{name}", Header(name, fields, count, 8, ("dog", "cat"), provenance=said))
+        for shard in range(dataset.header.num_shards):
+            commit_shard(
+                dataset,
+                shard,
+                [{"key": str(i), "label": 1, "predicted_classifier": i % 2} for i in range(count)],
+                "t",
+                0.0,
+            )
+        return {"dataset": dataset.uri, "images": count}
+
+    looks = [[["cat", [["style", "flat"]]], 2], [["cat", [["style", "round"]]], 1]]
+    stages = {"look-1": stage("look-1", looks), "closer-2": stage("closer-2", looks), "look-2": stage("look-2", [])}
+    table = parquet.read_table(io.BytesIO(predictions({"stages": stages}))).to_pydict()
+    assert table == {"style": ["flat", "flat", "round"], "label": ["cat"] * 3, "prediction": ["cat", "dog", "cat"]}

@@ -102,11 +102,11 @@ def test_luck_ends_no_search_of_a_random_model() -> None:
 
     x, label = torch.rand(200, 1, 6, 6), torch.zeros(200, dtype=torch.long)
     row = torch.stack([torch.arange(200), torch.zeros(200, dtype=torch.long), torch.zeros(200, dtype=torch.long)], 1)
-    lucky, voted = Oracle(model), Oracle(model, 4, 25)
+    lucky, voted = Oracle(model), Oracle(model, 4, True, 25)
     assert square(lucky, x, label, row, THREAT, 40).broken.all() and lucky.forwards < 5 * 200
     found = square(voted, x, label, row, THREAT, 40)
     assert voted.forwards >= 40 * 4 * 200 and found.broken.float().mean() < 0.05
-    fooled = Oracle(model, votes=25).fooled(x, torch.eye(2)[[1]].expand(200, 2), label)
+    fooled = Oracle(model, random=True, votes=25).fooled(x, torch.eye(2)[[1]].expand(200, 2), label)
     assert fooled.float().mean() < 0.12, "of 25 answers more than half, each wrong with 1/3: 4 %"
 
 
