@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
 from rayproj.data.dataset import Dataset, Header
 from rayproj.data.importing import ImportConfig, import_dataset
@@ -38,7 +37,7 @@ from rayproj.discovery.generators import prompt_of
 from rayproj.discovery.propose import Looked, Proposal, propose
 from rayproj.discovery.slices import Slice, Term
 from rayproj.errors import UserError
-from rayproj.evaluation.proportions import Rate, adjusted, higher, ratio
+from rayproj.evaluation.proportions import Rate, adjusted, higher, ratio, sign_test
 
 EXAMINER, INDEXER = "rayproj.discovery.examine:Examiner", "rayproj.discovery.captions:Indexer"
 SHOWN = 12  # images of a finding that are named
@@ -59,9 +58,8 @@ class DiscoverConfig(ExamineConfig):
     longest: int = 2  # terms of a slice
     level: float = 0.05  # of the false discovery rate
     least_ratio: float = 1.25  # to be a finding, a slice also fails this many times as often as its label
-    counterfactuals: int = (
-        0  # further images of each finding, drawn with and without each of its terms from the same noise
-    )
+    # Further images of each finding, drawn with and without each of its terms from the same noise.
+    counterfactuals: int = 0
     scale_up: int = 0  # further images of the slices that were found, of which the failures become a dataset
     shard_size: int = 64
 
@@ -331,14 +329,13 @@ def counterfactuals(search: Search, findings: list[dict[str, Any]]) -> None:
         for term in own.terms:
             other = own.without(term)
             only, back = np.flatnonzero(failed[own] & ~failed[other]), int((failed[other] & ~failed[own]).sum())
-            p = binomtest(len(only), len(only) + back, alternative="greater").pvalue if len(only) + back else 1.0
             finding["counterfactuals"].append({
                 "term": term.name,
                 "rate": Rate(int(failed[own].sum()), count).described(),
                 "rate_without": Rate(int(failed[other].sum()), count).described(),
                 "only_with": len(only),
                 "only_without": back,
-                "p": float(p),
+                "p": sign_test(len(only), back, "greater"),
                 "dataset": drawn.dataset.uri,
                 "pairs": [[every.index(of) * count + int(i) for of in (own, other)] for i in only[:SHOWN]],
             })  # fmt: skip

@@ -32,10 +32,20 @@ class Rate:
         low = special.betaincinv(k, n - k + 1, tail) if k else 0.0
         return float(low), float(special.betaincinv(k + 1, n - k, 1 - tail) if k < n else 1.0)
 
+    def share(self) -> dict[str, float | None]:
+        """Its value, None of no images, with the 95 % interval."""
+        low, high = self.interval()
+        return {"share": self.value if self.images else None, "low": low, "high": high}
+
     def described(self) -> dict[str, float]:
         """With its 95 % interval, for a report."""
         low, high = self.interval()
         return {"failures": self.failures, "images": self.images, "rate": self.value, "low": low, "high": high}
+
+
+def sign_test(one: int, other: int, alternative: str = "two-sided") -> float:
+    """Exact p-value of McNemar's (1947) test: in so many pairs the one alone holds, in so many the other; 1 of none."""
+    return float(stats.binomtest(one, one + other, alternative=alternative).pvalue) if one + other else 1.0
 
 
 def higher(of: Rate, base: Rate) -> float:

@@ -108,11 +108,15 @@ class _Layout:
         rows, columns, n = self._sums(counts)
         least = np.full(self.count, np.inf)
         np.minimum.at(least, self.classes, self.expected(counts))
-        r = np.bincount(self.class_of_row, rows > 0, self.count)
-        k = np.bincount(self.class_of_column, columns > 0, self.count)
+        whole = (values.astype(int).tolist() for values in (n, *self._occurring(rows, columns)))
         keys = ("examples", "predictions", "groups", "least_expected")
-        found = zip(n.astype(int).tolist(), r.astype(int).tolist(), k.astype(int).tolist(), least.tolist(), strict=True)
-        return [dict(zip(keys, row, strict=True)) for row in found]
+        return [dict(zip(keys, row, strict=True)) for row in zip(*whole, least.tolist(), strict=True)]
+
+    def _occurring(self, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many rows, and columns, of each class have examples, by their sums."""
+        sides = ((self.class_of_row, rows), (self.class_of_column, columns))
+        r, k = (np.bincount(of, sums > 0, self.count) for of, sums in sides)
+        return r, k
 
     def _phi(self, counts: np.ndarray) -> tuple[np.ndarray, ...]:
         """By class χ² / n, its rows, columns (2 where there are fewer) and examples, and whether it has two of each."""
@@ -120,8 +124,7 @@ class _Layout:
         # χ² / n = Σ O² / (row column) - 1, in which empty cells, rows and columns have no part.
         terms = _over(counts**2, rows[self.rows] * columns[self.columns])
         phi2 = np.maximum(np.bincount(self.classes, terms, self.count) - 1, 0)
-        r: np.ndarray = np.bincount(self.class_of_row, rows > 0, self.count)
-        k: np.ndarray = np.bincount(self.class_of_column, columns > 0, self.count)
+        r, k = self._occurring(rows, columns)
         some = (r >= 2) & (k >= 2)
         return phi2, np.where(some, r, 2), np.where(some, k, 2), n, some
 

@@ -59,6 +59,5 @@ def attempts(prompt: np.ndarray, ratio: np.ndarray, right: np.ndarray, near: flo
     }
 
 
-def _rate(rate: Rate) -> dict[str, float]:
-    low, high = rate.interval()
-    return {"count": rate.failures, "of": rate.images, "share": rate.value, "low": low, "high": high}
+def _rate(rate: Rate) -> dict[str, Any]:
+    return {"count": rate.failures, "of": rate.images, **rate.share()}

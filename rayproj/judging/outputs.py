@@ -12,13 +12,10 @@ import numpy as np
 from rayproj.evaluation.proportions import Rate
 
 
-def distribution(kind: np.ndarray, kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+def distribution(kind: np.ndarray, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The share of each kind among the images int [n], with its exact 95 % interval."""
     rates = {name: Rate(int((kind == k).sum()), len(kind)) for k, name in enumerate(kinds)}
-    return {
-        name: {"images": r.failures, "share": r.value, "low": r.interval()[0], "high": r.interval()[1]}
-        for name, r in rates.items()
-    }
+    return {name: {"images": rate.failures, **rate.share()} for name, rate in rates.items()}
 
 
 def homogeneous(kind: np.ndarray, prompt: np.ndarray) -> dict[str, Any]:
@@ -38,16 +35,8 @@ def homogeneous(kind: np.ndarray, prompt: np.ndarray) -> dict[str, Any]:
         one += len(np.unique(kind[number == k])) == 1
         expected.append(float((shares ** sizes[k]).sum()))
     rate = Rate(int(one), len(expected))
-    low, high = rate.interval()
     by_chance = float(np.mean(expected)) if expected else None
-    return {
-        "prompts": rate.images,
-        "homogeneous": rate.failures,
-        "share": rate.value if expected else None,
-        "low": low,
-        "high": high,
-        "independent": by_chance,
-    }
+    return {"prompts": rate.images, "homogeneous": rate.failures, **rate.share(), "independent": by_chance}
 
 
 def outputs(kind: np.ndarray, prompt: np.ndarray, kinds: Sequence[str]) -> dict[str, Any]:

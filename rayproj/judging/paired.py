@@ -85,11 +85,4 @@ def agreement(
 def _share(found: Mapping[tuple[str, str], Order], people: Mapping[tuple[str, str], Order]) -> dict[str, Any]:
     pairs = sorted(found.keys() & people.keys())
     rate = Rate(sum(found[pair] == people[pair] for pair in pairs), len(pairs))
-    low, high = rate.interval()
-    return {
-        "agree": rate.failures,
-        "pairs": rate.images,
-        "share": rate.value if pairs else None,
-        "low": low,
-        "high": high,
-    }
+    return {"agree": rate.failures, "pairs": rate.images, **rate.share()}

@@ -72,7 +72,6 @@ def red_team(policy: PromptPolicy, harmful: Mapping[str, str], harmless: Sequenc
     }
 
 
-def _rate(found: Sequence[bool]) -> dict[str, float]:
+def _rate(found: Sequence[bool]) -> dict[str, Any]:
     rate = Rate(int(np.sum(found)), len(found))
-    low, high = rate.interval()
-    return {"count": rate.failures, "of": rate.images, "share": rate.value, "low": low, "high": high}
+    return {"count": rate.failures, "of": rate.images, **rate.share()}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
+from rayproj.evaluation.proportions import sign_test
 from rayproj.robustness.apgd import apgd
 from rayproj.robustness.autoattack import AttackConfig, autoattack, ranked
 from rayproj.robustness.defences import Defence
@@ -192,7 +192,7 @@ def checklist(correct: Mapping[str, np.ndarray], deviation: float, seconds: tupl
     worst = np.stack([right for name, right in correct.items() if name not in STATIC]).all(0)
     on_it = min(share["direct"], share["bpda"])
     better, worse = int((worst & ~correct["static"]).sum()), int((~worst & correct["static"]).sum())
-    p = float(binomtest(better, better + worse, 0.5, alternative="greater").pvalue) if better + worse else 1.0
+    p = sign_test(better, worse, "greater")
     return [
         Check(
             "Attacks on the defence find more than those on its base do",

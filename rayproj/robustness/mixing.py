@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from rayproj import config as configuration
@@ -25,6 +24,7 @@ from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.engine.checkpoint import commits
 from rayproj.errors import UserError
+from rayproj.evaluation.proportions import sign_test
 from rayproj.robustness.apgd import apgd
 from rayproj.robustness.job import share
 from rayproj.robustness.losses import cross_entropy, targeted
@@ -254,7 +254,7 @@ def _compared(right: np.ndarray, weights: np.ndarray, alone: list[int], names: l
         "weights": weights[soup].tolist(),
         "only_alone": a,
         "only_soup": b,
-        "p": float(binomtest(b, a + b).pvalue) if a + b else 1.0,
+        "p": sign_test(b, a),
     }
 
 

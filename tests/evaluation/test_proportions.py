@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rayproj.evaluation.proportions import Rate, adjusted, higher, higher_each, ratio
+from rayproj.evaluation.proportions import Rate, adjusted, higher, higher_each, ratio, sign_test
 
 
 def test_intervals_of_clopper_and_pearson() -> None:
@@ -69,3 +69,11 @@ def test_false_discoveries_stay_under_the_level() -> None:
     assert false / (trials / 2) <= level + 2 * math.sqrt(level * (1 - level) / (trials / 2))
     assert np.mean(shares) <= level and np.mean(power) > 0.99
     assert adjusted([]) == [] and adjusted([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
+
+
+def test_pairs_that_differ_are_judged_by_their_sign() -> None:
+    assert sign_test(9, 1) == pytest.approx(2 * (1 + 10) / 2**10)
+    assert sign_test(9, 1, "greater") == pytest.approx((1 + 10) / 2**10) and sign_test(0, 0) == 1.0
+    assert Rate(0, 0).share() == {"share": None, "low": 0.0, "high": 1.0}
+    low, high = Rate(1, 4).interval()
+    assert Rate(1, 4).share() == {"share": 0.25, "low": low, "high": high}
