@@ -242,7 +242,7 @@ class RankGroup:
                     unknown.remove(actor)
                 except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError):
                     time.sleep(0.2)
-                except ray.exceptions.RayActorError as error:
+                except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
                     found.append(error)
                     unknown.remove(actor)
         return found

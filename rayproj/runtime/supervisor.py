@@ -144,7 +144,7 @@ class _Watch:
                 return End(cause=Cause.node_lost)
         try:
             refs = waiting = self.group.start(entry, self.run.config, rendezvous)
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:  # rank 0 died, or memory ran out before it began
             return self._end(error)
         while True:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)

@@ -240,14 +240,15 @@ def test_a_stopped_process_is_a_hang_whose_stacks_are_kept(chaos: Chaos, tmp_pat
     assert_equal(store, undisturbed)
 
 
-def test_memory_that_runs_out_is_called_so(chaos: Chaos, tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", [pytest.param(2 << 30, id="as it trains"), pytest.param(0, id="before it begins")])
+def test_memory_that_runs_out_is_called_so(chaos: Chaos, tmp_path: Path, room: int) -> None:
     import psutil
 
-    used = psutil.virtual_memory().percent / 100
     store = Store(str(tmp_path / "run"))
-    for _ in range(2):  # 1 GiB above what is used now is too much
-        room = used + (1 << 30) / psutil.virtual_memory().total
-        chaos.add(RAY_memory_usage_threshold=f"{room:.3f}", RAY_memory_monitor_refresh_ms="100")
+    for _ in range(2):
+        memory = psutil.virtual_memory()
+        share = (memory.total - memory.available + room) / memory.total if room else 0.001
+        chaos.add(RAY_memory_usage_threshold=f"{share:.3f}", RAY_memory_monitor_refresh_ms="100")
     process = chaos.start("eats_memory", store.uri, "cluster.retry.max_failures=0")
     _, stderr = process.communicate(timeout=90)
     assert process.returncode == 1 and "A rank ran out of memory (a smaller train.micro_batch needs less)" in stderr
