@@ -168,7 +168,7 @@ def at_random(config: DiscoverConfig, seed: int, make: Any) -> dict[str, Any]:
     slices = rng.sample(every, config.slices)
     wrong = dict(zip(planted.LABELS, reversed(planted.LABELS), strict=True))
     on = search.run("confirm", confirming(slices, config.images), confirming=True)
-    tests = tested(search, [Proposal(of, wrong[of.label], 1.0) for of in slices], on)
+    tests = tested(search, [Proposal(of, wrong[of.label], 1.0) for of in slices], [on])
     return {"findings": [test for test in tests if test["finding"]], "images": search.looked_at}
 
 

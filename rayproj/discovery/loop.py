@@ -3,11 +3,13 @@
     look-1       images of every label, over all combinations of the attributes
     closer-2     images of the slices that seem to fail more, and of those slices without one of their terms; where none
                  does, look-2: more images of every label
-    confirm      other images of the slices proposed by then, and of their labels as such: the only ones that are tested
+    confirm      other images of the slices proposed by then, and of their labels as such: the only ones that are tested; in
+                 several looks, of which the later ones draw no more of what is a finding already
     scale        if asked for: many images of the slices that were confirmed
     adversarial  of these, the failures
     pairs        if asked for: images of the slices that were confirmed, and of these slices without one of their terms, from
                  the same random numbers
+    by-NAME      if asked for: images of these slices and their labels by another generator, or of real images
 
 A stage is a dataset of committed shards, planned as a pure function of the config and of the stages before, so a search that
 was stopped anywhere goes on, and ends with the same findings.
@@ -15,6 +17,7 @@ was stopped anywhere goes on, and ends with the same findings.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import Counter
@@ -32,18 +35,30 @@ from rayproj.data.reader import Reader
 from rayproj.data.sources.base import SourceConfig, SourceKind
 from rayproj.data.writer import commit_shard
 from rayproj.discovery.captions import index_header, open_embedder
+from rayproj.discovery.clusters import clusters, stability
 from rayproj.discovery.examine import FEATURE, OWN, Bench, ExamineConfig, Results, Stage, results
-from rayproj.discovery.generators import prompt_of
+from rayproj.discovery.generators import GeneratorConfig, prompt_of
 from rayproj.discovery.propose import Looked, Proposal, propose
 from rayproj.discovery.slices import Slice, Term
 from rayproj.errors import UserError
-from rayproj.evaluation.proportions import Rate, adjusted, higher, ratio, sign_test
+from rayproj.evaluation.proportions import Rate, adjusted, detectable, higher, ratio, sign_test
 
 EXAMINER, INDEXER = "rayproj.discovery.examine:Examiner", "rayproj.discovery.captions:Indexer"
-SHOWN = 12  # images of a finding that are named
+SHOWN, CLOSEST = 12, 6  # images of a finding, and of a cluster of failures, that are named
 
 Make = Callable[[Dataset, str, dict[str, Any]], Any]
 """Makes the shards of a planned dataset that are not there yet, by the maker of that name, given those values."""
+
+
+@dataclass
+class ReplicationConfig:
+    """Another generator, by which findings are tested again: they might be a weakness of the one that showed them."""
+
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    images: int = 200  # of each finding; of its label twice as many
+
+    def problems(self) -> list[str]:
+        return [] if self.images > 0 else ["discover.replications: images must be positive."]
 
 
 @dataclass
@@ -60,12 +75,15 @@ class DiscoverConfig(ExamineConfig):
     least_ratio: float = 1.25  # to be a finding, a slice also fails this many times as often as its label
     # Further images of each finding, drawn with and without each of its terms from the same noise.
     counterfactuals: int = 0
+    # Looks at the images that confirm, which share the level: a slice that is a finding after one needs no more of them.
+    looks: int = 1
+    replications: dict[str, ReplicationConfig] = field(default_factory=dict)  # by other generators or on real images
     scale_up: int = 0  # further images of the slices that were found, of which the failures become a dataset
     shard_size: int = 64
 
     def problems(self) -> list[str]:
         found = super().problems()
-        names = ("images", "rounds", "slices", "longest", "shard_size")
+        names = ("images", "rounds", "slices", "longest", "looks", "shard_size")
         found += [f"discover.{name} must be positive." for name in names if getattr(self, name) <= 0]
         if not 0 < self.find < 1:
             found.append(f"discover.find is a share in (0, 1), not {self.find:g}.")
@@ -132,14 +150,13 @@ def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
         else:
             search.run(f"look-{number}", first(search, images))
     proposals = propose(looked(search.done), config.slices, config.longest)
-    tests: list[dict[str, Any]] = []
-    if proposals:
-        wanted = confirming([p.slice for p in proposals], config.images - search.looked_at)
-        tests = tested(search, proposals, search.run("confirm", wanted, confirming=True))
+    failures = alike(search.done)
+    tests = confirmed(search, proposals)
     found: dict[str, Any] = {
         "findings": [test for test in tests if test["finding"]],
         "tested": [test for test in tests if not test["finding"]],
         "base": base_rates(search.done),
+        "clusters": failures,
         "images": search.looked_at,
         "budget": config.images,
         "level": config.level,
@@ -151,6 +168,9 @@ def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
         found["adversarial"] = scaled_up(search, [Slice.of(*test["slice"]) for test in found["findings"]])
     if config.counterfactuals and found["findings"]:
         counterfactuals(search, found["findings"])
+    if found["findings"]:
+        for name, other in config.replications.items():
+            replicate(search, name, other, found["findings"])
     return found
 
 
@@ -220,33 +240,79 @@ def confirming(slices: list[Slice], images: int) -> list[tuple[Slice, int]]:
     return [(of, 2 * each) for of in labels] + [(of, each) for of in slices] if each else []
 
 
-def tested(search: Search, proposals: list[Proposal], on: Results) -> list[dict[str, Any]]:
-    """Every proposal with its rates on fresh images, the most significant first.
+def confirmed(search: Search, proposals: list[Proposal]) -> list[dict[str, Any]]:
+    """Every proposal, `tested` on fresh images, findings first and the most significant ones of these.
+
+    With several looks each is held to its share of the level, and what is a finding after one is drawn no more: the images
+    left are of the others. Over k looks the expected share of false findings is at most k times that of one.
+    """
+    config, rows, drawn, left = search.config, dict[Slice, dict[str, Any]](), list[Results](), proposals
+    for look in range(config.looks):
+        images = (config.images - search.looked_at) // (config.looks - look)
+        wanted = confirming([p.slice for p in left], images) if left else []
+        if not wanted:
+            break
+        name = "confirm" if config.looks == 1 else f"confirm-{look + 1}"
+        drawn.append(search.run(name, wanted, confirming=True))
+        new = tested(search, left, drawn, len(proposals) - len(left))
+        rows |= {Slice.from_json(row["slice"]): row for row in new}
+        left = [p for p in left if not rows.get(p.slice, {}).get("finding")]
+    return sorted(rows.values(), key=lambda row: (not row["finding"], min(row["p"], row.get("p_as", 1.0)), row["name"]))
+
+
+def tested(
+    search: Search, proposals: list[Proposal], drawn: Sequence[Results], settled: int = 0
+) -> list[dict[str, Any]]:
+    """Each proposal with its rates on the images of some stages; pictures are those of the first.
 
     Two hypotheses are tested of each: that it fails more than its label, and that it is taken for its most common wrong
     class more often. The level is held over all of them together.
+
+    Args:
+        settled: proposals that were findings before; they count among the hypotheses, of which each has two.
     """
     config, rows = search.config, list[dict[str, Any]]()
+    on = joined(drawn)
     places = {of: np.flatnonzero([s == of for s in on.slices]) for of in dict.fromkeys(on.slices)}
     hypotheses: list[tuple[int, str, float]] = []
-    for number, proposal in enumerate(proposals):
+    for proposal in proposals:
         own, base = (places.get(of, np.zeros(0, int)) for of in (proposal.slice, Slice(proposal.slice.label)))
         if not len(own) or not len(base):
             continue
         rates = [Rate(int(on.failed[OWN][at].sum()), len(at)) for at in (own, base)]
         as_wrong = [Rate(int((on.answers[OWN][at] == proposal.wrong).sum()), len(at)) for at in (own, base)]
-        rows.append(_row(search, proposal, on, own, base, rates, as_wrong) | {"number": number})
+        rows.append(_row(search, proposal, on, own, base, rates, as_wrong))
         hypotheses.append((len(rows) - 1, "p", higher(*rates)))
         if as_wrong[0] != rates[0] or as_wrong[1] != rates[1]:  # else both say the same
             hypotheses.append((len(rows) - 1, "p_as", higher(*as_wrong)))
-    for (place, name, p), q in zip(hypotheses, adjusted([p for _, _, p in hypotheses]), strict=True):
-        rows[place] |= {name: p, name.replace("p", "q", 1): q}
+    every = adjusted([p for _, _, p in hypotheses] + [1.0] * (2 * settled))[: len(hypotheses)]
+    for (place, name, p), q in zip(hypotheses, every, strict=True):
+        rows[place] |= {name: p, name.replace("p", "q", 1): min(1.0, config.looks * q)}
+    strictest = config.level / config.looks / max(1, len(every) + 2 * settled)
     for row in rows:
         any_class = row["q"] <= config.level and _at_least(row["ratio"], config.least_ratio)
         one_class = row.get("q_as", 1.0) <= config.level and _at_least(row["ratio_as"], config.least_ratio)
         row["finding"], row["by_any_class"] = any_class or one_class, any_class
-        row["hypotheses"] = len(hypotheses)
-    return sorted(rows, key=lambda row: (not row["finding"], min(row["p"], row.get("p_as", 1.0)), row["name"]))
+        row["hypotheses"] = len(every) + 2 * settled
+        seen = Rate(row["base_rate"]["failures"], row["base_rate"]["images"])
+        row["detectable"] = detectable(row["rate"]["images"], seen, strictest)
+    return rows
+
+
+def joined(drawn: Sequence[Results]) -> Results:
+    """The images of several stages as one; the dataset is that of the first."""
+    first = drawn[0]
+    names = list(first.answers)
+    return Results(
+        first.dataset,
+        [of for stage in drawn for of in stage.slices],
+        {name: np.concatenate([stage.answers[name] for stage in drawn]) for name in names},
+        {name: np.concatenate([stage.failed[name] for stage in drawn]) for name in names},
+        [terms for stage in drawn for terms in stage.terms],
+        np.concatenate([stage.captions for stage in drawn]),
+        None,
+        np.concatenate([stage.rows for stage in drawn]),
+    )
 
 
 def _row(
@@ -260,7 +326,8 @@ def _row(
 ) -> dict[str, Any]:
     failed, answers = on.failed, on.answers[OWN]
     mistakes = [int(i) for i in own if failed[OWN][i]]
-    sure = Reader(on.dataset, ["confidence"]).gather(np.array(mistakes, int))["confidence"]
+    shown = [i for i in mistakes if i < on.dataset.header.num_samples]
+    sure = Reader(on.dataset, ["confidence"]).gather(np.array(shown, int))["confidence"]
     order = np.argsort(-sure, kind="stable")
     others = {}
     for name in search.config.others:
@@ -290,8 +357,8 @@ def _row(
         if others and len(own) > len(agreed)
         else None,
         "dataset": on.dataset.uri,
-        "failures": [mistakes[k] for k in order[:SHOWN]],
-        "right": [int(i) for i in own if not failed[OWN][i]][:SHOWN],
+        "failures": [shown[k] for k in order[:SHOWN]],
+        "right": [int(i) for i in own if not failed[OWN][i] and i < on.dataset.header.num_samples][:SHOWN],
         "p_found": proposal.p,
     }
 
@@ -314,6 +381,52 @@ def base_rates(done: list[Results]) -> dict[str, dict[str, float]]:
         failed = done[0].failed[OWN][[of.label == label for of in done[0].slices]]
         rates[label] = Rate(int(failed.sum()), len(failed)).described()
     return rates
+
+
+def alike(done: list[Results]) -> list[dict[str, Any]]:
+    """By label the clusters of the failures by which slices are found, the largest first: how many there are, of what wrong
+    class, what their descriptions say, and the ones nearest to their middle; and how stable the label's clusters are."""
+    on, found = looked(done), list[dict[str, Any]]()
+    places = [(stage, i) for stage in done for i in range(len(stage.slices))]
+    for label in dict.fromkeys(on.labels.tolist()):
+        at = np.flatnonzero((on.labels == label) & on.failed)
+        features = None if on.features is None else on.features[at]
+        of, stable = clusters(on.answers[at], features), stability(on.answers[at], features)
+        for number in range(of.max(initial=-1) + 1):
+            own = np.flatnonzero(of == number)
+            if features is not None:
+                far = np.linalg.norm(features[own] - features[own].mean(0), axis=1)
+                own = own[np.argsort(far, kind="stable")]
+            images = [places[i] for i in at[own]]
+            captions = Counter(str(stage.captions[i]) for stage, i in images if stage.captions[i])
+            found.append({
+                "label": label,
+                "wrong": str(on.answers[at[own[0]]]),
+                "failures": len(own),
+                "stability": None if math.isnan(stable) else stable,
+                "captions": dict(captions.most_common(3)),
+                "shown": [[stage.dataset.uri, i] for stage, i in images[:CLOSEST]],
+            })  # fmt: skip
+    return sorted(found, key=lambda cluster: -cluster["failures"])
+
+
+def replicate(search: Search, name: str, config: ReplicationConfig, findings: list[dict[str, Any]]) -> None:
+    """Add to each finding its rates on images of another generator: whether it fails more there too, by the hypothesis that
+    made it a finding, adjusted for the number of findings."""
+    own = dataclasses.replace(search.config, generator=config.generator)
+    other = dataclasses.replace(search, config=own, bench=Bench(own, search.bench.seed, "cpu"), done=[])
+    slices = [Slice.from_json(finding["slice"]) for finding in findings]
+    labels = [Slice(label) for label in dict.fromkeys(of.label for of in slices)]
+    wanted = [(of, 2 * config.images) for of in labels] + [(of, config.images) for of in slices]
+    on, told = other.run(f"by-{name}", wanted, confirming=True), list[dict[str, Any]]()
+    for finding, of in zip(findings, slices, strict=True):
+        failed = on.failed[OWN] if finding["by_any_class"] else on.answers[OWN] == finding["wrong"]
+        at = [np.flatnonzero([s == one for s in on.slices]) for one in (of, Slice(of.label))]
+        rates = [Rate(int(failed[ids].sum()), len(ids)) for ids in at]
+        told.append({"rate": rates[0].described(), "base_rate": rates[1].described(), "p": higher(*rates)})
+        finding.setdefault("replications", {})[name] = told[-1]
+    for one, q in zip(told, adjusted([one["p"] for one in told]), strict=True):
+        one |= {"q": q, "replicated": q <= search.config.level}
 
 
 def counterfactuals(search: Search, findings: list[dict[str, Any]]) -> None:

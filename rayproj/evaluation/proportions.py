@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,33 @@ def higher_each(failures: np.ndarray, images: np.ndarray, base_failures: Any, ba
     """`higher` of many rates, float64 [n], each against its base: the upper tail of the hypergeometric distribution."""
     found: np.ndarray = stats.hypergeom.sf(failures - 1, images + base_images, failures + base_failures, images)
     return found
+
+
+def power(rate: float, images: int, base_rate: float, base_images: int, level: float) -> float:
+    """The chance that `higher` of two rates has p ≤ level, exactly: over all counts of failures that there may be."""
+    chance, least = _rejected(images, base_rate, base_images, level)
+    return float(stats.binom.sf(least - 1, images, rate) @ chance)
+
+
+def detectable(images: int, base: Rate, level: float, wanted: float = 0.8) -> float:
+    """The least rate, in steps of 0.1 %, that `higher` finds with a chance of `wanted`, if the base has the rate it shows; 1
+    where none is."""
+    chance, least = _rejected(images, base.value, base.images, level)
+    found = bisect_left(range(1000), wanted, key=lambda k: stats.binom.sf(least - 1, images, k / 1000) @ chance)
+    return found / 1000
+
+
+def _rejected(images: int, base_rate: float, base_images: int, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """The chance of each count of the base's failures, and the least own ones at which p ≤ level."""
+    base = np.arange(base_images + 1)
+    chance = stats.binom.pmf(base, base_images, base_rate)
+    base, chance = base[chance > 1e-12], chance[chance > 1e-12]  # the others have no say
+    low, least = np.zeros_like(base), np.full_like(base, images + 1)
+    while (low < least).any():
+        middle = (low + least) // 2
+        rejects = (middle <= images) & (higher_each(middle, np.full_like(base, images), base, base_images) <= level)
+        low, least = np.where(rejects, low, np.minimum(middle + 1, least)), np.where(rejects, middle, least)
+    return chance, least
 
 
 def ratio(of: Rate, base: Rate, level: float = 0.95) -> tuple[float, float, float]:

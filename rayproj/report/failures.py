@@ -18,6 +18,7 @@ from rayproj.discovery.slices import Slice
 from rayproj.report.pages import data_uri, rendered
 
 SIDE = 96  # of an image on the page, in pixels
+CLUSTERS = 12  # of failures on the page
 
 
 def issues(found: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +66,12 @@ def _issue(finding: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
             f"{_percent(pair['rate_without'])} instead of {_percent(pair['rate'])}; {pair['only_with']} fail only with it, "
             f"{pair['only_without']} only without (McNemar's exact test, one-sided: p = {pair['p']:.3g})"
         )
+    for name, again in finding.get("replications", {}).items():
+        lines.append(
+            f"- on images of {name}: {_percent(again['rate'])} of {again['rate']['images']} against "
+            f"{_percent(again['base_rate'])} of {again['base_rate']['images']}, q = {again['q']:.3g}: "
+            f"{'replicated' if again['replicated'] else 'not replicated'}"
+        )
     for name, other in finding["others"].items():
         lines.append(f"- {name} fails on {_percent(other['slice'])}, and elsewhere on {_percent(other['base'])}")
     kept = ("rate", "base_rate", "ratio", "rate_as", "base_rate_as", "ratio_as", "p", "q", "p_as", "q_as", "hypotheses")
@@ -100,7 +107,9 @@ def page(found: dict[str, Any]) -> str:
     """failures.html as text that needs no other file."""
     filters: dict[str, Any] = {"percent": _percent, "ratio": _ratio, "title": title}
     pictures = {finding["name"]: _pictures(finding) for finding in found["findings"]}
-    return rendered("failures.html", filters, found=found, pictures=pictures, side=SIDE)
+    groups = [[image for uri, i in one["shown"] for image in _shown(uri, [i])] for one in found["clusters"][:CLUSTERS]]
+    shown = list(zip(found["clusters"], groups, strict=False))
+    return rendered("failures.html", filters, found=found, pictures=pictures, clusters=shown, side=SIDE)
 
 
 def _pictures(finding: dict[str, Any]) -> dict[str, list[dict[str, str]]]:

@@ -1,8 +1,9 @@
 """Failures in clusters: by answer first, then by features."""
 
 import numpy as np
+import pytest
 
-from rayproj.discovery.clusters import clusters
+from rayproj.discovery.clusters import agreement, clusters, stability
 
 
 def test_clusters_are_of_one_answer_and_of_what_looks_alike() -> None:
@@ -20,3 +21,21 @@ def test_clusters_are_of_one_answer_and_of_what_looks_alike() -> None:
 def test_without_features_the_answer_counts() -> None:
     assert clusters(np.array([5, 2, 5, 9]), None).tolist() == [1, 0, 1, 2]
     assert len(clusters(np.array([], int), None)) == 0
+
+
+def test_agreement_is_the_adjusted_rand_index() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        one, other = rng.integers(0, 4, 30), rng.integers(0, 3, 30)
+        assert agreement(one, other) == pytest.approx(metrics.adjusted_rand_score(one, other), abs=1e-12)
+        assert agreement(one, 3 - one) == 1
+    assert agreement(np.zeros(5, int), np.zeros(5, int)) == 1
+
+
+def test_clusters_that_are_there_are_stable_and_others_are_not() -> None:
+    rng = np.random.default_rng(2)
+    answers, noise = np.zeros(36, int), rng.normal(size=(36, 8))
+    apart = 5 * np.eye(8)[np.arange(36) % 3] + 0.1 * noise
+    assert stability(answers, apart) == 1 and stability(answers, noise) < 0.6
+    assert np.isnan(stability(answers[:3], None)) and stability(np.arange(9) % 2, None) == 1

@@ -5,6 +5,7 @@ import io
 import re
 from math import comb
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from pyarrow import parquet
 from torch import nn
 
 from rayproj import config as configuration
-from rayproj.data.dataset import Dataset
+from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
+from rayproj.data.writer import commit_shard
+from rayproj.discovery.examine import OWN, Results
 from rayproj.discovery.generators import Asked, GeneratorConfig, open_generator
-from rayproj.discovery.loop import DiscoverConfig, counterfactuals, discover, prepared
+from rayproj.discovery.loop import DiscoverConfig, confirmed, counterfactuals, discover, prepared
+from rayproj.discovery.propose import Proposal
 from rayproj.discovery.slices import Slice
 from rayproj.errors import UserError
 from rayproj.evaluation.skewsize import skewsize
@@ -136,7 +140,91 @@ def test_a_classifier_without_the_bug_yields_nothing(folder: Path, tmp_path: Pat
         found = discover(given, seed, planted.make)
         assert found["findings"] == [] and found["images"] <= 600
         assert max(rate["failures"] for rate in found["base"].values()) > 5, "it does fail"
-    assert "none are findings" in page(found)
+    html = page(found)
+    assert "none are findings" in html and "Failures that are alike" in html
+    assert sum(cluster["failures"] for cluster in found["clusters"]) > 20 and html.count("taken for") >= 2
+
+
+def test_findings_are_tested_again_on_images_from_elsewhere(folder: Path, tmp_path: Path) -> None:
+    """Other figures with the background show the bug; without one of them there is nothing to see."""
+    others = planted.figures("test", 7)
+    grey = {name: column[np.array(others["background"]) != "green"] for name, column in others.items()}
+    planted.write(str(tmp_path / "others"), others)
+    planted.write(str(tmp_path / "grey"), grey)
+    again = {name: {"generator": {"images": str(tmp_path / name)}, "images": 60} for name in ("others", "grey")}
+    given = config(folder, "background", tmp_path / "out", replications=again)
+    found = discover(given, 0, planted.make)
+    first = found["findings"][0]
+    assert first["slice"] == ["female", [["background", "green"]]]
+    told, nothing = (first["replications"][name] for name in again)
+    assert told["replicated"] and told["rate"]["low"] > told["base_rate"]["high"]
+    dataset = Dataset.open(str(tmp_path / "out" / "by-others"))
+    cells = [Slice.from_json(cell) for cell, _ in dataset.header.provenance["slices"]]
+    columns = Reader(dataset).gather(np.arange(dataset.header.num_samples))
+    at = columns["slice"] == cells.index(Slice.from_json(first["slice"]))
+    assert set(columns["background"][at]) == {"green"} and told["rate"]["images"] == at.sum()
+    assert (columns["predicted_classifier"][at] != planted.LABELS.index("female")).sum() == told["rate"]["failures"]
+    assert nothing["rate"]["images"] == 0 and nothing["q"] == 1 and not nothing["replicated"]
+    html = page(found)
+    assert "On images from elsewhere" in html and "not replicated" in html
+    assert "- on images of others: " in issues(found)["issues"][0]["body"]
+    assert found["images"] == drawn(tmp_path / "out") <= BUDGET
+
+
+def test_looks_spare_images_and_end_with_the_same_finding(folder: Path, tmp_path: Path) -> None:
+    found = discover(config(folder, "background", tmp_path / "out", looks=3), 0, planted.make)
+    first = found["findings"][0]
+    assert first["slice"] == ["female", [["background", "green"]]]
+    stages = [name for name in found["stages"] if name.startswith("confirm")]
+    asked = {
+        name: [
+            Slice.from_json(c) for c, _ in Dataset.open(found["stages"][name]["dataset"]).header.provenance["slices"]
+        ]
+        for name in stages
+    }
+    assert stages[0] == "confirm-1" and Slice.from_json(first["slice"]) in asked["confirm-1"]
+    assert Slice.from_json(first["slice"]) not in asked[stages[-1]], "it was a finding before the last look"
+    assert found["images"] == drawn(tmp_path / "out") <= BUDGET
+
+
+def test_false_findings_stay_under_the_level_over_several_looks(tmp_path: Path) -> None:
+    """Slices that fail as often as their label, by chance alone, in 150 searches of four looks each."""
+    level, searches, false, ended = 0.4, 60, 0, []
+    slices = [Slice.of("a", [("style", value)]) for value in "pqrs"]
+    for seed in range(searches):
+        rng, stages = np.random.default_rng(seed), list[Results]()
+
+        def run(  # type: ignore[no-untyped-def]
+            name: str, wanted: list[tuple[Slice, int]], confirming: bool, rng=rng, seed=seed, stages=stages
+        ) -> Results:
+            of = [one for one, count in wanted for _ in range(count)]
+            failed = rng.random(len(of)) < 0.3
+            fields = {"confidence": Field("float")}
+            dataset = Dataset.create(f"{tmp_path}/{seed}/{name}", Header(name, fields, len(of), len(of), ("a", "b")))
+            commit_shard(dataset, 0, [{"key": f"{i}", "confidence": 0.5} for i in range(len(of))], "test", 0.0)
+            answers, none = np.where(failed, "b", "a").astype(object), np.full(len(of), "", object)
+            terms = [frozenset(one.terms) for one in of]
+            stages.append(Results(dataset, of, {OWN: answers}, {OWN: failed}, terms, none, None, np.full(len(of), -1)))
+            return stages[-1]
+
+        model = {"generator": {"model": "-"}, "classifier": {"model": "-"}, "out": "-"}
+        values = {**model, "images": 480, "looks": 4, "level": level, "least_ratio": 1.0}
+        search = SimpleNamespace(
+            config=configuration.from_dict(DiscoverConfig, values),
+            bench=SimpleNamespace(labels={"a": "a"}), run=run, looked_at=0,
+        )  # fmt: skip
+        tests = confirmed(search, [Proposal(of, "b", 0.0) for of in slices])  # type: ignore[arg-type]
+        false += any(test["finding"] for test in tests)
+        ended.append(len(stages))
+        assert sorted(test["name"] for test in tests) == [of.name for of in slices]
+        for test in tests:
+            on = [stage for stage in stages if any(of.name == test["name"] for of in stage.slices)]
+            counted = sum(
+                stage.failed[OWN][i] for stage in on for i, of in enumerate(stage.slices) if of.name == test["name"]
+            )
+            assert counted == test["rate"]["failures"] and (len(on) < len(stages)) <= test["finding"]
+    assert false / searches <= level, "which four looks at the whole level would exceed"
+    assert false > 0 and max(ended) == 4
 
 
 def test_stopped_anywhere_it_ends_the_same(folder: Path, tmp_path: Path) -> None:

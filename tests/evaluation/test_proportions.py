@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rayproj.evaluation.proportions import Rate, adjusted, higher, higher_each, ratio, sign_test
+from rayproj.evaluation.proportions import Rate, adjusted, detectable, higher, higher_each, power, ratio, sign_test
 
 
 def test_intervals_of_clopper_and_pearson() -> None:
@@ -36,6 +36,20 @@ def test_one_rate_against_another() -> None:
     np.testing.assert_allclose(
         higher_each(failures, images, base.failures, base.images), one_by_one, rtol=1e-9, atol=1e-300
     )
+
+
+def test_power_is_the_sum_over_all_counts() -> None:
+    for rate, n, base_rate, base, level in ((0.4, 12, 0.1, 20, 0.05), (0.9, 5, 0.3, 9, 0.2), (0.2, 7, 0.2, 7, 0.01)):
+        naive = sum(
+            stats.binom.pmf(k, n, rate) * stats.binom.pmf(j, base, base_rate)
+            for k in range(n + 1)
+            for j in range(base + 1)
+            if higher(Rate(k, n), Rate(j, base)) <= level
+        )
+        assert power(rate, n, base_rate, base, level) == pytest.approx(naive, rel=1e-9)
+    least = detectable(60, Rate(20, 200), 0.01)
+    assert power(least, 60, 0.1, 200, 0.01) >= 0.8 > power(least - 0.001, 60, 0.1, 200, 0.01)
+    assert detectable(2, Rate(9, 10), 0.01) == 1
 
 
 def test_the_ratio_and_its_interval() -> None:

@@ -41,7 +41,7 @@ def found(tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "findings": [finding], "tested": [], "base": {"cat": base}, "images": 8, "budget": 10, "level": 0.5, "stages": {},
-        "classifier": "a run", "classes": list(CLASSES),
+        "clusters": [], "classifier": "a run", "classes": list(CLASSES),
     }  # fmt: skip
 
 
