@@ -138,6 +138,16 @@ def _add_evaluate(commands: Any) -> None:
     skew.add_argument(
         "--words", action="store_true", help="predictions are free texts, which may be a class in other words"
     )
+    skew.add_argument("--synonyms", default="", metavar="FILE", help="JSON of texts and the classes that they mean")
+    skew.add_argument(
+        "--embedder",
+        default="",
+        metavar="FOLDER",
+        help="a text model of transformers: other texts are the nearest class",
+    )
+    skew.add_argument(
+        "--vocabulary", type=int, default=0, metavar="N", help="predictions but for the N commonest are one"
+    )
     skew.add_argument("--rare", type=int, default=0, metavar="N", help="predictions of a class rarer than N are one")
     skew.add_argument("--plain", action="store_true", help="Cramér's V without the correction of its bias")
     skew.add_argument("--min-examples", type=int, default=10, metavar="N", help="of a class (default: %(default)d)")
@@ -146,6 +156,7 @@ def _add_evaluate(commands: Any) -> None:
     skew.add_argument("--top", type=int, default=5, metavar="N", help="classes to explain (default: %(default)d)")
     skew.add_argument("--out", metavar="FILE", help="keep all of it as JSON")
     skew.add_argument("--picture", metavar="FILE", help="a PNG file: effect sizes beside accuracy and gap")
+    skew.add_argument("--residuals", metavar="FILE", help="a PNG file: the tables of the classes that drive the value")
 
 
 def _add_study(commands: Any) -> None:

@@ -16,9 +16,11 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 
 OTHER = "(other)"  # rare predictions of a class, together
+HEAT = 6  # predictions of which all residuals are told
 
 
 def contingency(labels: np.ndarray, predictions: np.ndarray, groups: np.ndarray) -> dict[int, np.ndarray]:
@@ -150,15 +152,24 @@ class SkewSize:
             the other of about 1.1.
         min_examples: classes with fewer are left out, and counted.
         rare: predictions that a class has fewer times than this are one, `OTHER`; for free texts.
+        vocabulary: predictions beyond so many of the most common ones, over all classes, are `OTHER` too; 0: none.
     """
 
-    def __init__(self, corrected: bool = True, min_examples: int = 10, rare: int = 0) -> None:
-        self.corrected, self.min_examples, self.rare = corrected, min_examples, rare
+    def __init__(self, corrected: bool = True, min_examples: int = 10, rare: int = 0, vocabulary: int = 0) -> None:
+        self.corrected, self.min_examples, self.rare, self.vocabulary = corrected, min_examples, rare, vocabulary
         self.counts: Counter[tuple[Any, Any, Any]] = Counter()
         self.dropped = 0  # examples without a group
 
     def update(self, labels: Iterable[Any], predictions: Iterable[Any], groups: Iterable[Any]) -> None:
-        """Add examples: of each its class, what was predicted, and its group, None or NaN where that is not known."""
+        """Add examples: of each its class, what was predicted, and its group, None or NaN where that is not known.
+
+        Tensors of whole numbers [n] are counted where they are, on a GPU too.
+        """
+        given = (labels, predictions, groups)
+        if all(isinstance(of, torch.Tensor) for of in given):
+            cells, counts = torch.stack(given).unique(dim=1, return_counts=True)  # type: ignore[arg-type]
+            self.counts.update(dict(zip(zip(*cells.tolist(), strict=True), counts.tolist(), strict=True)))
+            return
         for label, prediction, group in zip(labels, predictions, groups, strict=True):
             if group is None or group != group:
                 self.dropped += 1
@@ -189,9 +200,10 @@ class SkewSize:
 
         Returns:
             "value" (None where undefined, with "reason"), its "interval" and "z" against the null; V by class
-            ("effects") and of each what its V rests on ("tables"): examples, predictions, groups and the least expected
-            count; their mean, quantiles and maximum, and the mean's interval; of the null its mean, deviation and the
-            share at or above the value, which counts as one of it; p-values by class, of Pearson's χ² test where
+            ("effects"), of each what it rests on ("tables"): examples, predictions, groups and the least expected count,
+            and its gap of accuracy between groups ("class_gaps"); their mean, quantiles and maximum, and the mean's
+            interval; of the null its mean, deviation and the share at or above the value, which counts as one of it, and
+            between what most V of single classes lie then; p-values by class, of Pearson's χ² test where
             Cochran's rule allows that and else by permutation, adjusted for their number (Benjamini and Hochberg 1995);
             the classes that drive the value, with the predictions that a group has more or less often than it would;
             accuracy overall, of the worst group and the gap; how many classes were skipped, and how many break Cochran's
@@ -202,7 +214,8 @@ class SkewSize:
         if not cells:
             return _nothing(self.corrected, self._classes(), self.dropped)
         layout, counts, keys = cells
-        classes = [str(shown.get(c, c)) for c in dict.fromkeys(label for label, _, _ in keys)]
+        own = list(dict.fromkeys(label for label, _, _ in keys))
+        classes, gaps = [str(shown.get(c, c)) for c in own], self._class_gaps()
         effects = layout.effects(counts, self.corrected)
         rng = np.random.default_rng(seed)
         examples = _Examples(layout, counts)
@@ -225,6 +238,7 @@ class SkewSize:
             else None,
             "effects": dict(zip(classes, effects.tolist(), strict=True)),
             "tables": dict(zip(classes, layout.described(counts), strict=True)),
+            "class_gaps": {c: gaps[label] for c, label in zip(classes, own, strict=True)},
             "mean": float(effects.mean()),
             "mean_interval": _interval(float(effects.mean()), [float(v.mean()) for v in drawn], level),
             "median": float(np.quantile(effects, 0.5)),
@@ -236,6 +250,7 @@ class SkewSize:
             if defined and under_null
             else None,
             "null_mean_effect": float(np.mean(null)) if null else None,
+            "null_band": np.quantile(null, [(1 - level) / 2, (1 + level) / 2]).tolist() if null else None,
             "p_values": dict(zip(classes, q.tolist(), strict=True)),
             "significant": [c for c, one in zip(classes, q, strict=True) if one <= 1 - level],
             "drivers": _drivers(layout, counts, keys, effects, classes, top, shown),
@@ -254,7 +269,7 @@ class SkewSize:
         by_class: dict[Any, Counter[tuple[Any, Any]]] = {}
         for (label, prediction, group), count in self.counts.items():
             by_class.setdefault(label, Counter())[prediction, group] += count
-        keys, counts = list[tuple[Any, Any, Any]](), list[int]()
+        keys, counts, known = list[tuple[Any, Any, Any]](), list[int](), self._known()
         for label in sorted(by_class, key=lambda c: (str(type(c)), c)):
             table = by_class[label]
             if table.total() < self.min_examples:
@@ -264,7 +279,8 @@ class SkewSize:
                 often[prediction] += count
             merged: Counter[tuple[Any, Any]] = Counter()
             for (prediction, group), count in table.items():
-                merged[prediction if often[prediction] >= self.rare else OTHER, group] += count
+                kept = often[prediction] >= self.rare and (known is None or prediction in known)
+                merged[prediction if kept else OTHER, group] += count
             rows, columns = (sorted({key[side] for key in merged}, key=str) for side in (0, 1))
             keys += [(label, row, column) for row in rows for column in columns]
             counts += [merged[row, column] for row in rows for column in columns]
@@ -279,6 +295,24 @@ class SkewSize:
             np.array([columns_of[y, g] for y, _, g in keys]),
         )
         return layout, np.array(counts, np.float64), keys
+
+    def _known(self) -> set[Any] | None:
+        """The vocabulary; None: all that was predicted."""
+        often: Counter[Any] = Counter()
+        for (_, prediction, _), count in self.counts.items():
+            often[prediction] += count
+        order = sorted(often, key=lambda prediction: (-often[prediction], str(prediction)))
+        return set(order[: self.vocabulary]) if self.vocabulary else None
+
+    def _class_gaps(self) -> dict[Any, float]:
+        """Of each class the highest accuracy of a group less the lowest."""
+        cells: dict[Any, dict[Any, list[int]]] = {}
+        for (label, prediction, group), count in self.counts.items():
+            cell = cells.setdefault(label, {}).setdefault(group, [0, 0])
+            cell[0] += count * (label == prediction)
+            cell[1] += count
+        shares = {label: [right / n for right, n in of.values()] for label, of in cells.items()}
+        return {label: max(of) - min(of) for label, of in shares.items()}
 
     def _accuracy(self) -> dict[str, Any]:
         right, all_of = Counter[Any](), Counter[Any]()
@@ -355,8 +389,23 @@ def _drivers(
             }
             for i in most
         ]
-        found.append({"class": classes[number], "effect": float(effects[number]), "shifted": shifted})
+        table = _heat(cells, residual, keys, names)
+        found.append({"class": classes[number], "effect": float(effects[number]), "shifted": shifted, **table})
     return found
+
+
+def _heat(
+    cells: np.ndarray, residual: np.ndarray, keys: list[tuple[Any, Any, Any]], names: Mapping[Any, str]
+) -> dict[str, Any]:
+    """The residuals (O - E) / √E of a class's table, of the predictions that are farthest from independence."""
+    predictions, groups = (list(dict.fromkeys(keys[i][side] for i in cells)) for side in (1, 2))
+    table = residual[cells].reshape(len(predictions), len(groups))
+    most = np.argsort(-np.abs(table).max(1), kind="stable")[:HEAT]
+    return {
+        "predictions": [str(names.get(predictions[k], predictions[k])) for k in most],
+        "groups": [str(g) for g in groups],
+        "residuals": table[most].tolist(),
+    }
 
 
 def _thin(layout: _Layout, counts: np.ndarray) -> np.ndarray:
@@ -373,12 +422,14 @@ def _thin(layout: _Layout, counts: np.ndarray) -> np.ndarray:
 def _nothing(corrected: bool, skipped: int, dropped: int) -> dict[str, Any]:
     empty: dict[str, Any] = dict.fromkeys(
         ("value", "interval", "z", "mean", "mean_interval", "median", "q90", "max", "null_mean", "null_std",
-         "null_share_at_or_above", "null_mean_effect", "accuracy", "worst_group", "worst_group_accuracy", "accuracy_gap")
+         "null_share_at_or_above", "null_mean_effect", "null_band", "accuracy",
+         "worst_group", "worst_group_accuracy", "accuracy_gap")
     )  # fmt: skip
     said = {
         "reason": "no class has enough examples",
         "corrected": corrected,
         "effects": {},
+        "class_gaps": {},
         "tables": {},
         "p_values": {},
     }

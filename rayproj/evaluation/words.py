@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+
+from rayproj.errors import UserError
+from rayproj.evaluation.folders import loading
 
 ARTICLES = {"a", "an", "the"}
 Embed = Callable[[list[str]], np.ndarray]
@@ -45,6 +50,54 @@ def mapped(
     best = similar.argmax(1)
     nearest = {form: vocabulary[k] for form, k, row in zip(unknown, best, similar, strict=True) if row[k] >= least}
     return [nearest.get(form, word) for form, word in zip(forms, found, strict=True)]
+
+
+def read_synonyms(path: str) -> dict[str, str]:
+    """A JSON file of texts and the words that they mean.
+
+    Raises:
+        UserError: it is not there, or something else.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"There is no file '{path}'; check the path.") from None
+    except ValueError as error:
+        raise UserError(f"'{path}' is no JSON: {error}.") from error
+    if not isinstance(found, dict) or not all(isinstance(word, str) for word in found.values()):
+        raise UserError(f'\'{path}\' is to hold texts and the words that they mean, such as {{"auto": "car"}}.')
+    return found
+
+
+def text_embedder(folder: str, batch: int = 64) -> Embed:
+    """Texts to vectors by a model of transformers: the text side of CLIP and its like, else the mean of the last layer over
+    the words (Reimers and Gurevych 2019, "Sentence-BERT", section 3).
+
+    Raises:
+        UserError: there is none.
+    """
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    with loading(f"The embedder '{folder}'", "a text model of transformers and its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+
+    @torch.no_grad()
+    def embed(texts: list[str]) -> np.ndarray:
+        found = []
+        for begin in range(0, len(texts), batch):
+            part = texts[begin : begin + batch]
+            given = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+            given.pop("token_type_ids", None)
+            if hasattr(model, "text_model"):
+                found.append(model.text_projection(model.text_model(**given).pooler_output).numpy())
+            else:
+                mask = given["attention_mask"].unsqueeze(-1).float()
+                found.append(((model(**given).last_hidden_state * mask).sum(1) / mask.sum(1)).numpy())
+        return np.concatenate(found)
+
+    return embed
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

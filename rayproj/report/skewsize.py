@@ -9,7 +9,7 @@ from typing import Any
 
 from rayproj.errors import UserError
 from rayproj.evaluation.skewsize import SkewSize, variables
-from rayproj.evaluation.words import mapped
+from rayproj.evaluation.words import mapped, read_synonyms, text_embedder
 from rayproj.report import figures
 
 
@@ -38,31 +38,36 @@ def read_table(path: str, columns: Sequence[str]) -> dict[str, list[Any]]:
 
 def of_table(
     path: str, prediction: str, label: str, groups: Sequence[str], *, plain: bool = False, words: bool = False,
-    rare: int = 0, min_examples: int = 10, permutations: int = 200, bootstraps: int = 200, top: int = 5, by: str = "",
+    synonyms: str = "", embedder: str = "", rare: int = 0, vocabulary: int = 0, min_examples: int = 10,
+    permutations: int = 200, bootstraps: int = 200, top: int = 5, by: str = "",
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """SkewSize by grouping variable, and by pairs of them.
 
     Args:
         words: predictions are free texts, which become a class where they are one (`mapped`).
+        synonyms: a JSON file of texts and the classes that they mean.
+        embedder: folder of a text model of transformers, by which the other texts become the nearest class.
         by: column, such as that of several models, for each of whose values there is one of each.
 
     Raises:
-        UserError: the table lacks a column, or holds no row.
+        UserError: the table lacks a column, or holds no row; there is no such file or model.
     """
     table = read_table(path, [prediction, label, *groups, *([by] if by else [])])
     if not table[label]:
         raise UserError(f"'{path}' holds no row.")
     predictions = table[prediction]
-    if words:
+    if words or synonyms or embedder:
         classes = sorted({str(c) for c in table[label]})
-        predictions = mapped(["" if p is None else str(p) for p in predictions], classes)
+        texts = ["" if p is None else str(p) for p in predictions]
+        meant = read_synonyms(synonyms) if synonyms else None
+        predictions = mapped(texts, classes, meant, text_embedder(embedder) if embedder else None)
         table[label] = [str(c) for c in table[label]]
     found = {}
     owner = table[by] if by else [""] * len(predictions)
     for of in dict.fromkeys(owner):
         rows = [k for k, one in enumerate(owner) if one == of]
         for name, values in variables({group: [table[group][k] for k in rows] for group in groups}).items():
-            metric = SkewSize(not plain, min_examples, rare)
+            metric = SkewSize(not plain, min_examples, rare, vocabulary)
             metric.update([table[label][k] for k in rows], [predictions[k] for k in rows], values)
             found[f"{of}, {name}" if by else name] = metric.compute(permutations, bootstraps, top=top)
     return found
@@ -109,12 +114,15 @@ def run(arguments: Any) -> int:
     """The command."""
     found = of_table(
         arguments.table, arguments.prediction, arguments.label, arguments.group, plain=arguments.plain,
-        words=arguments.words, rare=arguments.rare, min_examples=arguments.min_examples,
-        permutations=arguments.permutations, bootstraps=arguments.bootstraps, top=arguments.top, by=arguments.by,
+        words=arguments.words, synonyms=arguments.synonyms, embedder=arguments.embedder, rare=arguments.rare,
+        vocabulary=arguments.vocabulary, min_examples=arguments.min_examples, permutations=arguments.permutations,
+        bootstraps=arguments.bootstraps, top=arguments.top, by=arguments.by,
     )  # fmt: skip
     print(text_of(found))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if arguments.picture:
         Path(arguments.picture).write_bytes(figures.png(figures.effect_sizes(found)))
+    if arguments.residuals:
+        Path(arguments.residuals).write_bytes(figures.png(figures.residuals(found)))
     return 0

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from pyarrow import parquet
 from scipy import stats
 
 from rayproj import cli
+from rayproj.diffusion.text import TextConfig, TextEncoder
+from rayproj.errors import UserError
 from rayproj.evaluation.skewsize import OTHER, SkewSize, contingency, cramers_v, skewness, skewsize, variables
-from rayproj.evaluation.words import mapped, plain
+from rayproj.evaluation.words import mapped, plain, read_synonyms, text_embedder
 
 
 def test_plain_cramers_v_is_scipys() -> None:
@@ -264,6 +268,77 @@ def test_rare_predictions_are_one() -> None:
     assert {p for _, p, _ in keys} == {"nurse", OTHER} and counts is not None and counts.sum() == 40
 
 
+def test_predictions_outside_of_the_vocabulary_are_one() -> None:
+    labels = ["nurse"] * 20 + ["clerk"] * 20
+    texts = ["nurse"] * 12 + ["a"] * 8 + ["clerk"] * 11 + ["b"] * 5 + ["c"] * 4
+    metric = SkewSize(vocabulary=3, min_examples=1)
+    metric.update(labels, texts, ["f", "m"] * 20)
+    _, counts, keys = metric._cells() or (None, None, [])
+    by = Counter[tuple[str, str]]()
+    for (label, prediction, _), count in zip(keys, counts if counts is not None else [], strict=True):
+        by[label, prediction] += int(count)
+    assert by == {("nurse", "nurse"): 12, ("nurse", "a"): 8, ("clerk", "clerk"): 11, ("clerk", OTHER): 9}
+
+
+def test_tensors_are_counted_as_arrays_are() -> None:
+    labels, predictions, groups = biased()
+    ours, theirs = SkewSize(), SkewSize()
+    ours.update(*(torch.from_numpy(of) for of in (labels, predictions, groups)))
+    theirs.update(labels, predictions, groups)
+    assert ours.counts == theirs.counts and ours.compute(20, 20) == theirs.compute(20, 20)
+
+
+def test_gaps_and_residuals_of_classes_are_counted_by_hand() -> None:
+    labels, predictions, groups = biased()
+    found = skewsize(labels, predictions, groups, tuple(map(str, range(20))), permutations=300, bootstraps=0)
+    shares = [[(predictions == labels)[(labels == 7) & (groups == g)].mean() for g in range(3)]]
+    assert found["class_gaps"]["7"] == pytest.approx(max(shares[0]) - min(shares[0]))
+    driver = next(d for d in found["drivers"] if d["class"] == "7")
+    table = np.array([
+        [((labels == 7) & (predictions == int(p)) & (groups == int(g))).sum() for g in driver["groups"]]
+        for p in driver["predictions"]
+    ])  # fmt: skip
+    assert len(table) == 4, "7 itself, and three others"
+    expected = stats.contingency.expected_freq(table)
+    np.testing.assert_allclose(driver["residuals"], (table - expected) / np.sqrt(expected))
+    rng, drawn = np.random.default_rng(5), list[float]()
+    for _ in range(15):
+        for c in range(20):
+            of = labels == c
+            drawn.append(cramers_v(contingency(labels[of], predictions[of], rng.permutation(groups[of]))[c]))
+    assert found["null_band"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
+
+
+def test_texts_are_embedded_by_a_model_in_a_folder(tmp_path: Path) -> None:
+    """Against the model called for one text, without padding."""
+    from transformers import AutoModel, BertConfig, BertModel
+
+    tokenizer = TextEncoder(TextConfig(), "cpu").tokenizer
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(tokenizer), **small)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["bus", "a very long red fox", "lorry"]
+    found, model = text_embedder(str(tmp_path), batch=2)(texts), AutoModel.from_pretrained(tmp_path).eval()
+    for text, vector in zip(texts, found, strict=True):
+        with torch.no_grad():
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            np.testing.assert_allclose(vector, model(ids).last_hidden_state[0].mean(0), atol=1e-5)
+    with pytest.raises(UserError, match=r"The embedder '.*nowhere' cannot be loaded"):
+        text_embedder(str(tmp_path / "nowhere"))
+
+
+def test_synonyms_are_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "same.json"
+    for text, says in (("{", "is no JSON"), ("[1]", "is to hold texts"), (None, "There is no file")):
+        if text is None:
+            path.unlink()
+        else:
+            path.write_text(text)
+        with pytest.raises(UserError, match=says):
+            read_synonyms(str(path))
+
+
 def test_free_texts_become_words() -> None:
     classes = ["red fox", "bus", "cherry", "glass"]
     assert plain(" A Red  fox! ") == "red fox" and plain("the the") == "the"
@@ -285,7 +360,7 @@ def write(path: Path, **columns: Any) -> str:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels, predictions, groups = biased()
     names = np.array([f"class {i}" for i in range(20)])
-    said = [f"The {names[p]}." for p in predictions]
+    said = ["The usual" if p == 3 else f"The {names[p]}." for p in predictions]
     table = write(
         tmp_path / "p.parquet", y=names[labels], said=said, tone=np.array(["a", "b", "c"])[groups], half=groups % 2
     )
@@ -302,14 +377,27 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "--group",
         "half",
     ]
-    more = ["--words", "--permutations", "100", "--bootstraps", "50", "--out", str(tmp_path / "r.json")]
+    (tmp_path / "same.json").write_text(json.dumps({"the usual": "class 3"}))
+    more = [
+        "--synonyms",
+        str(tmp_path / "same.json"),
+        "--residuals",
+        str(tmp_path / "t.png"),
+        "--permutations",
+        "100",
+        "--bootstraps",
+        "50",
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
     assert cli.main([*words, *more, "--picture", str(tmp_path / "p.png")]) == 0
     text, found = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
     assert list(found) == ["tone", "half", "tone × half"] and "tone × half: SkewSize" in text
     alone = skewsize(labels, predictions, groups, tuple(names), permutations=0, bootstraps=0)
     assert found["tone"]["value"] == pytest.approx(alone["value"])
     assert "class 0 (" in text or "class 7 (" in text or "class 14 (" in text
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("p.png", "t.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_models_of_one_table_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
