@@ -155,29 +155,6 @@ def fairness(
     return {**said, "measures": found, "equalized_odds": _number(odds), "reason": ""}
 
 
-def paired(
-    ours: Judged, theirs: Judged, groups: Sequence[Any], measure: str, bootstraps: int = 1000, seed: int = 0
-) -> dict[str, Any]:
-    """How two classifiers differ on the same test images: ours less theirs, overall and in the gap, each with a 95 %
-    interval and a two-sided p-value of a paired bootstrap (Efron and Tibshirani 1993, section 16.4)."""
-    rng, n = np.random.default_rng(seed), len(ours.labels)
-    named = np.array([str(g) for g in groups], object)
-    kinds = [np.flatnonzero(named == g) for g in np.unique(named)]
-    of = [judged.measures()[measure] for judged in (ours, theirs)]
-
-    def both(parts: list[np.ndarray]) -> tuple[float, float]:
-        """Differences overall and of the gap."""
-        whole = np.concatenate(parts)
-        by = [[f(part) for part in parts] for f in of]
-        gaps = [max(values) - min(values) for values in by]
-        return of[0](whole) - of[1](whole), gaps[0] - gaps[1]
-
-    assert len(theirs.labels) == n and np.array_equal(ours.labels, theirs.labels), "not the same images"
-    seen = both(kinds)
-    drawn = np.array([both([rng.choice(part, len(part)) for part in kinds]) for _ in range(bootstraps)])
-    return {name: _difference(seen[k], drawn[:, k]) for k, name in enumerate(("overall", "gap"))}
-
-
 def _difference(seen: float, drawn: np.ndarray) -> dict[str, Any]:
     """A difference with the 95 % interval and the two-sided p-value of its bootstrap [draws]."""
     low, high = np.nanquantile(drawn, [0.025, 0.975])

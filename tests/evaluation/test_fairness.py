@@ -16,7 +16,6 @@ from rayproj.evaluation.fairness import (
     equalized_odds,
     fairness,
     macro_auc,
-    paired,
     paired_over_seeds,
     replicates,
     sensitivity,
@@ -118,18 +117,6 @@ def test_small_groups_and_missing_ones_are_said() -> None:
     assert set(found["measures"]["accuracy"]["by_group"]) == set("abc")
     alone = fairness(one, ["a"] * 600, bootstraps=0)
     assert alone["measures"] == {} and "fewer than two groups" in alone["reason"]
-
-
-def test_two_classifiers_on_the_same_images() -> None:
-    better, groups = judged(wrong=0.1)
-    worse, _ = judged(wrong=0.35)
-    found = paired(better, worse, groups, "accuracy", bootstraps=150)
-    difference = (better.predictions == better.labels).mean() - (worse.predictions == worse.labels).mean()
-    assert found["overall"]["difference"] == pytest.approx(difference) and found["overall"]["p"] < 0.05
-    low, high = found["overall"]["interval"]
-    assert 0 < low < difference < high
-    same = paired(better, better, groups, "accuracy", bootstraps=50)
-    assert same["overall"] == {"difference": 0.0, "interval": [0.0, 0.0], "p": 1.0}
 
 
 def replicated(seeds: int = 4, n: int = 240, gain: float = 0.0, seed: int = 0) -> np.ndarray:
