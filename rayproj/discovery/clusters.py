@@ -33,13 +33,16 @@ def clusters(answers: np.ndarray, features: np.ndarray | None, size: int = SIZE)
 
 def stability(answers: np.ndarray, features: np.ndarray | None, seed: int = 0) -> float:
     """How far the clusters hang on the failures that happened to be seen: the mean agreement of the clusters with those of
-    halves of the failures (Ben-Hur et al. 2002); 1: always the same; NaN of fewer than four failures."""
-    if len(answers) < 4:
+    halves of the failures (Ben-Hur et al. 2002); 1: always the same.
+
+    NaN of fewer than four failures, or without features: then the clusters are the wrong answers themselves.
+    """
+    if len(answers) < 4 or features is None:
         return float("nan")
     rng, whole, found = np.random.default_rng(seed), clusters(answers, features), []
     for _ in range(HALVES):
         half = rng.permutation(len(answers))[: len(answers) // 2]
-        of_half = clusters(answers[half], None if features is None else features[half], SIZE // 2)
+        of_half = clusters(answers[half], features[half], SIZE // 2)
         found.append(agreement(whole[half], of_half))
     return float(np.mean(found))
 

@@ -174,7 +174,9 @@ def residuals(found: dict[str, dict[str, Any]], most: int = 4) -> Figure:
             axis.set_title(f"{name}\n{driver['class']}: {driver['effect']:.2f}", fontsize=9)
             for y, values in enumerate(driver["residuals"]):
                 for x, value in enumerate(values):
-                    axis.text(x, y, f"{value:+.1f}", ha="center", va="center", color="white" if abs(value) > 4 else INK)
+                    axis.text(
+                        x, y, f"{value:+.1f}", ha="center", va="center", color="white" if abs(value) > 2.8 else "black"
+                    )
     if image is not None:
         figure.colorbar(image, ax=axes, label="(observed - expected) / √expected", shrink=0.8, extend="both")
     return figure
