@@ -9,42 +9,47 @@ SIZE, MOST = 12, 6  # failures of a cluster, about; clusters of one wrong answer
 HALVES = 10  # by which stability is measured
 
 
-def clusters(answers: np.ndarray, features: np.ndarray | None, size: int = SIZE) -> np.ndarray:
+def clusters(answers: np.ndarray, features: np.ndarray | None) -> np.ndarray:
     """The cluster of each failure, int64 [n]: by wrong answer, and then by Ward's agglomeration of the features at length
     one, which has no randomness.
 
     Args:
         answers: int [n], the wrong classes.
         features: fp32 [n, D]; None: the wrong answer alone counts.
-        size: of a cluster, about, which tells how many there are.
     """
     found, number = np.zeros(len(answers), np.int64), 0
     for answer in np.unique(answers):
         of = np.flatnonzero(answers == answer)
-        count = min(MOST, len(of) // size)
-        if features is not None and count > 1:
-            unit = features[of] / np.maximum(np.linalg.norm(features[of], axis=1, keepdims=True), 1e-12)
-            found[of] = number + hierarchy.fcluster(hierarchy.linkage(unit, "ward"), count, "maxclust") - 1
-        else:
-            found[of] = number
-        number += max(1, count)
+        count = _count(len(of)) if features is not None else 1
+        found[of] = number if features is None or count < 2 else number + _split(features[of], count)
+        number += count
     return np.unique(found, return_inverse=True)[1].astype(np.int64)
 
 
-def stability(answers: np.ndarray, features: np.ndarray | None, seed: int = 0) -> float:
-    """How far the clusters hang on the failures that happened to be seen: the mean agreement of the clusters with those of
-    halves of the failures (Ben-Hur et al. 2002); 1: always the same.
+def stability(features: np.ndarray, seed: int = 0) -> float:
+    """How far the clusters of failures of one wrong answer hang on those that happened to be seen: the mean agreement with
+    the clusters of halves of them (Ben-Hur et al. 2002); 1: always the same. NaN where they are one cluster.
 
-    NaN of fewer than four failures, or without features: then the clusters are the wrong answers themselves.
+    Args:
+        features: fp32 [n, D].
     """
-    if len(answers) < 4 or features is None:
+    count = _count(len(features))
+    if count < 2:
         return float("nan")
-    rng, whole, found = np.random.default_rng(seed), clusters(answers, features), []
+    rng, whole, found = np.random.default_rng(seed), _split(features, count), []
     for _ in range(HALVES):
-        half = rng.permutation(len(answers))[: len(answers) // 2]
-        of_half = clusters(answers[half], features[half], SIZE // 2)
-        found.append(agreement(whole[half], of_half))
+        half = rng.permutation(len(features))[: len(features) // 2]
+        found.append(agreement(whole[half], _split(features[half], count)))
     return float(np.mean(found))
+
+
+def _count(failures: int) -> int:
+    return max(1, min(MOST, failures // SIZE))
+
+
+def _split(features: np.ndarray, count: int) -> np.ndarray:
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return np.asarray(hierarchy.fcluster(hierarchy.linkage(unit, "ward"), count, "maxclust") - 1)
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> float:

@@ -94,6 +94,10 @@ class DiscoverConfig(ExamineConfig):
         ]
         if self.counterfactuals and self.generator.images:
             found.append("discover.counterfactuals: real images cannot be drawn again; it needs a model or a pipeline.")
+        same = (self.generator.model, self.generator.pipeline, self.generator.images)
+        for name, other in self.replications.items():
+            if (other.generator.model, other.generator.pipeline, other.generator.images) == same:
+                found.append(f"discover.replications.{name} is what the search draws from; give another one.")
         return found
 
 
@@ -136,6 +140,7 @@ def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
         UserError: what the config names is not there or does not go together.
     """
     search = prepared(config, seed, make)
+    again = {name: elsewhere(search, other) for name, other in config.replications.items()}
     budget, rounds = int(config.images * config.find), config.rounds
     search.run("look-1", first(search, budget // rounds))
     if not search.looked_at:
@@ -170,7 +175,7 @@ def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
         counterfactuals(search, found["findings"])
     if found["findings"]:
         for name, other in config.replications.items():
-            replicate(search, name, other, found["findings"])
+            replicate(again[name], name, other.images, found["findings"])
     return found
 
 
@@ -295,7 +300,7 @@ def tested(
         row["finding"], row["by_any_class"] = any_class or one_class, any_class
         row["hypotheses"] = len(every) + 2 * settled
         seen = Rate(row["base_rate"]["failures"], row["base_rate"]["images"])
-        row["detectable"] = detectable(row["rate"]["images"], seen, strictest)
+        row["detectable"] = detectable(row["rate"]["images"], seen, strictest, config.least_ratio)
     return rows
 
 
@@ -385,23 +390,24 @@ def base_rates(done: list[Results]) -> dict[str, dict[str, float]]:
 
 def alike(done: list[Results]) -> list[dict[str, Any]]:
     """By label the clusters of the failures by which slices are found, the largest first: how many there are, of what wrong
-    class, what their descriptions say, and the ones nearest to their middle; and how stable the label's clusters are."""
+    class, what their descriptions say, and the ones nearest to their middle; and how stable that answer's clusters are."""
     on, found = looked(done), list[dict[str, Any]]()
     places = [(stage, i) for stage in done for i in range(len(stage.slices))]
     for label in dict.fromkeys(on.labels.tolist()):
         at = np.flatnonzero((on.labels == label) & on.failed)
         features = None if on.features is None else on.features[at]
-        of, stable = clusters(on.answers[at], features), stability(on.answers[at], features)
+        of = clusters(on.answers[at], features)
         for number in range(of.max(initial=-1) + 1):
             own = np.flatnonzero(of == number)
             if features is not None:
                 far = np.linalg.norm(features[own] - features[own].mean(0), axis=1)
                 own = own[np.argsort(far, kind="stable")]
-            images = [places[i] for i in at[own]]
+            images, wrong = [places[i] for i in at[own]], on.answers[at[own[0]]]
+            stable = math.nan if features is None else stability(features[on.answers[at] == wrong])
             captions = Counter(str(stage.captions[i]) for stage, i in images if stage.captions[i])
             found.append({
                 "label": label,
-                "wrong": str(on.answers[at[own[0]]]),
+                "wrong": str(wrong),
                 "failures": len(own),
                 "stability": None if math.isnan(stable) else stable,
                 "captions": dict(captions.most_common(3)),
@@ -410,23 +416,35 @@ def alike(done: list[Results]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda cluster: -cluster["failures"])
 
 
-def replicate(search: Search, name: str, config: ReplicationConfig, findings: list[dict[str, Any]]) -> None:
-    """Add to each finding its rates on images of another generator: whether it fails more there too, by the hypothesis that
-    made it a finding, adjusted for the number of findings."""
-    own = dataclasses.replace(search.config, generator=config.generator)
-    other = dataclasses.replace(search, config=own, bench=Bench(own, search.bench.seed, "cpu"), done=[])
-    slices = [Slice.from_json(finding["slice"]) for finding in findings]
-    labels = [Slice(label) for label in dict.fromkeys(of.label for of in slices)]
-    wanted = [(of, 2 * config.images) for of in labels] + [(of, config.images) for of in slices]
-    on, told = other.run(f"by-{name}", wanted, confirming=True), list[dict[str, Any]]()
+def elsewhere(search: Search, config: ReplicationConfig) -> Search:
+    """The same search with another generator, from which nothing is drawn yet.
+
+    Raises:
+        UserError: it lacks a label or an attribute.
+    """
+    # Of real images any values will do: slices of which there are none are not tested.
+    attributes = {name: [] if config.generator.images else v for name, v in search.bench.attributes.items()}
+    own = dataclasses.replace(search.config, generator=config.generator, attributes=attributes, words=False)
+    return dataclasses.replace(search, config=own, bench=Bench(own, search.bench.seed, "cpu"), done=[])
+
+
+def replicate(search: Search, name: str, images: int, findings: list[dict[str, Any]]) -> None:
+    """Add to each finding its rates on so many images of this search, and whether it fails more there too, by the hypothesis
+    that made it a finding, adjusted for their number; None where there are no images to tell."""
+    slices, generator = [Slice.from_json(finding["slice"]) for finding in findings], search.bench.generator
+    drawable = [of for of in slices if generator.takes_words or not of.phrases]
+    labels = [Slice(label) for label in dict.fromkeys(of.label for of in drawable)]
+    wanted = [(of, 2 * images) for of in labels] + [(of, images) for of in drawable]
+    on, told = search.run(f"by-{name}", wanted, confirming=True), list[dict[str, Any]]()
     for finding, of in zip(findings, slices, strict=True):
         failed = on.failed[OWN] if finding["by_any_class"] else on.answers[OWN] == finding["wrong"]
-        at = [np.flatnonzero([s == one for s in on.slices]) for one in (of, Slice(of.label))]
+        at = [np.array([k for k, s in enumerate(on.slices) if s == one], int) for one in (of, Slice(of.label))]
         rates = [Rate(int(failed[ids].sum()), len(ids)) for ids in at]
         told.append({"rate": rates[0].described(), "base_rate": rates[1].described(), "p": higher(*rates)})
         finding.setdefault("replications", {})[name] = told[-1]
     for one, q in zip(told, adjusted([one["p"] for one in told]), strict=True):
-        one |= {"q": q, "replicated": q <= search.config.level}
+        tested = one["rate"]["images"] and one["base_rate"]["images"]
+        one |= {"q": q, "replicated": q <= search.config.level if tested else None}
 
 
 def counterfactuals(search: Search, findings: list[dict[str, Any]]) -> None:

@@ -38,10 +38,10 @@ class Rate:
         low, high = self.interval()
         return {"share": self.value if self.images else None, "low": low, "high": high}
 
-    def described(self) -> dict[str, float]:
-        """With its 95 % interval, for a report."""
-        low, high = self.interval()
-        return {"failures": self.failures, "images": self.images, "rate": self.value, "low": low, "high": high}
+    def described(self) -> dict[str, Any]:
+        """With its 95 % interval, for a report; the rate of no images is None."""
+        rate, (low, high) = self.value if self.images else None, self.interval()
+        return {"failures": self.failures, "images": self.images, "rate": rate, "low": low, "high": high}
 
 
 def sign_test(one: int, other: int, alternative: str = "two-sided") -> float:
@@ -55,9 +55,10 @@ def higher(of: Rate, base: Rate) -> float:
 
 
 def higher_each(failures: np.ndarray, images: np.ndarray, base_failures: Any, base_images: Any) -> np.ndarray:
-    """`higher` of many rates, float64 [n], each against its base: the upper tail of the hypergeometric distribution."""
-    found: np.ndarray = stats.hypergeom.sf(failures - 1, images + base_images, failures + base_failures, images)
-    return found
+    """`higher` of many rates, float64 [n], each against its base: the upper tail of the hypergeometric distribution; 1 of no
+    images."""
+    found = stats.hypergeom.sf(failures - 1, images + base_images, failures + base_failures, images)
+    return np.where((images > 0) & (np.asarray(base_images) > 0), found, 1.0)
 
 
 def power(rate: float, images: int, base_rate: float, base_images: int, level: float) -> float:
@@ -66,12 +67,17 @@ def power(rate: float, images: int, base_rate: float, base_images: int, level: f
     return float(stats.binom.sf(least - 1, images, rate) @ chance)
 
 
-def detectable(images: int, base: Rate, level: float, wanted: float = 0.8) -> float:
-    """The least rate, in steps of 0.1 %, that `higher` finds with a chance of `wanted`, if the base has the rate it shows; 1
-    where none is."""
+def detectable(images: int, base: Rate, level: float, least_ratio: float = 1.0, wanted: float = 0.8) -> float | None:
+    """The least rate, in steps of 0.1 %, that with a chance of `wanted` has p ≤ level and is `least_ratio` times the base's,
+    if that is as it shows; None if there is none."""
     chance, least = _rejected(images, base.value, base.images, level)
-    found = bisect_left(range(1000), wanted, key=lambda k: stats.binom.sf(least - 1, images, k / 1000) @ chance)
-    return found / 1000
+    least = np.maximum(least, np.ceil(least_ratio * base.value * images - 1e-9))
+
+    def found(thousandths: int) -> float:
+        return float(stats.binom.sf(least - 1, images, thousandths / 1000) @ chance)
+
+    rate = bisect_left(range(1001), wanted, key=found)
+    return rate / 1000 if rate <= 1000 else None
 
 
 def _rejected(images: int, base_rate: float, base_images: int, level: float) -> tuple[np.ndarray, np.ndarray]:

@@ -165,11 +165,14 @@ class SkewSize:
 
         Tensors of whole numbers [n] are counted where they are, on a GPU too.
         """
-        given = (labels, predictions, groups)
-        if all(isinstance(of, torch.Tensor) for of in given):
-            cells, counts = torch.stack(given).unique(dim=1, return_counts=True)  # type: ignore[arg-type]
+        given = [of for of in (labels, predictions, groups) if isinstance(of, torch.Tensor)]
+        if len(given) == 3 and all(of.ndim == 1 and not of.is_floating_point() for of in given):
+            cells, counts = torch.stack([of.to(given[0].device) for of in given]).unique(dim=1, return_counts=True)
             self.counts.update(dict(zip(zip(*cells.tolist(), strict=True), counts.tolist(), strict=True)))
             return
+        labels, predictions, groups = (
+            of.tolist() if isinstance(of, torch.Tensor) else of for of in (labels, predictions, groups)
+        )
         for label, prediction, group in zip(labels, predictions, groups, strict=True):
             if group is None or group != group:
                 self.dropped += 1

@@ -60,8 +60,8 @@ def read_synonyms(path: str) -> dict[str, str]:
     """
     try:
         found = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"There is no file '{path}'; check the path.") from None
+    except OSError:
+        raise UserError(f"There is no file '{path}' that can be read; check the path.") from None
     except ValueError as error:
         raise UserError(f"'{path}' is no JSON: {error}.") from error
     if not isinstance(found, dict) or not all(isinstance(word, str) for word in found.values()):
@@ -81,7 +81,8 @@ def text_embedder(folder: str, batch: int = 64) -> Embed:
 
     with loading(f"The embedder '{folder}'", "a text model of transformers and its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
 
     @torch.no_grad()
     def embed(texts: list[str]) -> np.ndarray:
@@ -91,7 +92,8 @@ def text_embedder(folder: str, batch: int = 64) -> Embed:
             given = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
             given.pop("token_type_ids", None)
             if hasattr(model, "text_model"):
-                found.append(model.text_projection(model.text_model(**given).pooler_output).numpy())
+                pooled = model.text_model(**given).pooler_output
+                found.append(getattr(model, "text_projection", torch.nn.Identity())(pooled).numpy())
             else:
                 mask = given["attention_mask"].unsqueeze(-1).float()
                 found.append(((model(**given).last_hidden_state * mask).sum(1) / mask.sum(1)).numpy())

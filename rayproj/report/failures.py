@@ -67,6 +67,9 @@ def _issue(finding: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
             f"{pair['only_without']} only without (McNemar's exact test, one-sided: p = {pair['p']:.3g})"
         )
     for name, again in finding.get("replications", {}).items():
+        if again["replicated"] is None:
+            lines.append(f"- on images of {name}: not tested, there are none of this")
+            continue
         lines.append(
             f"- on images of {name}: {_percent(again['rate'])} of {again['rate']['images']} against "
             f"{_percent(again['base_rate'])} of {again['base_rate']['images']}, q = {again['q']:.3g}: "

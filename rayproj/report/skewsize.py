@@ -60,6 +60,8 @@ def of_table(
         classes = sorted({str(c) for c in table[label]})
         texts = ["" if p is None else str(p) for p in predictions]
         meant = read_synonyms(synonyms) if synonyms else None
+        if unknown := [word for word in (meant or {}).values() if word not in classes]:
+            raise UserError(f"'{synonyms}' has '{unknown[0]}', which is no class; they are {', '.join(classes)}.")
         predictions = mapped(texts, classes, meant, text_embedder(embedder) if embedder else None)
         table[label] = [str(c) for c in table[label]]
     found = {}

@@ -35,7 +35,6 @@ def test_agreement_is_the_adjusted_rand_index() -> None:
 
 def test_clusters_that_are_there_are_stable_and_others_are_not() -> None:
     rng = np.random.default_rng(2)
-    answers, noise = np.zeros(36, int), rng.normal(size=(36, 8))
-    apart = 5 * np.eye(8)[np.arange(36) % 3] + 0.1 * noise
-    assert stability(answers, apart) == 1 and stability(answers, noise) < 0.6
-    assert np.isnan(stability(answers[:3], noise[:3])) and np.isnan(stability(answers, None))
+    noise = rng.normal(size=(36, 8))
+    assert stability(5 * np.eye(8)[np.arange(36) % 3] + 0.1 * noise) == 1 and stability(noise) < 0.6
+    assert np.isnan(stability(noise[:20])), "one cluster"

@@ -48,8 +48,12 @@ def test_power_is_the_sum_over_all_counts() -> None:
         )
         assert power(rate, n, base_rate, base, level) == pytest.approx(naive, rel=1e-9)
     least = detectable(60, Rate(20, 200), 0.01)
-    assert power(least, 60, 0.1, 200, 0.01) >= 0.8 > power(least - 0.001, 60, 0.1, 200, 0.01)
-    assert detectable(2, Rate(9, 10), 0.01) == 1
+    assert least is not None and power(least, 60, 0.1, 200, 0.01) >= 0.8 > power(least - 0.001, 60, 0.1, 200, 0.01)
+    assert detectable(2, Rate(9, 10), 0.01) is None
+    # Of so many images the ratio binds, not the test: 0.625 or more of 2,000 with a chance of 80 %.
+    needed = detectable(2000, Rate(2000, 4000), 0.01, least_ratio=1.25)
+    assert needed is not None and stats.binom.sf(1249, 2000, needed) >= 0.8 > stats.binom.sf(1249, 2000, needed - 0.001)
+    assert higher(Rate(0, 0), Rate(3, 4)) == higher(Rate(3, 4), Rate(0, 0)) == 1
 
 
 def test_the_ratio_and_its_interval() -> None:

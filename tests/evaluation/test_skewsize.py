@@ -286,6 +286,11 @@ def test_tensors_are_counted_as_arrays_are() -> None:
     ours.update(*(torch.from_numpy(of) for of in (labels, predictions, groups)))
     theirs.update(labels, predictions, groups)
     assert ours.counts == theirs.counts and ours.compute(20, 20) == theirs.compute(20, 20)
+    mixed = SkewSize()
+    unknown = torch.tensor([*groups[:-2].tolist(), math.nan, math.nan])
+    mixed.update(labels, torch.from_numpy(predictions), unknown)
+    assert mixed.dropped == 2 and mixed.counts.total() == len(labels) - 2
+    assert set(mixed.counts) <= set(theirs.counts), "keys are plain numbers"
 
 
 def test_gaps_and_residuals_of_classes_are_counted_by_hand() -> None:
@@ -324,6 +329,20 @@ def test_texts_are_embedded_by_a_model_in_a_folder(tmp_path: Path) -> None:
         with torch.no_grad():
             ids = tokenizer(text, return_tensors="pt")["input_ids"]
             np.testing.assert_allclose(vector, model(ids).last_hidden_state[0].mean(0), atol=1e-5)
+    from transformers import CLIPConfig, CLIPModel
+
+    config = CLIPConfig(
+        text_config={**small, "vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": 102},
+        vision_config={**small, "image_size": 16, "patch_size": 8},
+        projection_dim=12,
+    )
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    clip, two = CLIPModel.from_pretrained(tmp_path / "clip").eval(), text_embedder(str(tmp_path / "clip"))(texts)
+    with torch.no_grad():
+        ids = tokenizer(texts[1], return_tensors="pt")["input_ids"]
+        theirs = clip(input_ids=ids, pixel_values=torch.zeros(1, 3, 16, 16)).text_embeds[0]
+    np.testing.assert_allclose(two[1] / np.linalg.norm(two[1]), theirs, atol=1e-5)
     with pytest.raises(UserError, match=r"The embedder '.*nowhere' cannot be loaded"):
         text_embedder(str(tmp_path / "nowhere"))
 
