@@ -21,7 +21,7 @@ from rayproj.data.cells import cells_of
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
-from rayproj.evaluation.fairness import adjusted, paired_over_seeds, replicates
+from rayproj.evaluation.fairness import Judged, adjusted, paired_over_seeds, replicates
 from rayproj.evaluation.job import MAIN
 from rayproj.report import figures
 from rayproj.report.build import environment
@@ -30,6 +30,7 @@ from rayproj.storage.store import Store, from_json
 
 ARM, SEED = "arm", "seed"
 MEASURES = ("accuracy", "gap", "worst")
+FURTHER = ("balanced accuracy", "AUC", "calibration error")
 LEVEL = 0.05
 Setting = tuple[str, str, str]
 """(arm, further axis, its value); ("", "") for the arms themselves."""
@@ -75,12 +76,14 @@ class Points:
 
     Attributes:
         right: by setting and test set, bool [seeds, n].
+        measures: by setting and test set, of each seed what else there is to say of all images.
         trained: run dirs of the classifiers by setting, in the order of the seeds.
         groups, clusters: by test set, [n].
         left_out: by test set, the groups that are too small, and how many images they have.
     """
 
     right: dict[Setting, dict[str, np.ndarray]]
+    measures: dict[Setting, dict[str, list[dict[str, float]]]]
     trained: dict[Setting, list[str]]
     groups: dict[str, list[str]]
     clusters: dict[str, list[str] | None]
@@ -97,6 +100,7 @@ def read(config: StudyConfig) -> Points:
     if not store.exists("table.json"):
         raise UserError(f"There is no table of a sweep at '{config.sweep}'; run it to its end first.")
     found: dict[Setting, dict[str, dict[str, np.ndarray]]] = {}
+    measures: dict[Setting, dict[str, dict[str, dict[str, float]]]] = {}
     trained: dict[Setting, dict[str, str]] = {}
     groups: dict[str, list[str]] = {}
     for row in from_json(store.read("table.json")):
@@ -106,8 +110,9 @@ def read(config: StudyConfig) -> Points:
         arm, seed = axes.pop(ARM), axes.pop(SEED)
         setting = (arm, *next(iter(axes.items()), ("", "")))
         jobs = {result["job"]: name for name, result in row["results"].items()}  # of several trainings the last
-        right = _right(Store(row["runs"][jobs["evaluate"]]), config, groups)
-        found.setdefault(setting, {})[seed] = right
+        run = Store(row["runs"][jobs["evaluate"]])
+        found.setdefault(setting, {})[seed], told = _right(run, config, groups)
+        measures.setdefault(setting, {})[seed] = told
         trained.setdefault(setting, {})[seed] = row["runs"][jobs["train_classifier"]]
     seeds = sorted(found.get((config.baseline, "", ""), {}))
     if not seeds:
@@ -128,6 +133,7 @@ def read(config: StudyConfig) -> Points:
             s: {title: np.stack([by[seed][title][at] for seed in seeds]) for title, at in kept.items()}
             for s, by in found.items()
         },
+        {s: {title: [by[seed][title] for seed in seeds] for title in config.tests} for s, by in measures.items()},
         {s: [by[seed] for seed in seeds] for s, by in trained.items()},
         {title: [groups[title][i] for i in at] for title, at in kept.items()},
         clusters,
@@ -135,22 +141,34 @@ def read(config: StudyConfig) -> Points:
     )
 
 
-def _right(run: Store, config: StudyConfig, groups: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    """Whether the classifier of a run is right, by test set; fills in the groups."""
+def _right(
+    run: Store, config: StudyConfig, groups: dict[str, list[str]]
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+    """Whether the classifier of a run is right, by test set, and its other measures; fills in the groups."""
     import pyarrow.parquet as pq
 
     if not run.exists("predictions.parquet"):
         raise UserError(f"{run.uri} kept no predictions; evaluate with evaluate.predictions=true.")
     table = pq.read_table(io.BytesIO(run.read("predictions.parquet"))).to_pydict()
-    tests, found = np.array(table["test"]), {}
+    tests, found, told = np.array(table["test"]), {}, {}
     for number, title in enumerate(config.tests):
         at = np.flatnonzero(tests == (title if number else MAIN))
         if not len(at):
             raise UserError(f"{run.uri} did not evaluate '{title}'; the first of tests is evaluate.test.")
         found[title] = np.array(table["label"])[at] == np.array(table["prediction"])[at]
+        told[title] = _measures(table, at, Dataset.open(config.tests[title]).header.classes)
         rows = ([table[name][i] for name in config.groups] for i in at)
         groups[title] = ["" if None in row or "" in row else " × ".join(map(str, row)) for row in rows]
-    return found
+    return found, told
+
+
+def _measures(table: dict[str, list[Any]], at: np.ndarray, classes: tuple[str, ...]) -> dict[str, float]:
+    """What the probabilities of these rows say, where they were kept."""
+    if "probabilities" not in table:
+        return {}
+    labels = np.array([classes.index(table["label"][i]) for i in at])
+    judged = Judged(labels, np.array([table["probabilities"][i] for i in at], np.float64))
+    return {name: judged.measures()[name](np.arange(len(at))) for name in FURTHER}
 
 
 def _left_out(groups: list[str], least: int) -> dict[str, int]:
@@ -190,6 +208,8 @@ def gather(config: StudyConfig) -> dict[str, Any]:
                 against[arm][measure]["adjusted_p"] = p
         for arm in others:
             rows[arm]["against_baseline"] = against[arm]
+        for arm in arms:
+            rows[arm]["further"] = _further(points.measures[arm, "", ""][test])
         found["tests"][test] = {
             "images": len(points.groups[test]),
             "left_out": points.left_out[test],
@@ -210,6 +230,11 @@ def _summary(points: Points, setting: Setting, test: str) -> dict[str, Any]:
     return {
         name: {"mean": float(v.mean()), "sd": float(v.std(ddof=1)), "values": v.tolist()} for name, v in values.items()
     }
+
+
+def _further(seeds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    values = {name: np.array([one[name] for one in seeds]) for name in seeds[0]}
+    return {name: {"mean": float(v.mean()), "sd": float(v.std(ddof=1))} for name, v in values.items()}
 
 
 def _curves(config: StudyConfig, points: Points) -> dict[str, Any]:

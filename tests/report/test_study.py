@@ -60,7 +60,10 @@ def predictions(setting: tuple[str, str, str], seed: int) -> bytes:
         draw = np.where(noise.random(N) < 0.1, noise.random(N), rng.random(N))
         right = draw < np.where(dark, *RATES[setting])
         label = np.arange(N) % 3
-        said = {"label": label, "prediction": np.where(right, label, (label + 1) % 3)}
+        said, names = {"label": label, "prediction": np.where(right, label, (label + 1) % 3)}, np.array(["a", "b", "c"])
+        probabilities = 0.1 * noise.random((N, 3)) + 0.6 * np.eye(3)[said["prediction"]]
+        said = {name: names[column] for name, column in said.items()}
+        said["probabilities"] = list(probabilities / probabilities.sum(1, keepdims=True))
         tables.append(pa.table({"test": [test] * N, **said, "tone": np.where(dark, "dark", "light")}))
     sink = io.BytesIO()
     parquet.write_table(pa.concat_tables(tables), sink)
@@ -120,12 +123,26 @@ def naive(setting: tuple[str, str, str], number: int) -> tuple[list[float], list
     return accuracies, gaps
 
 
+def theirs(setting: tuple[str, str, str], seed: int, number: int) -> tuple[float, float]:
+    """Balanced accuracy and AUC by another library."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    table = parquet.read_table(io.BytesIO(predictions(setting, seed))).to_pandas()[number * N : (number + 1) * N]
+    auc = metrics.roc_auc_score(table["label"], np.stack(list(table["probabilities"])), multi_class="ovr")
+    return metrics.balanced_accuracy_score(table["label"], table["prediction"]), auc
+
+
 def test_every_number_of_the_table_and_what_is_said_of_it(study: StudyConfig) -> None:
     found, html, picture = build(study)
     for number, test in enumerate(("here", "out")):
         for arm in ("base", "fair", "idle"):
             accuracies, gaps = naive((arm, "", ""), number)
             row = found["tests"][test]["arms"][arm]
+            further = [theirs((arm, "", ""), seed, number) for seed in range(SEEDS)]
+            for place, name in enumerate(("balanced accuracy", "AUC")):
+                of = [one[place] for one in further]
+                assert row["further"][name]["mean"] == pytest.approx(np.mean(of))
+                assert row["further"][name]["sd"] == pytest.approx(np.std(of, ddof=1))
+            assert 0 < row["further"]["calibration error"]["mean"] < 1 and "calibration error</th>" in html
             assert row["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
             assert row["gap"]["sd"] == pytest.approx(np.std(gaps, ddof=1)) and row["gap"]["values"] == pytest.approx(
                 gaps
