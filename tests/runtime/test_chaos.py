@@ -265,7 +265,7 @@ def test_an_infinite_loss_is_not_tried_again(chaos: Chaos, tmp_path: Path) -> No
 
 def test_samplers_come_and_go_with_the_nodes(chaos: Chaos, tmp_path: Path) -> None:
     """A pool of two has room for one, then for both, then for one again: every shard is there once."""
-    first, samples = chaos.add(), 120
+    first, samples = chaos.add(), 160
     command = [sys.executable, "-m", "tests.support.produce", str(tmp_path), str(samples), "0.3"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=chaos.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
