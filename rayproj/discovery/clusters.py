@@ -20,8 +20,10 @@ def clusters(answers: np.ndarray, features: np.ndarray | None) -> np.ndarray:
     found, number = np.zeros(len(answers), np.int64), 0
     for answer in np.unique(answers):
         of = np.flatnonzero(answers == answer)
-        count = _count(len(of)) if features is not None else 1
-        found[of] = number if features is None or count < 2 else number + _split(features[of], count)
+        count = 1 if features is None else _count(len(of))
+        found[of] = number
+        if features is not None and count > 1:
+            found[of] += _split(features[of], count)
         number += count
     return np.unique(found, return_inverse=True)[1].astype(np.int64)
 
