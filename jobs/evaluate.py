@@ -14,7 +14,7 @@ from rayproj.data.dataset import Dataset
 from rayproj.engine.training import Link
 from rayproj.engine.world import World
 from rayproj.evaluation.job import EvaluateConfig, evaluate
-from rayproj.robustness.job import RobustnessConfig, cost_of, header_of, masking, summary
+from rayproj.robustness.job import RobustnessConfig, cost_of, header_of, masking, summary, transfer
 from rayproj.runtime.command import command
 from rayproj.runtime.group import GroupConfig
 from rayproj.runtime.producer import PoolConfig, produce
@@ -56,9 +56,9 @@ def main(config: Config) -> dict[str, Any]:
 
 def under_attack(run: Run, config: Config) -> dict[str, Any]:
     """Attack everything that is to be attacked, each image once; name -> its tables."""
-    wanted, found = config.robustness, {}
+    wanted, found, datasets = config.robustness, {}, {}
     for name in wanted.attacked:
-        dataset = Dataset.create(f"{wanted.out}/{name}", header_of(wanted, name, config.run.seed))
+        datasets[name] = dataset = Dataset.create(f"{wanted.out}/{name}", header_of(wanted, name, config.run.seed))
         produce(run, dataset, "rayproj.robustness.job:Attacker", config.pool, {"out": dataset.uri})
         cost = cost_of(wanted, name, dataset, "cpu", config.run.seed) if name in wanted.defences else None
         found[name] = summary(dataset, cost)
@@ -66,7 +66,10 @@ def under_attack(run: Run, config: Config) -> dict[str, Any]:
             found[name]["masking"] = signs = masking(wanted, name, "cpu", config.run.seed)
             for sign in signs:
                 if sign["seen"]:
-                    say(f"{name} may only look robust: {sign['evidence']}")
+                    say(f"{name} may only look robust under {sign['threat']}: {sign['evidence']}")
+    for threat, made in transfer(wanted, {name: datasets[name] for name in wanted.classifiers}, "cpu").items():
+        for name, others in made.items():
+            found[name]["threats"][threat]["transfer"] = others
     return found
 
 

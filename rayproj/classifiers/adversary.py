@@ -27,6 +27,13 @@ class Training(Enum):
     co_training = "co_training"
 
 
+class Several(Enum):
+    """What is made of several threats."""
+
+    drawn = "drawn"  # one a step, drawn evenly (SAT, Madaan et al. 2021; of linf and l1 E-AT, Croce and Hein 2022)
+    worst = "worst"  # of each image the attack of the highest loss (MAX, Tramèr and Boneh 2019)
+
+
 @dataclass
 class ThreatConfig:
     """A ball around each image, whose values lie in [0, 1]."""
@@ -47,8 +54,8 @@ class AdversaryConfig:
     """Who attacks in training, and what is made of it."""
 
     training: Training = Training.none
-    # Several: each step draws one of them (stochastic adversarial training, Madaan et al. 2021).
     threats: list[ThreatConfig] = field(default_factory=lambda: [ThreatConfig()])
+    several: Several = Several.drawn
     steps: int = 3  # of projected gradient ascent
     step: float = 0.5  # length of each, in radii
     random_start: bool = True
@@ -104,14 +111,21 @@ def _attacked(
     model: nn.Module, logits: Callable[[Tensor], Tensor], x: Tensor, label: Tensor, row: Tensor, config: AdversaryConfig,
     seed: int, loss: Loss = cross_entropy,
 ) -> Tensor:  # fmt: skip
-    threat = drawn(config, row, seed)
+    threats = [t.threat for t in config.threats] if config.several is Several.worst else [drawn(config, row, seed)]
+    oracle, start = Oracle(logits), row if config.random_start else None
     with evaluating(model):
-        start = row if config.random_start else None
-        return pgd(Oracle(logits), x, label, start, threat, config.steps, config.step, loss, seed).images.detach()
+        found = [
+            pgd(oracle, x, label, start, t, config.steps, config.step, loss, seed).images.detach() for t in threats
+        ]
+        if len(found) == 1:
+            return found[0]
+        with torch.no_grad():
+            reached = torch.stack([loss(logits(z), label, label) for z in found])
+    return torch.stack(found)[reached.argmax(0), torch.arange(len(x), device=x.device)]
 
 
 def drawn(config: AdversaryConfig, row: Tensor, seed: int) -> Threat:
-    """The threat of a step, by its number, which all rows of a batch share."""
+    """The threat of a step of `Several.drawn`, by its number, which all rows of a batch share."""
     if len(config.threats) == 1:
         return config.threats[0].threat
     step = row[:1].clone()

@@ -259,7 +259,8 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
         if attacked := attacked_images(stages, 8):
             found["perturbed"] = data_uri(figures.png(figures.perturbed(attacked)), "png")
     for name, mixed in report.get("soups", {}).items():
-        found[f"soups of {name}"] = data_uri(figures.svg(soups.trade_offs(mixed)), "svg+xml")
+        found[f"soups of {name}"] = data_uri(figures.svg(soups.lines(mixed)), "svg+xml")
+        found[f"trade-offs of {name}"] = data_uri(figures.svg(soups.trade_offs(mixed)), "svg+xml")
     marked = report.get("watermark", {}).get("sets", {})
     if any("area" in one for of in marked.values() for one in of.values()):
         found["watermark"] = data_uri(figures.svg(figures.watermark(marked)), "svg+xml")

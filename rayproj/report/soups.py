@@ -10,25 +10,66 @@ from matplotlib.figure import Figure
 
 from rayproj.report.figures import SERIES, panels
 
-WEIGHTS = "weights"
+WEIGHTS, CLEAN = "weights", "clean"
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The members alone, the best candidate by each measure, and the greedy soup: what each is called, and its entry of
-    "soups" of `rayproj.robustness.mixing.summary`. A candidate that is several of these is there once."""
+    "soups" of `rayproj.robustness.mixing.summary`. A candidate that is several of these is there once. Last the ensemble."""
     soups, members = found["soups"], found["members"]
     titles: dict[int, list[str]] = {}
-    for k, name in enumerate(members):
-        alone = next(n for n, one in enumerate(soups) if np.allclose(one[WEIGHTS], np.eye(len(members))[k]))
-        titles.setdefault(alone, []).append(name)
+    for name, alone in zip(members, _alone(found), strict=True):
+        titles.setdefault(soups.index(alone), []).append(name)
     for measure, number in found["best"].items():
         titles.setdefault(number, []).append(f"best {measure}")
     if "greedy" in found:
         titles.setdefault(found["greedy"], []).append("greedy, for the union")
-    return [(", ".join(title), soups[number]) for number, title in titles.items()]
+    together = [(f"ensemble, {len(members)} passes", found["ensemble"])] if "ensemble" in found else []
+    return [(", ".join(title), soups[number]) for number, title in titles.items()] + together
 
 
 def trade_offs(found: dict[str, Any]) -> Figure:
+    """A panel for every threat and the union: accuracy under it over accuracy without an attack, of all candidates, with the
+    members, their ensemble and the front of what no candidate beats in both."""
+    soups, members = found["soups"], found["members"]
+    measures = [name for name in soups[0] if name not in (WEIGHTS, CLEAN)]
+    if len(measures) == 2:  # of a single threat
+        measures.pop()
+    marked = {name: one for name, one in zip(members, _alone(found), strict=True)}
+    if "ensemble" in found:
+        marked["ensemble"] = found["ensemble"]
+    figure, axes = panels(max(1, len(measures)), 3.0, 2.8)
+    for axis, measure in zip(axes, measures, strict=False):
+        points = np.array([[one[name]["value"] for name in (CLEAN, measure)] for one in soups])
+        axis.scatter(*points.T, s=8, color="0.75", zorder=1)
+        best = points[front(points)]
+        axis.plot(*best.T, color="0.5", linewidth=1, zorder=2)
+        for colour, (name, one) in zip(cycle(SERIES), marked.items()):
+            ends = [[abs(one[m]["value"] - one[m][end]) for end in ("low", "high")] for m in (CLEAN, measure)]
+            at = [one[m]["value"] for m in (CLEAN, measure)]
+            marker = "*" if name == "ensemble" else "o"
+            axis.errorbar(*at, xerr=np.c_[ends[0]], yerr=np.c_[ends[1]], color=colour, marker=marker, markersize=6,
+                          elinewidth=0.6, linestyle="none", label=name, zorder=3)  # fmt: skip
+        axis.set_xlabel("right without an attack")
+        axis.set_ylabel(f"right under {measure}" if measure != "union" else "right under all")
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def front(points: np.ndarray) -> np.ndarray:
+    """Indices of those points [n, 2] that no other is at least as good as in both and better in one, by the first."""
+    order = np.lexsort((-points[:, 1], -points[:, 0]))
+    above = np.maximum.accumulate(np.concatenate([[-np.inf], points[order, 1]]))[:-1]
+    return order[points[order, 1] > above][::-1]
+
+
+def _alone(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of the members."""
+    rows = np.eye(len(found["members"]))
+    return [next(one for one in found["soups"] if np.allclose(one[WEIGHTS], row)) for row in rows]
+
+
+def lines(found: dict[str, Any]) -> Figure:
     """A panel for every two members: each accuracy along the line of the soups between them, and beyond."""
     names, soups = found["members"], found["soups"]
     weights = np.array([one[WEIGHTS] for one in soups])

@@ -14,6 +14,7 @@ from rayproj.robustness.apgd import apgd, apgd_from_afar
 from rayproj.robustness.fab import fab
 from rayproj.robustness.losses import Loss, cross_entropy, targeted, untargeted
 from rayproj.robustness.oracle import Attacked, Model, Oracle
+from rayproj.robustness.pgd import fgsm, pgd
 from rayproj.robustness.rays import rays
 from rayproj.robustness.square import square
 from rayproj.robustness.threats import Norm, Threat
@@ -27,7 +28,10 @@ class Attack(Enum):
     apgd_t = "apgd_t"  # towards each of the likeliest other classes
     fab_t = "fab_t"
     square = "square"
-    rays = "rays"  # by decisions alone; not part of the standard ensemble
+    # Not part of the standard ensemble:
+    rays = "rays"  # by decisions alone
+    fgsm = "fgsm"
+    pgd = "pgd"
 
 
 STANDARD = (Attack.apgd_ce, Attack.apgd_t, Attack.fab_t, Attack.square)
@@ -39,8 +43,8 @@ class AttackConfig:
     """How hard is tried; the defaults are those of the standard AutoAttack."""
 
     attacks: list[Attack] = field(default_factory=lambda: list(STANDARD))
-    steps: int = 100  # of APGD and FAB
-    restarts: int = 1  # of APGD on the cross-entropy (for l1 five)
+    steps: int = 100  # of APGD, FAB and PGD
+    restarts: int = 1  # of PGD and of APGD on the cross-entropy (for l1 five)
     targets: int = 9  # classes that targeted attacks try (APGD for l1 five)
     queries: int = 5000  # of the square attack and of RayS
     draws: int = 1  # of a random model for each answer
@@ -134,8 +138,13 @@ def _runs(kind: Attack, config: AttackConfig, threat: Threat, logits: Tensor, se
             yield _boundary(threat, config.steps, rank)
     elif kind is Attack.square:
         yield _search(threat, config.queries, seed, number)
-    else:
+    elif kind is Attack.rays:
         yield lambda oracle, x, label, ids, logits: rays(oracle, x, label, threat, config.queries)
+    elif kind is Attack.fgsm:
+        yield lambda oracle, x, label, ids, logits: fgsm(oracle, x, label, threat)
+    else:
+        for restart in range(config.restarts):
+            yield _descent(threat, config.steps, seed, number, restart)
 
 
 def _ascent(
@@ -151,6 +160,16 @@ def _ascent(
     def run(oracle: Oracle, x: Tensor, label: Tensor, ids: Tensor, logits: Tensor) -> Attacked:
         target = None if rank is None else ranked(logits, label, rank)
         return ascend(oracle, x, label, _row(ids, restart, number), threat, loss, steps, seed, target=target)
+
+    return run
+
+
+def _descent(threat: Threat, steps: int, seed: int, number: int, restart: int) -> Run:
+    """PGD with steps of 2.5 radii over their number, which get from any point to any other (Madry et al. 2018)."""
+
+    def run(oracle: Oracle, x: Tensor, label: Tensor, ids: Tensor, logits: Tensor) -> Attacked:
+        step = min(1.0, 2.5 / steps)
+        return pgd(oracle, x, label, _row(ids, restart, number), threat, steps, step, seed=seed, go_on=False)
 
     return run
 

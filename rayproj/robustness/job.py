@@ -7,7 +7,7 @@ sums over it, so that none needs the model again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -27,7 +27,7 @@ from rayproj.evaluation.proportions import Rate
 from rayproj.robustness import adaptive, defences
 from rayproj.robustness.adaptive import AdaptiveConfig
 from rayproj.robustness.apgd import apgd
-from rayproj.robustness.autoattack import AttackConfig, autoattack
+from rayproj.robustness.autoattack import CLEAN, AttackConfig, autoattack
 from rayproj.robustness.defences import Defence
 from rayproj.robustness.losses import cross_entropy
 from rayproj.robustness.masking import signs
@@ -325,12 +325,47 @@ def share(right: np.ndarray) -> dict[str, float]:
 
 
 def masking(config: RobustnessConfig, name: str, device: str, seed: int) -> list[dict[str, Any]]:
-    """The signs of masked gradients of a classifier, on its first images."""
+    """The signs of masked gradients of a classifier, on its first images, under each "threat"."""
     network = OfUnit(classifiers.load(config.classifiers[name], device))
     x, label = _first(Dataset.open(config.test), "image", device)
-    threat = next(iter(config.balls.values()))
-    found = signs(network, x / 255, label, torch.arange(len(x), device=device), threat, seed=seed)
-    return [asdict(sign) for sign in found]
+    ids = torch.arange(len(x), device=device)
+    return [
+        {"threat": name, **asdict(sign)}
+        for name, threat in config.balls.items()
+        for sign in signs(network, x / 255, label, ids, threat, seed=seed)
+    ]
+
+
+def transfer(config: RobustnessConfig, datasets: Mapping[str, Dataset], device: str) -> dict[str, Any]:
+    """How far images that break one classifier break another.
+
+    Args:
+        datasets: name of a classifier -> its attacked images.
+
+    Returns:
+        By threat, by the classifier that an image was made against, by another one: the accuracy of that on the images that
+        an attack broke and that it has right without one.
+    """
+    networks = {name: OfUnit(classifiers.load(config.classifiers[name], device)) for name in datasets}
+    clean, found = Reader(Dataset.open(config.test), ["image"]), {}  # type: ignore[var-annotated]
+    for threat in config.balls:
+        for made, dataset in datasets.items():
+            reader = Reader(dataset, ["label", f"{threat}_by", f"{threat}_image"])
+            held: dict[str, list[np.ndarray]] = {name: [] for name in networks if name != made}
+            for shard in range(dataset.header.num_shards):
+                batch = reader.gather(np.array(dataset.header.shard_range(shard)))
+                broken = ~np.isin(batch[f"{threat}_by"].astype(str), ["", CLEAN])
+                label = torch.from_numpy(batch["label"])
+                before = torch.from_numpy(clean.gather(batch["index"])["image"]).float() / 255
+                after = torch.from_numpy(batch[f"{threat}_image"])
+                for name in held:
+                    right, still = (
+                        (networks[name](images.to(device)).argmax(1).cpu() == label).numpy()
+                        for images in (before, after)
+                    )
+                    held[name].append(still[broken & right])
+            found.setdefault(threat, {})[made] = {name: share(np.concatenate(some)) for name, some in held.items()}
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Soups of classifiers: every candidate mixture judged on the same images, without an attack and under each threat.
 
-What is written is a dataset: of each image one digit for each candidate, 1 where that is right. Whatever is to be chosen or
-plotted follows from these.
+What is written is a dataset: of each image one digit for each candidate, 1 where that is right, and as much of the members'
+ensemble, which costs their number of passes where a soup costs one. Whatever is to be chosen or plotted follows from these.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rayproj.robustness.oracle import Model, Oracle
 from rayproj.robustness.threats import Threat
 from rayproj.storage.store import Store
 
-CLEAN = "clean"
+CLEAN, ENSEMBLE = "clean", "ensemble"
 MOST = 6  # members of which every even mixture is a candidate too
 
 
@@ -118,7 +118,9 @@ def header_of(config: SoupConfig, uri: str, seed: int) -> Header:
     done = {run: commits(Store(run))[-1].step for run in config.members.values()}
     values = {k: v for k, v in configuration.to_dict(config).items() if k not in ("shifts", "out", "shots")}
     said = {"soup": values, "images": Store(uri).uri, "seed": seed, "commits": done, "threats": threats}
-    fields = {"label": Field("int"), **{name: Field("str") for name in threats}}
+    fields = {"label": Field("int")}
+    for name in threats:
+        fields |= {name: Field("str"), f"{ENSEMBLE}_{name}": Field("int")}
     count = min(config.examples, images.num_samples)
     provenance = {**said, "members": list(states), "weights": weights.tolist()}
     return Header(f"soups on {images.name}", fields, count, config.shard_size, images.classes, provenance=provenance)
@@ -134,10 +136,9 @@ class Judge:
         images = Dataset.open(said["images"])
         network, states = members_of(self.config, images.header)
         weights, self.seed = np.array(said["weights"]), int(said["seed"])
-        self.stack, self.count = (
-            Stack(network.to(device), [_on(s, device) for s in states.values()], weights),
-            len(weights),
-        )
+        there = [_on(state, device) for state in states.values()]
+        self.stack, self.count = Stack(network.to(device), there, weights), len(weights)
+        self.members = Stack(network, there, np.eye(len(there)))
         self.threats = [name for name in said["threats"] if name != CLEAN]
         self.reader = Reader(images, ["image", "label"])
 
@@ -146,19 +147,24 @@ class Judge:
         batch = self.reader.gather(ids)
         x = torch.from_numpy(batch["image"]).to(self.device).float() / 255
         label, number = (torch.from_numpy(v).to(self.device) for v in (batch["label"], ids))
-        logits = self.stack(255 * x)
+        logits, together = self.stack(255 * x), self._together(255 * x)
         right = {CLEAN: logits.argmax(2) == label}
+        ensemble = {CLEAN: together.argmax(1) == label}
         for name in self.threats:
-            held = self._all_held if self.stack.at_once else self._each_held
-            right[name] = held(self.config.threats[name].threat, x, label, number, logits)
-        bits = {
-            name: ["".join("01"[int(v)] for v in column) for column in found.T.tolist()]
-            for name, found in right.items()
-        }
-        return [
-            {"key": f"{i:08d}", "label": int(y), **{name: column[k] for name, column in bits.items()}}
-            for k, (i, y) in enumerate(zip(ids, batch["label"], strict=True))
+            held, threat = self._all_held if self.stack.at_once else self._each_held, self.config.threats[name].threat
+            right[name] = held(threat, x, label, number, logits)
+            ensemble[name] = self._held(threat, self._together, x, label, number, together)
+        found: list[dict[str, Any]] = [
+            {"key": f"{i:08d}", "label": int(y)} for i, y in zip(ids, batch["label"], strict=True)
         ]
+        for name in right:
+            for sample, bits, one in zip(found, right[name].T.tolist(), ensemble[name].tolist(), strict=True):
+                sample |= {name: "".join("01"[bit] for bit in bits), f"{ENSEMBLE}_{name}": int(one)}
+        return found
+
+    def _together(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of the members' mean probabilities."""
+        return self.members(images).log_softmax(2).logsumexp(0)
 
     def _all_held(self, threat: Threat, x: Tensor, label: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
         """bool [candidates, B]: right, also under attack, as of `_held`; all candidates in one batch."""
@@ -206,17 +212,28 @@ def matrix(dataset: Dataset) -> dict[str, np.ndarray]:
     return {name: np.array([[c == "1" for c in text] for text in columns[name]]).T for name in threats}
 
 
+def ensemble(dataset: Dataset) -> dict[str, np.ndarray]:
+    """The same of the members' ensemble: bool [images]."""
+    header = dataset.header
+    names = {name: f"{ENSEMBLE}_{name}" for name in header.provenance["threats"]}
+    columns = Reader(dataset, list(names.values())).gather(np.arange(header.num_samples))
+    return {name: columns[column].astype(bool) for name, column in names.items()}
+
+
 def summary(config: SoupConfig, test: Dataset, shifts: dict[str, Dataset], seed: int) -> dict[str, Any]:
     """The table of all candidates and what follows from it.
 
     Returns:
         "members"; "soups": of each candidate its weights and, by CLEAN, threat and "union", its accuracy; "best": by these
-        the number of the best in that list; "greedy": that of the greedy soup for the union; "beats_specialist" and
-        "barriers", see below; "few_shot": by shift what choosing by few images comes to, beside the best member and soup.
+        the number of the best in that list; "greedy": that of the greedy soup for the union; "ensemble": the accuracies of
+        the members' mean probabilities; "beats_specialist" and "barriers", see below; "few_shot": by shift what choosing by
+        few images comes to, beside the best member and soup.
     """
     right, weights = matrix(test), np.array(test.header.provenance["weights"])
     names = list(test.header.provenance["members"])
-    right["union"] = np.logical_and.reduce(list(right.values()))
+    together = ensemble(test)
+    for some in (right, together):
+        some["union"] = np.logical_and.reduce(list(some.values()))
     accuracy = {name: found.mean(1) for name, found in right.items()}
     alone = [_number(weights, row) for row in np.eye(len(names))]
     found: dict[str, Any] = {
@@ -227,6 +244,8 @@ def summary(config: SoupConfig, test: Dataset, shifts: dict[str, Dataset], seed:
         "barriers": _barriers(1 - accuracy[CLEAN], weights, names),
         "few_shot": {name: _few_shot(config.shots, dataset, alone, seed) for name, dataset in shifts.items()},
     }
+    if len(names) > 1:
+        found["ensemble"] = {name: share(r) for name, r in together.items()}
     if len(names) <= MOST:
         union = accuracy["union"]
         found["greedy"] = _number(weights, greedy(union[alone].tolist(), lambda w: float(union[_number(weights, w)])))

@@ -7,7 +7,7 @@ from rayproj.jobs.train_classifier import Config, worker
 
 from rayproj import config as configuration
 from rayproj.classifiers.adapters import Adapted
-from rayproj.classifiers.adversary import AdversaryConfig, ThreatConfig, Training, drawn, losses
+from rayproj.classifiers.adversary import AdversaryConfig, Several, ThreatConfig, Training, drawn, losses
 from rayproj.classifiers.model import weights_of
 from rayproj.classifiers.networks import ClassifierConfig, Network, build
 from rayproj.robustness.oracle import Oracle
@@ -106,6 +106,14 @@ def test_each_step_draws_one_of_several_threats_evenly() -> None:
         counts[drawn(config, row, 0)] += 1
         assert drawn(config, row[1:], 0) == drawn(config, row[:1], 0)  # whoever has which part of the batch
     assert min(counts.values()) > 160 and isinstance(next(iter(counts)), Threat)
+
+
+def test_of_several_threats_each_image_gets_the_attack_of_the_highest_loss() -> None:
+    model, threats = network(PLAIN), [ThreatConfig(Norm.linf, 0.05), ThreatConfig(Norm.l2, 0.35)]
+    alone = torch.stack([found(model, AdversaryConfig(Training.adversarial, [threat])) for threat in threats])
+    assert set(alone.argmax(0).tolist()) == {0, 1}  # neither is the worse one for all
+    together = found(model, AdversaryConfig(Training.adversarial, threats, Several.worst))
+    torch.testing.assert_close(together, alone.amax(0))
 
 
 def test_what_a_config_cannot_be() -> None:

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from rayproj import classifiers
 from rayproj.data.dataset import Dataset
+from rayproj.data.reader import Reader
 from rayproj.report.build import build
+from rayproj.robustness.job import share
 from tests.robustness.test_job import write
 from tests.robustness.test_mixing import train
 from tests.support.commands import job
@@ -42,10 +46,21 @@ def test_evaluate_attacks_classifiers_and_defences_and_the_report_shows_it(folde
     robust = {name: found[name]["threats"]["linf"]["robust"]["value"] for name in found}
     assert robust["linf"] > robust["base"], "it was trained for that"
     assert found["base"]["masking"] and "masking" not in found["anti"]
+    other, samples = classifiers.load(f"{folder}/linf", "cpu"), Reader(Dataset.open(f"{folder}/attacked/base"))
+    clean = Reader(Dataset.open(f"{folder}/test"), ["image"])
+    held = []
+    for i in range(24):
+        one = {name: values[0] for name, values in samples.gather(np.array([i])).items()}
+        images = torch.tensor(one["linf_image"][None]), torch.from_numpy(clean.gather(np.array([i]))["image"]) / 255
+        after, before = (int(other(255 * image).argmax()) == one["label"] for image in images)
+        if before and one["linf_by"] not in ("", "clean"):
+            held.append(after)
+    assert found["base"]["threats"]["linf"]["transfer"] == {"linf": share(np.array(held))} and 0 < len(held) < 24
     report, html = build(str(folder), {"evaluate": str(folder / "evaluate")})
     assert report["robustness"] == found
     assert html.count("It costs less than ten times its base") == 2, "a checklist of each threat"
     for text in (
+        "Do images that break one classifier break another?",
         "somebody wants it to be wrong",
         "anti: a defence at test time",
         "4 passes through the base forward and 2 back",

@@ -8,7 +8,7 @@ import yaml
 
 from rayproj.classifiers.soups import grid
 from rayproj.report.build import build
-from rayproj.report.soups import rows, trade_offs
+from rayproj.report.soups import front, lines, rows, trade_offs
 from rayproj.robustness.job import share
 
 
@@ -22,6 +22,7 @@ def outcome(parts: int = 4) -> dict:
     best = {name: int(np.argmax([s[name]["value"] for s in soups])) for name in ("clean", "linf")}
     row = {"member": "b", "alone": 0.7, "soup": 0.6, "weights": [0.5, 0.5], "only_alone": 5, "only_soup": 2, "p": 0.45}
     return {"job": "soup", "members": ["a", "b"], "soups": soups, "best": best, "greedy": 2, "seconds": 1.0,
+            "ensemble": {name: share(np.arange(10) < 7) for name in best},
             "beats_specialist": {"clean": {}, "linf": row}, "finished_at": 1.0, "barriers": {"a - b": 0.012},
             "few_shot": {"sketches": {"chosen": {"10": {"mean": 0.5, "std": 0.02}}, "best_member": 0.4, "best_soup": 0.6}},
             }  # fmt: skip
@@ -29,18 +30,33 @@ def outcome(parts: int = 4) -> dict:
 
 def test_members_and_the_best_have_rows() -> None:
     found = rows(outcome())
-    assert [title for title, _ in found] == ["a, best clean", "b, best linf", "greedy, for the union"]
-    assert [one["weights"] for _, one in found] == [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
+    titles = ["a, best clean", "b, best linf", "greedy, for the union", "ensemble, 2 passes"]
+    assert [title for title, _ in found] == titles
+    assert [one["weights"] for _, one in found[:3]] == [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
 
 
 def test_lines_are_of_the_soups_between_two_members() -> None:
     three = outcome()
     three["members"] = ["a", "b", "c"]
     three["soups"] = [{"weights": w.tolist(), "clean": share(np.arange(10) < 10 * w[2])} for w in grid(3, 2)]
-    first, second, third = trade_offs(three).axes[:3]
+    first, second, third = lines(three).axes[:3]
     assert first.get_lines()[0].get_ydata().tolist() == [0, 0, 0]
     for axis in (second, third):
         assert axis.get_lines()[0].get_xdata().tolist() == axis.get_lines()[0].get_ydata().tolist() == [0, 0.5, 1]
+
+
+def test_the_front_is_what_no_candidate_beats_in_both() -> None:
+    points = np.random.default_rng(0).integers(0, 20, (200, 2)).astype(float)
+    found = points[front(points)].tolist()
+    expected = [p for p in points.tolist() if not any((points >= p).all(1) & (points > p).any(1))]
+    assert found == sorted(map(list, {tuple(p) for p in expected}))
+
+
+def test_members_and_their_ensemble_are_marked() -> None:
+    (axis,) = [axis for axis in trade_offs(outcome()).axes if axis.get_visible()]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b", "ensemble"]
+    ends = [container.lines[0].get_xydata()[0].tolist() for container in axis.containers]
+    assert ends == [[0.8, 0.3], [0.6, 0.7], [0.7, 0.7]]
 
 
 def test_the_report_has_table_and_plot(tmp_path: Path) -> None:
@@ -56,4 +72,5 @@ def test_the_report_has_table_and_plot(tmp_path: Path) -> None:
         "by at most 1.2 points" in html
         and "Chosen by few labelled images of sketches: by 10 the soup has 50.0 ± 2.0 %" in html
     )
+    assert 'alt="Accuracy under attack over accuracy without one"' in html
     assert 'alt="Accuracies along the lines between two members"' in html

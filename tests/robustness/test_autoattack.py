@@ -144,6 +144,18 @@ def test_pgd_is_foolbox(small) -> None:  # type: ignore[no-untyped-def]
     assert (found.images - expected).abs().amax((1, 2, 3)).median() < 1e-5
 
 
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_one_step_and_many_are_what_they_are_alone(small, threat: Threat) -> None:  # type: ignore[no-untyped-def]
+    model, x, label = small
+    ids, right = torch.arange(100), model(x).argmax(1) == label
+    by = {kind: autoattack(model, x, label, ids, threat, AttackConfig([kind], steps=40)) for kind in
+          (Attack.fgsm, Attack.pgd, Attack.apgd_ce)}  # fmt: skip
+    expected = right & ~fgsm(Oracle(model), x, label, threat).broken
+    assert (by[Attack.fgsm].robust == expected).all() and set(by[Attack.fgsm].by) == {CLEAN, "fgsm", ""}
+    left = [found.robust.sum().item() for found in by.values()]
+    assert left[0] > left[1] >= left[2] - 2 and threat.holds(x, by[Attack.pgd].images).all()
+
+
 def test_targets_are_the_likeliest_others() -> None:
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]])
     label = torch.tensor([0, 0])

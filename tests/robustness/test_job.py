@@ -27,6 +27,7 @@ from rayproj.robustness.job import (
     masking,
     share,
     summary,
+    transfer,
 )
 from rayproj.robustness.threats import Norm
 from rayproj.storage.store import Store
@@ -199,7 +200,21 @@ def test_a_diffusion_model_draws_images_again_by_their_number(folder: str, diffu
 
 def test_signs_of_masked_gradients_are_looked_for(folder: str) -> None:
     found = masking(config_of(folder), "plain", "cpu", 0)
-    assert len(found) == 7 and not any(sign["seen"] for sign in found)
+    assert len(found) == 2 * 7 and not any(sign["seen"] for sign in found)
+    assert [sign["threat"] for sign in found] == ["linf"] * 7 + ["l1"] * 7
+
+
+def test_what_breaks_one_is_tried_on_the_others(folder: str) -> None:
+    config = config_of(folder)
+    config.out, config.classifiers = f"{folder}/transferred", {"plain": f"{folder}/run", "twin": f"{folder}/run"}
+    datasets = {name: made(config, name) for name in config.classifiers}
+    found = transfer(config, datasets, "cpu")
+    assert found.keys() == {"linf", "l1"} and found["l1"].keys() == {"plain", "twin"}
+    for threat, by in found.items():
+        broken = round(
+            60 * sum(v for k, v in summary(datasets["plain"])["threats"][threat]["by"].items() if k != "clean")
+        )
+        assert by["plain"] == {"twin": share(np.zeros(broken, bool))}, "what breaks it breaks its twin"
 
 
 def test_intervals_are_clopper_and_pearsons() -> None:

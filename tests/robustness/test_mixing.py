@@ -15,7 +15,7 @@ from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.errors import UserError
-from rayproj.robustness.mixing import CLEAN, Judge, SoupConfig, candidates, header_of, matrix, summary
+from rayproj.robustness.mixing import CLEAN, Judge, SoupConfig, candidates, ensemble, header_of, matrix, summary
 from rayproj.robustness.threats import Norm
 from rayproj.storage.store import Store
 from tests.robustness.test_job import write
@@ -124,7 +124,13 @@ def test_every_candidate_is_judged_as_it_would_be_alone(folder: str, tmp_path: P
         expected = network(torch.from_numpy(batch["image"])).argmax(1).numpy() == batch["label"]
         assert (right[CLEAN][k] != expected).sum() <= 1  # but for rounding
         assert not (right["linf"][k] & ~right[CLEAN][k]).any() and right["linf"][k].mean() < right[CLEAN][k].mean()
+    members = [of_run(f"{folder}/{name}", Dataset.open(config.test).header).eval() for name in ("l2", "linf")]
+    shares = sum(member(torch.from_numpy(batch["image"])).softmax(1) for member in members)
+    together = ensemble(sets["test"])
+    assert (together[CLEAN] == (shares.argmax(1).numpy() == batch["label"])).all()
+    assert together["linf"].sum() < together[CLEAN].sum() and not (together["linf"] & ~together[CLEAN]).any()
     found = summary(config, sets["test"], {"same": sets["same"]}, 0)
+    assert found["ensemble"]["union"]["value"] == together["linf"].mean()
     assert [one["linf"]["value"] for one in found["soups"]] == pytest.approx(right["linf"].mean(1).tolist())
     union = (right[CLEAN] & right["linf"]).mean(1)
     assert found["soups"][found["best"]["union"]]["union"]["value"] == union.max()
