@@ -1,5 +1,5 @@
-"""Attacks against those of pyautoattack and foolbox at equal robust accuracy, soups at once against one by one, and a
-step of co-training against two passes.
+"""Attacks against those of pyautoattack, foolbox and torchattacks at equal robust accuracy, soups at once against one by
+one, and a step of co-training against two passes.
 
 The attacked network is trained here, adversarially, on the embedded Fashion-MNIST; what each attack leaves standing is
 in its row's name, and must be the same to two points.
@@ -35,6 +35,7 @@ from rayproj.robustness.losses import cross_entropy
 from rayproj.robustness.oracle import OfUnit, Oracle
 from rayproj.robustness.pgd import pgd
 from rayproj.robustness.threats import Norm, Threat
+from rayproj.tracking.progress import say
 
 ROUNDS, THREADS = 3, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,7 +113,37 @@ def measure() -> list[Row]:
              lambda: left(pgd(Oracle(model), x, y, None, threat, 40, 0.25, go_on=False).images),
              lambda: left(by_foolbox(around, x, y, epsilons=EPS)[1]), 1.3),
     ]  # fmt: skip
+    rows += _against_torchattacks(model, x, y, left)
     return [*rows, _soups(images[:512], label[:512]), _co_training(images[:64], label[:64])]
+
+
+def _against_torchattacks(model: nn.Module, x: Tensor, y: Tensor, left: Callable[[Tensor], float]) -> list[Row]:
+    """The same against torchattacks, at the same steps: its own AutoAttack takes a tenth of them. It is no test extra, as it
+    asks for versions that nothing else here goes with: `pip install --no-deps torchattacks`."""
+    try:
+        import torchattacks
+    except ImportError:
+        say("torchattacks is not compared: pip install --no-deps torchattacks")
+        return []
+    threat, ids, steps = Threat(Norm.linf, EPS), torch.arange(len(x), device=DEVICE), AttackConfig().steps
+    told = {"eps": EPS, "steps": steps, "seed": 0}
+    apgd_ce = torchattacks.APGD(model, **told)
+    whole = torchattacks.MultiAttack([
+        apgd_ce, torchattacks.APGDT(model, n_classes=10, **told),
+        torchattacks.FAB(model, multi_targeted=True, n_classes=10, **told),
+        torchattacks.Square(model, eps=EPS, n_queries=AttackConfig().queries, seed=0),
+    ])  # fmt: skip
+    by_pgd = torchattacks.PGD(model, eps=EPS, alpha=EPS / 4, steps=40, random_start=False)
+    return [
+        _row("APGD on the cross-entropy, 100 steps", "torchattacks",
+             lambda: left(apgd(Oracle(model), x, y, _keys(0, ids), threat, cross_entropy, steps).images),
+             lambda: left(apgd_ce(x, y)), 1.3),
+        _row("PGD, 40 steps", "torchattacks",
+             lambda: left(pgd(Oracle(model), x, y, None, threat, 40, 0.25, go_on=False).images),
+             lambda: left(by_pgd(x, y)), 1.3),
+        _row("AutoAttack, standard", "torchattacks", lambda: left(autoattack(model, x, y, ids, threat).images),
+             lambda: left(whole(x, y)), 1.3, rounds=1, warm=0),
+    ]  # fmt: skip
 
 
 def _soups(images: Tensor, label: Tensor) -> Row:
