@@ -31,6 +31,8 @@ def connect() -> None:
         return
     # Ray 2.60 turns token authentication on unless told; an embedded cluster listens to this machine alone.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # On a busy machine Serve's proxy takes longer than five seconds to begin, and is killed for it.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     ray.init(
         address="local",
         num_cpus=max(2, os.cpu_count() or 1),
