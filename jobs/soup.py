@@ -29,8 +29,8 @@ def main(config: Config) -> dict[str, Any]:
         if run.result:
             return run.result
         soup, found = config.soup, {}
-        for name, uri in {"test": soup.test, **soup.shifts}.items():
-            found[name] = Dataset.create(f"{soup.out}/{name}", header_of(soup, uri, config.run.seed))
+        for name in soup.sets:
+            found[name] = Dataset.create(f"{soup.out}/{name}", header_of(soup, name, config.run.seed))
             produce(run, found[name], "rayproj.robustness.mixing:Judge", config.pool, {"out": found[name].uri})
         return run.finish(summary(soup, found.pop("test"), found, config.run.seed))
 

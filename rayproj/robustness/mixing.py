@@ -24,6 +24,7 @@ from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.engine.checkpoint import commits
 from rayproj.errors import UserError
+from rayproj.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from rayproj.evaluation.proportions import sign_test
 from rayproj.robustness.apgd import apgd
 from rayproj.robustness.job import share
@@ -45,9 +46,10 @@ class SoupConfig:
     )  # name -> run dir; one with adapters is two: name:clean, name:adversarial
     test: str = "???"  # images with labels
     out: str = "???"  # where what is found goes: <out>/<set>
-    shifts: dict[str, str] = field(
-        default_factory=dict
-    )  # other images of these classes -> for the choice by few of them
+    # For the choice by few images of a shifted set: other images of these classes, and corruptions of the test images.
+    shifts: dict[str, str] = field(default_factory=dict)
+    corruptions: list[str] = field(default_factory=list)
+    severity: int = 3
     threats: dict[str, ThreatConfig] = field(default_factory=dict)
     parts: int = 10  # weights are multiples of one over so many
     beyond: float = 0.0  # how far weights may leave [0, 1]
@@ -61,7 +63,19 @@ class SoupConfig:
         found = [f"soup.{name} must be positive." for name in names if getattr(self, name) <= 0]
         if not self.members:
             found.append("soup.members is empty.")
+        unknown = sorted(set(self.corruptions) - set(CORRUPTIONS))
+        found += [f"soup.corruptions has '{name}'; there are {', '.join(CORRUPTIONS)}." for name in unknown]
+        if self.severity not in SEVERITIES:
+            found.append(f"soup.severity is one of {SEVERITIES}, not {self.severity}.")
+        if twice := sorted({"test", *self.corruptions} & set(self.shifts)):
+            found.append(f"soup.shifts: another set is called '{twice[0]}'.")
         return found if self.beyond >= 0 else [*found, f"soup.beyond must not be negative, not {self.beyond:g}."]
+
+    @property
+    def sets(self) -> dict[str, tuple[str, str]]:
+        """Name -> images, and what they are corrupted by; the test set first."""
+        found = {name: (uri, "") for name, uri in {"test": self.test, **self.shifts}.items()}
+        return found | {name: (self.test, name) for name in self.corruptions}
 
 
 def members_of(config: SoupConfig, images: Header) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
@@ -102,28 +116,39 @@ def candidates(config: SoupConfig, count: int) -> np.ndarray:
     return found[np.sort(first)]
 
 
-def header_of(config: SoupConfig, uri: str, seed: int) -> Header:
-    """Of what is found on one set of images.
+def header_of(config: SoupConfig, name: str, seed: int) -> Header:
+    """Of what is found on one of the config's sets.
 
     Raises:
         UserError: there are no such images or classifiers.
     """
+    uri, corruption = config.sets[name]
     dataset = Dataset.open(uri)
     images = dataset.header
     if "label" not in images.fields or dataset.without_label:
         raise UserError(f"{dataset.uri} has images without a label, which soups cannot be judged by; leave them out.")
     _, states = members_of(config, images)
     weights = candidates(config, len(states))
-    threats = [CLEAN, *(config.threats if uri == config.test else ())]
+    threats = [CLEAN, *(config.threats if name == "test" else ())]
     done = {run: commits(Store(run))[-1].step for run in config.members.values()}
-    values = {k: v for k, v in configuration.to_dict(config).items() if k not in ("shifts", "out", "shots")}
-    said = {"soup": values, "images": Store(uri).uri, "seed": seed, "commits": done, "threats": threats}
+    values = {
+        k: v for k, v in configuration.to_dict(config).items() if k not in ("shifts", "corruptions", "out", "shots")
+    }
+    said = {
+        "soup": values,
+        "images": Store(uri).uri,
+        "corruption": corruption,
+        "seed": seed,
+        "commits": done,
+        "threats": threats,
+    }
     fields = {"label": Field("int")}
     for name in threats:
         fields |= {name: Field("str"), f"{ENSEMBLE}_{name}": Field("int")}
     count = min(config.examples, images.num_samples)
-    provenance = {**said, "members": list(states), "weights": weights.tolist()}
-    return Header(f"soups on {images.name}", fields, count, config.shard_size, images.classes, provenance=provenance)
+    provenance = {**said, "threats": threats, "members": list(states), "weights": weights.tolist()}
+    title = f"soups on {corruption and corruption + ' of '}{images.name}"
+    return Header(title, fields, count, config.shard_size, images.classes, provenance=provenance)
 
 
 class Judge:
@@ -140,12 +165,17 @@ class Judge:
         self.stack, self.count = Stack(network.to(device), there, weights), len(weights)
         self.members = Stack(network, there, np.eye(len(there)))
         self.threats = [name for name in said["threats"] if name != CLEAN]
+        self.corruption = str(said["corruption"])
         self.reader = Reader(images, ["image", "label"])
 
     def make(self, shard: int) -> list[dict[str, Any]]:
         ids = np.array(self.dataset.header.shard_range(shard))
         batch = self.reader.gather(ids)
-        x = torch.from_numpy(batch["image"]).to(self.device).float() / 255
+        images = torch.from_numpy(batch["image"])
+        if self.corruption:
+            row = torch.from_numpy(np.stack([ids, np.zeros_like(ids), np.full_like(ids, 81)], 1))
+            images = corrupted(images, row, self.corruption, self.config.severity, self.seed)
+        x = images.to(self.device).float() / 255
         label, number = (torch.from_numpy(v).to(self.device) for v in (batch["label"], ids))
         logits, together = self.stack(255 * x), self._together(255 * x)
         right = {CLEAN: logits.argmax(2) == label}
@@ -295,4 +325,10 @@ def _few_shot(shots: list[int], dataset: Dataset, alone: list[int], seed: int) -
         _, values = few_shot(right, some, 50, rng)
         reached[str(some)] = {"mean": float(values.mean()), "std": float(values.std())}
     means = right.mean(1)
-    return {"chosen": reached, "best_member": float(means[alone].max()), "best_soup": float(means.max())}
+    together = float(ensemble(dataset)[CLEAN].mean())
+    return {
+        "chosen": reached,
+        "best_member": float(means[alone].max()),
+        "best_soup": float(means.max()),
+        ENSEMBLE: together,
+    }

@@ -15,6 +15,7 @@ from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.errors import UserError
+from rayproj.evaluation.corruptions import corrupted
 from rayproj.robustness.mixing import CLEAN, Judge, SoupConfig, candidates, ensemble, header_of, matrix, summary
 from rayproj.robustness.threats import Norm
 from rayproj.storage.store import Store
@@ -79,7 +80,7 @@ def test_candidates_in_one_batch_hold_what_each_holds_by_itself(folder: str) -> 
     threat = ThreatConfig(Norm.linf, 0.1)
     config = SoupConfig({"linf": f"{folder}/linf", "l2": f"{folder}/l2"}, f"{folder}/test", f"{folder}/batched",
                         threats={"linf": threat}, parts=2, steps=4, examples=20)  # fmt: skip
-    dataset = Dataset.create(config.out, header_of(config, config.test, 0))
+    dataset = Dataset.create(config.out, header_of(config, "test", 0))
     judge = Judge({"out": dataset.uri}, "cpu")
     assert not judge.stack.at_once
     batch = judge.reader.gather(np.arange(20))
@@ -105,12 +106,13 @@ def test_a_run_with_adapters_is_merged_into_one_network(folder: str) -> None:
 def test_every_candidate_is_judged_as_it_would_be_alone(folder: str, tmp_path: Path) -> None:
     config = SoupConfig(
         members={"linf": f"{folder}/linf", "l2": f"{folder}/l2"}, test=f"{folder}/test", out=str(tmp_path),
-        shifts={"same": f"{folder}/test"}, threats={"linf": ThreatConfig(Norm.linf, 0.08)}, parts=4, steps=5,
+        shifts={"same": f"{folder}/train"}, corruptions=["gaussian_noise"], severity=5,
+        threats={"linf": ThreatConfig(Norm.linf, 0.08)}, parts=4, steps=5,
         shots=[10, 20], examples=40, shard_size=16,
     )  # fmt: skip
     sets = {}
-    for name, uri in {"test": config.test, "same": f"{folder}/train"}.items():
-        sets[name] = Dataset.create(f"{tmp_path}/{name}", header_of(config, uri, 0))
+    for name in ("test", "same", "gaussian_noise"):
+        sets[name] = Dataset.create(f"{tmp_path}/{name}", header_of(config, name, 0))
         judge = Judge({"out": sets[name].uri}, "cpu")
         for shard in range(sets[name].header.num_shards):
             commit_shard(sets[name], shard, judge.make(shard), "test", 0.0)
@@ -129,7 +131,14 @@ def test_every_candidate_is_judged_as_it_would_be_alone(folder: str, tmp_path: P
     together = ensemble(sets["test"])
     assert (together[CLEAN] == (shares.argmax(1).numpy() == batch["label"])).all()
     assert together["linf"].sum() < together[CLEAN].sum() and not (together["linf"] & ~together[CLEAN]).any()
-    found = summary(config, sets["test"], {"same": sets["same"]}, 0)
+    noisy = matrix(sets["gaussian_noise"])
+    assert noisy.keys() == {CLEAN} and (noisy[CLEAN] != right[CLEAN]).any()
+    row = torch.stack([torch.arange(40), torch.zeros(40).long(), torch.full((40,), 81)], 1)
+    images = corrupted(torch.from_numpy(batch["image"]), row, "gaussian_noise", 5)
+    expected = members[0](images).argmax(1).numpy() == batch["label"]
+    assert (noisy[CLEAN][given.tolist().index([1.0, 0.0])] == expected).all()
+    found = summary(config, sets["test"], {name: sets[name] for name in ("same", "gaussian_noise")}, 0)
+    assert found["few_shot"]["gaussian_noise"]["best_member"] == noisy[CLEAN][:2].mean(1).max()
     assert found["ensemble"]["union"]["value"] == together["linf"].mean()
     assert [one["linf"]["value"] for one in found["soups"]] == pytest.approx(right["linf"].mean(1).tolist())
     union = (right[CLEAN] & right["linf"]).mean(1)
@@ -161,7 +170,7 @@ def test_a_start_that_cannot_be(folder: str) -> None:
     assert StartConfig("a", {"b": 1.0}).problems() and StartConfig(soup={"a": 0.5, "b": 0.6}).problems()
     assert StartConfig(mix=[1.0, 0.0]).problems() and not StartConfig("a", mix=[1.0, 0.0]).problems()
     config = SoupConfig(members={"a": f"{folder}/base", "b": f"{folder}/both"}, test=f"{folder}/test")
-    assert len(candidates(config, 3)) > 60 and header_of(config, config.test, 0).provenance["members"] == [
+    assert len(candidates(config, 3)) > 60 and header_of(config, "test", 0).provenance["members"] == [
         "a",
         "b:clean",
         "b:adversarial",
