@@ -97,7 +97,8 @@ def test_killed_in_the_middle_it_attacks_the_rest_and_ends_the_same(folder: Path
 def test_soups_of_members_and_of_the_branches_of_one(folder: Path) -> None:
     given = [
         f"soup.members={{linf: {folder}/linf, l2: {folder}/l2}}", f"soup.test={folder}/test", f"soup.out={folder}/soups",
-        f"soup.shifts={{train: {folder}/train}}", "soup.corruptions=[contrast]", "soup.threats={linf: {norm: linf, eps: 0.08}}", "soup.parts=4",
+        f"soup.shifts={{train: {folder}/train}}", "soup.corruptions=[contrast]",
+        "soup.threats={linf: {norm: linf, eps: 0.08}}", "soup.parts=4",
         "soup.steps=5", "soup.examples=40", "soup.shots=[10]", f"run.dir={folder}/soup",
     ]  # fmt: skip
     done = job("soup", "configs/soup.yaml", *given, *QUICK)
