@@ -131,22 +131,21 @@ def header_of(config: SoupConfig, name: str, seed: int) -> Header:
     weights = candidates(config, len(states))
     threats = [CLEAN, *(config.threats if name == "test" else ())]
     done = {run: commits(Store(run))[-1].step for run in config.members.values()}
-    values = {
-        k: v for k, v in configuration.to_dict(config).items() if k not in ("shifts", "corruptions", "out", "shots")
-    }
-    said = {
-        "soup": values,
+    apart = ("shifts", "corruptions", "out", "shots")  # which the results of this set do not depend on
+    fields = {"label": Field("int")}
+    for threat in threats:
+        fields |= {threat: Field("str"), f"{ENSEMBLE}_{threat}": Field("int")}
+    count = min(config.examples, images.num_samples)
+    provenance = {
+        "soup": {k: v for k, v in configuration.to_dict(config).items() if k not in apart},
         "images": Store(uri).uri,
         "corruption": corruption,
         "seed": seed,
         "commits": done,
         "threats": threats,
+        "members": list(states),
+        "weights": weights.tolist(),
     }
-    fields = {"label": Field("int")}
-    for name in threats:
-        fields |= {name: Field("str"), f"{ENSEMBLE}_{name}": Field("int")}
-    count = min(config.examples, images.num_samples)
-    provenance = {**said, "threats": threats, "members": list(states), "weights": weights.tolist()}
     title = f"soups on {corruption and corruption + ' of '}{images.name}"
     return Header(title, fields, count, config.shard_size, images.classes, provenance=provenance)
 
