@@ -11,10 +11,9 @@ from typing import Any
 from rayproj.data.dataset import Dataset
 from rayproj.discovery.captions import CaptionConfig, EmbedderConfig, index_header
 from rayproj.evaluation.features import EfficientNetLite0Features
-from rayproj.evaluation.watermark import read_key
 from rayproj.export.card import last_part
 from rayproj.export.records import card
-from rayproj.judging.judge import judge
+from rayproj.judging.judge import check, judge
 from rayproj.judging.scoring import JudgeConfig, header_of
 from rayproj.report import judged
 from rayproj.runtime.command import command
@@ -36,7 +35,9 @@ def main(config: Config) -> dict[str, Any]:
     with Run.open("judge", config) as run:
         if run.result:
             return run.result
-        _check(config.judge)
+        check(config.judge)
+        for uri in config.judge.cards:
+            card(uri)  # what cannot be written is said now, not after the work
         index = _index(run, config)
         for name in config.judge.sets():
             scores = Dataset.create(f"{config.judge.out}/scores/{name}", header_of(config.judge, name, index))
@@ -48,22 +49,11 @@ def main(config: Config) -> dict[str, Any]:
         cards = {last_part(uri): card(uri, judged=(config.judge, found)) for uri in config.judge.cards}
         for name, text in cards.items():
             store.write(f"cards/{name}.md", text.encode())
-        store.write("judged.html", judged.page(found, judged.samples(config.judge), cards).encode())
+        page = judged.page(found, judged.samples(config.judge), cards, judged.pairs(config.judge))
+        store.write("judged.html", page.encode())
         if folder := store.local_path():
             run.tracker.event({"type": "file", "name": "judged", "path": str(folder / "judged.html")})
         return run.finish({"html": f"{store.uri}/judged.html", **found})
-
-
-def _check(config: JudgeConfig) -> None:
-    """Say what is wrong with the key and the cards before the work is done, not after.
-
-    Raises:
-        UserError: there is no such key, or nothing that a card can be written of.
-    """
-    if config.watermark_key:
-        read_key(config.watermark_key)
-    for uri in config.cards:
-        card(uri)
 
 
 def _index(run: Run, config: Config) -> str:

@@ -205,6 +205,7 @@ def _add_responsibility(commands: Any) -> None:
     load.add_argument("--users", type=int, default=4, metavar="N", help="(default: %(default)d)")
     load.add_argument("--seconds", type=float, default=10.0, metavar="S", help="(default: %(default)g)")
     load.add_argument("--prompt", default="", metavar="TEXT", help="of every request")
+    load.add_argument("--to", default="", metavar="FILE", help="keep it as JSON, as for judge.playground.loads")
 
 
 def _responsibility(arguments: argparse.Namespace) -> int:
@@ -217,7 +218,9 @@ def _responsibility(arguments: argparse.Namespace) -> int:
         from rayproj.responsibility.load import measure
 
         body = {"prompt": arguments.prompt} if arguments.prompt else {}
-        print(measure(arguments.url, arguments.users, arguments.seconds, body))
+        print(load := measure(arguments.url, arguments.users, arguments.seconds, body))
+        if arguments.to:
+            load.write(arguments.to)
         return 0
     from rayproj.responsibility import provenance
 

@@ -245,7 +245,17 @@ class OfJudge(Evaluation):
             for what in ("images", "prompts")
         ]  # fmt: skip
         lines += table(["attempt at extraction", "of", "copies", "tried", "95 % interval of the share"], copied)
-        return lines + _marks(result, self.names)
+        return lines + self._preferred() + _marks(result, self.names)
+
+    def _preferred(self) -> list[str]:
+        """What the people of a study preferred."""
+        people = self.result.get("people") or {"results": []}
+        rows = [
+            (of["question"], of["set"], name, row["elo"], f"{row['low']:.4g} to {row['high']:.4g}")
+            for of in people["results"] if of["question"] != "count"
+            for name, row in (of["models"] or {}).items() if name in self.names
+        ]  # fmt: skip
+        return table(["asked people", "prompts", "set", "Elo, 1000 in the mean of all models", "99 % interval"], rows)
 
     def caveats(self) -> list[str]:
         lines = []

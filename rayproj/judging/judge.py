@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from itertools import combinations
 from typing import Any
 
-import fsspec
 import numpy as np
-from pyarrow import parquet
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
 from rayproj.evaluation.quality import quality
 from rayproj.evaluation.watermark import MARKED, read_key, survivals
-from rayproj.judging import extraction, outputs, paired
+from rayproj.judging import extraction, outputs, paired, people, records
 from rayproj.judging.prompts import categories
 from rayproj.judging.redteam import red_team
 from rayproj.judging.scoring import FEATURE, SECOND, JudgeConfig, Scores
 from rayproj.responsibility.policy import PromptPolicy
+from rayproj.responsibility.provenance import read_anchors
 
 
 def judge(config: JudgeConfig) -> dict[str, Any]:
-    """Alignment by measure, model and category; the models compared; the measures against people; quality over each
-    extractor; perceived attributes; attempts at extraction; what the watermark survives.
+    """Alignment by measure, model and category; the models compared; what people prefer, and the measures against them;
+    quality over each extractor; perceived attributes; attempts at extraction; what the policy and the safety filter did;
+    whose provenance verifies; what the watermark survives; the playground under load.
 
     Raises:
-        UserError: the models were not given the same prompts, or the human orders cannot be read.
+        UserError: the models were not given the same prompts, or what others recorded cannot be read.
     """
     scores = {name: Scores.read(f"{config.out}/scores/{name}") for name in config.sets()}
     models = {name: scores[name] for name in config.models}
@@ -36,7 +34,8 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
     named = list(next(iter(models.values())).measures)
     table = {m: {name: _of_prompts(found, m, prompts) for name, found in models.items()} for m in named}
     orders = {m: paired.orders(of) for m, of in table.items()}
-    people = _people(config, list(models)) if config.human else {}
+    study, human = people.asked(config)
+    drawn = {**config.models, **config.attempts}
     category = dict(zip(map(str, models[next(iter(models))].columns["prompt"]),
                         map(str, models[next(iter(models))].columns["category"]), strict=True))  # fmt: skip
     return {
@@ -51,16 +50,36 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
             m: [{"first": a, "second": b, **paired.compared(of[a], of[b])} for a, b in combinations(of, 2)]
             for m, of in table.items()
         },
-        "agreement": paired.agreement(orders, people) if people else None,
+        "people": study,
+        "agreement": paired.agreement(orders, human) if human else None,
         "quality": _quality(config, scores) if config.reference else {},
         "attributes": {
             attribute: {name: _outputs(config, found, attribute) for name, found in models.items()}
             for attribute in config.attributes
         },
+        "policy": {name: found for name, uri in drawn.items() if (found := records.decided(uri))},
+        "safety": {name: found for name, uri in drawn.items() if (found := records.filtered(uri))},
+        "provenance": records.verified(drawn, config.signed, config.trust),
         "red_team": _red_team(config, scores) if config.adversarial else None,
         "extraction": {name: _attempts(config, scores[name]) for name in config.attempts},
         "watermark": _watermark(config) if config.watermark_key else None,
+        "playground": records.served(config.playground),
     }
+
+
+def check(config: JudgeConfig) -> None:
+    """Read what others recorded, so that what is wrong with it is said before the work is done and not after.
+
+    Raises:
+        UserError: the key, ratings, certificates, signed images or the playground's records are not there or are none.
+    """
+    if config.watermark_key:
+        read_key(config.watermark_key)
+    people.asked(config)
+    read_anchors(config.trust)
+    if config.signed:
+        records.images_of(config.signed)
+    records.served(config.playground)
 
 
 def _same_prompts(models: dict[str, Scores]) -> list[str]:
@@ -86,43 +105,6 @@ def _alignment(scores: dict[str, np.ndarray], category: list[str]) -> dict[str, 
     places = {"all": np.ones(len(of), bool), **{name: of == name for name in sorted({*of} - {""})}}
     told = [name for name, at in places.items() if any(np.isfinite(v[at]).any() for v in scores.values())] or ["all"]
     return {model: {name: paired.mean_interval(v[places[name]]) for name in told} for model, v in scores.items()}
-
-
-def _people(config: JudgeConfig, models: list[str]) -> dict[tuple[str, str], int]:
-    """The order of each pair, as it stands in `models`."""
-    try:
-        won = _ratings(config) if config.human.endswith(".parquet") else _counts(config.human)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"judge.human='{config.human}' is neither what 'rayproj study export' writes nor lines of {{\"first\", "
-            f'"second", "wins", "losses"}} ({str(error).splitlines()[0]}).'
-        ) from error
-    found = {}
-    for (a, b), (wins, losses) in won.items():
-        if {a, b} <= {*models}:
-            order = paired.human_order(wins, losses)
-            forward = models.index(a) < models.index(b)
-            found[(a, b) if forward else (b, a)] = order if forward else -order
-    if not found:
-        raise UserError(f"judge.human='{config.human}' has no rating of two of these models: {', '.join(models)}.")
-    return found
-
-
-def _ratings(config: JudgeConfig) -> dict[tuple[str, str], list[int]]:
-    """By pair, how often the first won and lost, in the ratings of one question that count."""
-    with fsspec.open(config.human, "rb") as file:
-        rows = parquet.read_table(file, columns=["question", "first", "second", "score", "counts"]).to_pylist()
-    found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    for row in rows:
-        if row["counts"] and row["question"] == config.question and row["score"] != 0.5:
-            found[row["first"], row["second"]][0 if row["score"] == 1 else 1] += 1
-    return found
-
-
-def _counts(file: str) -> dict[tuple[str, str], list[int]]:
-    with fsspec.open(file, "rt", encoding="utf-8") as opened:
-        rows = [json.loads(line) for line in opened if line.strip()]
-    return {(row["first"], row["second"]): [int(row["wins"]), int(row["losses"])] for row in rows}
 
 
 def _quality(config: JudgeConfig, scores: dict[str, Scores]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from rayproj.evaluation.watermark import REAL
 from rayproj.judging.alignment import AlignmentConfig, measures
 from rayproj.judging.extraction import adaptive_distance
 from rayproj.judging.prompts import categories
+from rayproj.judging.records import ServedConfig
 from rayproj.responsibility.policy import PolicyConfig
 from rayproj.storage.store import Store
 
@@ -32,7 +33,7 @@ PIXELS = 32  # side at which pixels are compared
 # Options that no score depends on.
 ELSEWHERE = {
     "models", "attempts", "reference", "out", "batch", "human", "question", "adversarial", "policy", "cards",
-    "watermark_key",
+    "watermark_key", "playground", "trust", "signed", "pairs",
 }  # fmt: skip
 
 
@@ -56,8 +57,8 @@ class JudgeConfig:
     extractor: str = ""
     attributes: dict[str, ExaminedConfig] = field(default_factory=dict)  # perceived attribute -> the classifier of it
     people: str = "people"  # the category whose images these are looked for in; "": all
-    # How people ordered the models: the .parquet file of `rayproj study export`, or JSON lines {"first", "second", "wins",
-    # "losses"}; and by which of the study's questions.
+    # What people prefer: the run dir of jobs/serve_study.py or the .parquet file of `rayproj study export`, whose results go
+    # into the report, or JSON lines {"first", "second", "wins", "losses"}; and by which of its questions models are ordered.
     human: str = ""
     question: str = "alignment"
     # Adversarial prompts with their kinds, a .csv file with the columns prompt and category: how many of them the
@@ -66,12 +67,20 @@ class JudgeConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     # File with the secret of the models' watermark: what it survives, against the images of `reference`.
     watermark_key: str = ""
+    trust: str = ""  # PEM file of those whose signatures on datasets and images are trusted
+    signed: str = (
+        ""  # folder of images with a C2PA manifest or sidecar, such as the playground's answers: how many verify
+    )
+    playground: ServedConfig = field(default_factory=ServedConfig)
+    pairs: int = 6  # images of each set that are shown beside their nearest in `learned_from`; none of a private model
     cards: list[str] = field(default_factory=list)  # runs of models, and datasets, whose cards go beside the report
     batch: int = 64
 
     def problems(self) -> list[str]:
         found = [] if self.models else ["judge.models must name the dataset of a model."]
         found += [f"judge.{n} must be positive." for n in ("samples", "batch") if getattr(self, n) < 1]
+        if self.pairs < 0:
+            found.append("judge.pairs must not be negative.")
         if both := sorted({*self.models} & {*self.attempts, "reference"}):
             found.append(f"judge.models: '{both[0]}' is the name of other images too; choose another.")
         if self.attempts and not self.learned_from:

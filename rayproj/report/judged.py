@@ -14,6 +14,7 @@ from rayproj.data.reader import Reader
 from rayproj.judging.scoring import JudgeConfig
 from rayproj.report.figures import svg, watermark
 from rayproj.report.pages import data_uri, rendered
+from rayproj.report.preferences import TITLES, picture
 
 SHOWN = 12  # prompts with pictures
 
@@ -33,14 +34,16 @@ def page(
     found: dict[str, Any],
     pictures: dict[str, dict[str, str]] | None = None,
     cards: dict[str, str] | None = None,
+    near: dict[str, list[dict[str, Any]]] | None = None,
 ) -> str:
     """HTML that needs no other file.
 
     Args:
         pictures: of `samples`.
         cards: of models and datasets, by their name.
+        near: of `pairs`.
     """
-    marks = found["watermark"]
+    marks, people = found["watermark"], found["people"]
     return rendered(
         "judged.html",
         {"number": _number, "percent": _percent, "p": _p},
@@ -50,6 +53,9 @@ def page(
         marks=marks,
         picture=data_uri(svg(watermark(marks["sets"])), "svg+xml") if marks and len(marks["sets"]) > 1 else "",
         cards=cards or {},
+        near=near or {},
+        questions=TITLES,
+        preferred=picture(people) if people else "",
         homogeneity=data_uri(svg(homogeneity(found)), "svg+xml") if found["attributes"] else "",
     )
 
@@ -64,7 +70,27 @@ def samples(config: JudgeConfig, count: int = SHOWN) -> dict[str, dict[str, str]
         chosen = np.unique(np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int))
         images = reader.gather(first[chosen])["image"]
         for prompt, image in zip(prompts[chosen], images, strict=True):
-            found.setdefault(str(prompt), {})[name] = data_uri(ENCODINGS["png"].encode(image), "png")
+            found.setdefault(str(prompt), {})[name] = _png(image)
+    return found
+
+
+def pairs(config: JudgeConfig) -> dict[str, list[dict[str, Any]]]:
+    """Set -> those of its images that are nearest to a training image, the nearest first: {prompt, ratio, drawn, nearest},
+    both images as addresses. Sets of a model that saw private data are left out: the report would show these."""
+    if not config.learned_from or not config.pairs:
+        return {}
+    known, found = Reader(Dataset.open(config.learned_from), ["image"]), {}
+    for name, uri in {**config.models, **config.attempts}.items():
+        dataset, scores = Dataset.open(uri), Dataset.open(f"{config.out}/scores/{name}")
+        if dataset.header.provenance.get("private"):
+            continue
+        of = Reader(scores, ["prompt", "nearest", "nearest_ratio"]).gather(np.arange(scores.header.num_samples))
+        first = np.argsort(of["nearest_ratio"], kind="stable")[: config.pairs]
+        images = Reader(dataset, ["image"]).gather(first)["image"], known.gather(of["nearest"][first])["image"]
+        found[name] = [
+            {"prompt": str(prompt), "ratio": float(ratio), "drawn": _png(own), "nearest": _png(its)}
+            for prompt, ratio, own, its in zip(of["prompt"][first], of["nearest_ratio"][first], *images, strict=True)
+        ]
     return found
 
 
@@ -86,6 +112,11 @@ def homogeneity(found: dict[str, Any]) -> Figure:
     axes[0].set_ylabel("prompts with one kind alone")
     axes[0].legend(frameon=False)
     return figure
+
+
+def _png(image: np.ndarray) -> str:
+    """A uint8 image [C, H, W] as an address."""
+    return data_uri(ENCODINGS["png"].encode(image), "png")
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -45,14 +45,19 @@ def intervals(found: dict[str, Any]) -> Figure:
     return figure
 
 
+def picture(found: dict[str, Any]) -> str:
+    """`intervals` as an address; "" where no models can be ranked."""
+    ranked = any(result["models"] for result in found["results"])
+    return data_uri(figures.svg(intervals(found)), "svg+xml") if ranked else ""
+
+
 def page(found: dict[str, Any]) -> str:
     """HTML that needs no other file.
 
     Args:
         found: of `rayproj.preferences.results.summary`.
     """
-    picture = data_uri(figures.svg(intervals(found)), "svg+xml") if any(r["models"] for r in found["results"]) else ""
-    return rendered("preferences.html", found=found, titles=TITLES, picture=picture)
+    return rendered("preferences.html", found=found, questions=TITLES, preferred=picture(found))
 
 
 def write(runs: Sequence[str], out: str, replicates: int = 1000) -> dict[str, Any]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import fsspec
 import numpy as np
 
 from rayproj.errors import UserError
+from rayproj.storage.store import to_json
 
 PERCENTILES = (50, 95, 99)
 ANSWER_SECONDS = 120.0  # after which a request counts as failed
@@ -28,6 +32,7 @@ class Load:
         latencies: seconds of each request that was answered with images.
         images: that came.
         answers: requests by what was answered: a status of HTTP, or the kind of an error.
+        model_commit: of the model that drew; "" if the playground does not say.
     """
 
     users: int
@@ -35,6 +40,34 @@ class Load:
     latencies: list[float] = field(default_factory=list)
     images: int = 0
     answers: Counter[str] = field(default_factory=Counter)
+    model_commit: str = ""
+
+    @classmethod
+    def read(cls, file: str) -> Load:
+        """What `write` wrote.
+
+        Raises:
+            UserError: there is no such file, or it is none of these.
+        """
+        try:
+            with fsspec.open(file, "rt", encoding="utf-8") as opened:
+                values = json.load(opened)
+            return cls(**{**values, "answers": Counter(values["answers"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"'{file}' is no file of 'rayproj playground load URL --to FILE' ({str(error).splitlines()[0]}); write one."
+            ) from error
+
+    def write(self, file: str) -> None:
+        """Keep it, over what is there.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        try:
+            Path(file).write_bytes(to_json(vars(self)))
+        except OSError as error:
+            raise UserError(f"'{file}' cannot be written ({error}); give --to another place.") from error
 
     @property
     def images_per_second(self) -> float:
@@ -45,6 +78,12 @@ class Load:
         if not self.latencies:
             return float("nan")
         return float(np.percentile(self.latencies, percent, method="inverted_cdf"))
+
+    def described(self) -> dict[str, Any]:
+        """For a report: without the single latencies, but with their percentiles, None if nothing was answered."""
+        kept = {name: value for name, value in vars(self).items() if name != "latencies"}
+        latency = {f"p{p}": self.percentile(p) if self.latencies else None for p in PERCENTILES}
+        return {**kept, "images_per_second": self.images_per_second, "latency": latency}
 
     def __str__(self) -> str:
         spans = ", ".join(f"p{p} {self.percentile(p):.3f} s" for p in PERCENTILES)
@@ -86,6 +125,7 @@ async def _measure(url: str, users: int, seconds: float, body: dict[str, Any], r
         try:
             async with session.get(f"{url}/health") as answer:
                 answer.raise_for_status()
+                load.model_commit = (await answer.json()).get("model_commit", "")
         except (aiohttp.ClientError, TimeoutError) as error:
             raise UserError(
                 f"No playground answers at {url} ({error}); start jobs/serve_playground.py first."

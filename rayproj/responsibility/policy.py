@@ -253,10 +253,16 @@ class PromptPolicy:
         return Decision(Action.rewrite, names, reasons, prompt, text)
 
     def described(self, decisions: Iterable[Decision]) -> dict[str, Any]:
-        """For the header of a dataset: by which rules, and how many prompts each blocked or rewrote; no prompt itself."""
-        told = (d.action.value if d.action is Action.allow else f"{d.action.value} {d.rule}" for d in decisions)
-        counts = Counter(told)
-        return {"rules": self.digest, "rewrite": self.config.rewrite, "decisions": dict(sorted(counts.items()))}
+        """For the header of a dataset: by which rules, how many prompts each blocked or rewrote, and why; no prompt."""
+        counts, reasons = Counter[str](), dict[str, str]()
+        for decision in decisions:
+            told = decision.action.value
+            if decision.action is not Action.allow:
+                told += f" {decision.rule}"
+                reasons[told] = decision.reason
+            counts[told] += 1
+        found = {"rules": self.digest, "rewrite": self.config.rewrite, "decisions": dict(sorted(counts.items()))}
+        return {**found, **({"reasons": dict(sorted(reasons.items()))} if reasons else {})}
 
 
 def _replaced(text: str, spans: list[tuple[int, int]], instead: str | None) -> str:

@@ -218,10 +218,7 @@ def check(path: str, trust: str = "") -> Verdict:
     Raises:
         UserError: there is no such file, or the trusted ones cannot be read.
     """
-    try:
-        anchors = Path(trust).read_bytes() if trust else b""
-    except OSError as error:
-        raise UserError(f"--trust={trust} cannot be read ({error}); give a PEM file.") from error
+    anchors = read_anchors(trust)
     if Store(path).exists("dataset.json"):
         return _check_dataset(path, anchors)
     try:
@@ -232,6 +229,18 @@ def check(path: str, trust: str = "") -> Verdict:
     if beside.exists():
         return check_sidecar(path, beside.read_bytes(), sha256_hex(data), anchors)
     return check_manifest(path, data, anchors)
+
+
+def read_anchors(trust: str) -> bytes:
+    """The certificates or public keys of those who are trusted; b"" of "".
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return Path(trust).read_bytes() if trust else b""
+    except OSError as error:
+        raise UserError(f"'{trust}', whom to trust, cannot be read ({error}); give a PEM file.") from error
 
 
 def _check_dataset(uri: str, anchors: bytes) -> Verdict:

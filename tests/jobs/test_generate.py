@@ -10,6 +10,7 @@ from rayproj import cli
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset
 from rayproj.errors import UserError
+from rayproj.judging import records
 from rayproj.responsibility import provenance
 from tests.support.commands import ROOT, job
 from tests.support.ranks import run_ranks
@@ -46,6 +47,10 @@ def test_prompts_are_judged_with_a_record_and_the_dataset_is_signed(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["policy"]["decisions"] == counts
     header = Dataset.open(str(out)).header
     assert dict(header.provenance["axes"])["prompt"] == ["a red square", "a disc for"]
+    decided, reasons = records.decided(str(out)), {d["rule"]: d["reason"] for d in decisions if d["rule"]}
+    assert decided is not None and [decided[action] for action in ("allow", "rewrite", "block")] == [1, 1, 1]
+    assert {rule["rule"]: rule["reason"] for rule in decided["rules"]} == reasons
+    assert records.filtered(str(out)) is None, "there was no rule for images"
     assert cli.main(["provenance", "check", str(out), "--trust", str(keys[2])]) == 0
     assert "sound signed sidecar" in capsys.readouterr().out
     shard = next((out / "shards").iterdir())

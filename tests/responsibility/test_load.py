@@ -3,10 +3,12 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
+from rayproj import cli
 from rayproj.errors import UserError
 from rayproj.responsibility.load import Load, measure
 
@@ -31,7 +33,7 @@ def server() -> Iterator[str]:
             return web.json_response({"images": [{"png": "x"}, {"png": None}]})
 
         async def health(request: web.Request) -> web.Response:
-            return web.json_response({"status": "ok"})
+            return web.json_response({"status": "ok", "model_commit": "c0ffee"})
 
         app = web.Application()
         app.add_routes([web.post("/images", images), web.get("/health", health)])
@@ -65,6 +67,26 @@ def test_latencies_and_throughput_of_a_known_server(server: str) -> None:
 def test_percentiles_are_of_what_was_measured() -> None:
     load = Load(1, 10.0, [float(i) for i in range(1, 101)], 100)
     assert [load.percentile(p) for p in (50, 95, 99)] == [50, 95, 99] and load.images_per_second == 10
+    said = load.described()
+    assert said["latency"] == {"p50": 50, "p95": 95, "p99": 99} and said["images_per_second"] == 10
+    assert "latencies" not in said and Load(1).described()["latency"] == {"p50": None, "p95": None, "p99": None}
+
+
+def test_what_was_measured_is_kept_in_a_file(server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "load.json"
+    assert cli.main(["playground", "load", server, "--users", "2", "--seconds", "0.2", "--to", str(file)]) == 0
+    kept = Load.read(str(file))
+    assert (
+        kept.users == 2 and kept.model_commit == "c0ffee" and kept.images == kept.answers["200"] == len(kept.latencies)
+    )
+    assert str(kept) == capsys.readouterr().out.strip(), "what is read is what was said"
+    with pytest.raises(UserError, match="cannot be written"):
+        kept.write(f"{tmp_path}/none/load.json")
+    for name, text in {"missing": None, "broken": "{", "other": '{"answers": {}, "a": 1}', "list": "[1]"}.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="is no file of 'rayproj playground load"):
+            Load.read(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,10 @@ def test_rewriting_is_off_unless_it_is_asked_for_and_says_what_it_did(tmp_path: 
     assert on.decide(decision.prompt).action is Action.allow, "what was rewritten stays so"
     counts = on.described([on.decide(p) for p in ("a hat", "a red hat", "x1", "another")])
     assert counts["decisions"] == {"allow": 2, "block codes": 1, "rewrite colours": 1}
+    assert counts["reasons"] == {
+        "block codes": on.decide("x1").reason, "rewrite colours": on.decide("a red hat").reason,
+    }  # fmt: skip
+    assert "reasons" not in on.described([on.decide("a hat")]), "where all is allowed there is nothing to say"
 
 
 def test_rules_in_order_and_words_that_need_another(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,14 @@ def made(tmp_path: Path, seed: int = 0, **changes: object) -> Plan:
     return plan(config, {name: name * 8 for name in config.models}, seed)
 
 
-def rated(of: Plan, task: Task, rng: np.random.Generator) -> str | int:
-    """As a Bradley–Terry rater who is indifferent now and then; a counts 9 of 10 images right, c 5."""
+def rated(task: Task, rng: np.random.Generator, strengths: Mapping[str, float] = STRENGTHS) -> str | int:
+    """As a Bradley–Terry rater who is indifferent now and then; of a 9 of 10 images are counted right, of c 5."""
     if task.question is Question.count:
-        right = rng.uniform() < {"a": 0.9, "b": 0.7, "c": 0.5}[task.models[0]]
+        right = rng.uniform() < 0.7 + strengths[task.models[0]] / 4
         return (task.prompt.number or 0) + (not right)
     if rng.uniform() < 0.1:
         return "indifferent"
-    left, right = (STRENGTHS[name] for name in task.models)
+    left, right = (strengths[name] for name in task.models)
     return "left" if rng.uniform() < 1 / (1 + np.exp(right - left)) else "right"
 
 
@@ -50,17 +51,16 @@ def keep(store: Store, rating: Rating) -> None:
     path.write_bytes(to_json(asdict(rating)))
 
 
-def simulate(folder: Path, raters: int = 24, seed: int = 0, **changes: Any) -> tuple[Plan, Store]:
+def simulate(
+    folder: Path, raters: int = 24, seed: int = 0, strengths: Mapping[str, float] = STRENGTHS, **changes: Any
+) -> tuple[Plan, Store]:
     """A study whose slots were dealt out to raters; one more is inattentive and wrong."""
-    of, store, rng = (
-        made(folder, **{"ratings": 150, "per_rater": 150, **changes}),  # a rater has 75 or so
-        Store(f"{folder}/run{seed}"),
-        np.random.default_rng(seed),
-    )
+    given = {"models": {name: name for name in strengths}, "ratings": 150, "per_rater": 150}  # a rater has 75 or so
+    of, store, rng = made(folder, **{**given, **changes}), Store(f"{folder}/run{seed}"), np.random.default_rng(seed)
     store.put_once("study.json", to_json(of.to_dict()))
     for slot in range(of.slots):
         rater = f"r{rng.integers(raters):04d}"
-        keep(store, Rating(rater, False, slot, rated(of, of.task(slot), rng), 2.0, float(slot)))
+        keep(store, Rating(rater, False, slot, rated(of.task(slot), rng, strengths), 2.0, float(slot)))
         if slot % 40 == 0:
             wrong = 1 if of.task(slot).question is Question.count else "left"
             keep(store, Rating("r9999", False, slot, wrong, 0.1, -1.0))

@@ -21,6 +21,7 @@ from rayproj.diffusion.task import TrainedModel
 from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.errors import UserError
 from rayproj.evaluation.watermark import key_name, mark, read_key
+from rayproj.judging import records
 from rayproj.responsibility.policy import Blocked, PolicyConfig
 from rayproj.responsibility.safety import SafetyConfig
 from rayproj.storage.store import Store
@@ -289,6 +290,9 @@ def test_what_is_unsafe_is_drawn_anew(folder: Path) -> None:
     same = [np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
     assert np.array_equal(same, ~broken)
     assert withheld(dataset) == {"images": tries.sum() - 10, "reasons": {"loud": tries.sum() - 10}}
+    told = records.filtered(dataset.uri)
+    assert told is not None and (told["count"], told["of"]) == (tries.sum() - 10, tries.sum())
+    assert told["reasons"] == {"loud": told["count"]} and told["low"] < told["share"] < told["high"]
     again = Synthesizer({"out": config.out, "batch": 3}, "cpu").make(1)
     assert all(np.array_equal(a["image"], b["image"]) and a == {**b, "image": a["image"]}
                for a, b in zip(again, samples[4:8], strict=True))  # fmt: skip

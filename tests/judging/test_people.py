@@ -1,0 +1,52 @@
+"""What people said of models, from each of the forms in which it is kept."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rayproj.errors import UserError
+from rayproj.judging.people import asked
+from rayproj.judging.scoring import JudgeConfig
+from rayproj.preferences.results import parquet, rows_of, summary
+from tests.support.studies import simulate
+
+
+def config(human: str, *models: str, question: str = "alignment") -> JudgeConfig:
+    return JudgeConfig(models={name: name for name in models}, human=human, question=question)
+
+
+def test_a_study_its_export_and_its_counts_say_the_same(tmp_path: Path) -> None:
+    _, store = simulate(tmp_path)
+    rows = rows_of(store)
+    (tmp_path / "ratings.parquet").write_bytes(parquet(rows))
+    won = Counter[tuple[str, str, float]]()
+    for row in rows:
+        if row["question"] == "alignment" and row["counts"]:
+            won[row["first"], row["second"], row["score"]] += 1
+    pairs = sorted({(a, b) for a, b, _ in won})
+    lines = [{"first": a, "second": b, "wins": won[a, b, 1.0], "losses": won[a, b, 0.0]} for a, b in pairs]
+    (tmp_path / "counts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    expected = {("a", "b"): 1, ("a", "c"): 1, ("b", "c"): 1}
+    assert asked(config(store.uri, "a", "b", "c")) == (summary(rows), expected)
+    assert asked(config(f"{tmp_path}/ratings.parquet", "a", "b", "c")) == (summary(rows), expected)
+    assert asked(config(f"{tmp_path}/counts.jsonl", "a", "b", "c")) == (None, expected)
+    found, turned = asked(config(store.uri, "c", "a"))
+    assert turned == {("c", "a"): -1} and found == summary(rows), "the study has more models than are judged"
+    assert asked(config("", "a")) == (None, {})
+
+
+def test_what_is_no_rating_of_these_models_is_refused(tmp_path: Path) -> None:
+    _, store = simulate(tmp_path, ratings=20)
+    with pytest.raises(UserError, match=r"no rating of two of these models: a, z; .* not 'alignment'"):
+        asked(config(store.uri, "a", "z"))
+    with pytest.raises(UserError, match="not 'detailed'"):
+        asked(config(store.uri, "a", "b", question="detailed"))
+    (tmp_path / "none.parquet").write_bytes(parquet([{**row, "counts": False} for row in rows_of(store)]))
+    with pytest.raises(UserError, match="no rating yet that counts"):
+        asked(config(f"{tmp_path}/none.parquet", "a", "b"))
+    for name, text in {"wrong.jsonl": "{}", "wrong.parquet": "no", "list.jsonl": "[1]"}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="is neither the run of a study"):
+            asked(config(str(tmp_path / name), "a", "b"))
