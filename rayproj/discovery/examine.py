@@ -234,6 +234,8 @@ class Results:
         captions: where there are any, else "".
         features: fp32 [n, D], or None.
         rows: of the dataset of real images, -1 for generated ones.
+        confidence: of the classifier in its answers, fp32.
+        places: the address of a dataset and the number in it.
     """
 
     dataset: Dataset
@@ -244,6 +246,8 @@ class Results:
     captions: np.ndarray
     features: np.ndarray | None
     rows: np.ndarray
+    confidence: np.ndarray
+    places: list[tuple[str, int]]
 
     @property
     def name(self) -> str:
@@ -270,4 +274,6 @@ def results(bench: Bench, dataset: Dataset) -> Results:
     if not bench.config.words:
         terms = [frozenset(term for term in t if term.attribute) for t in terms]
     rows = columns.get(ROW, np.full(len(slices), -1))
-    return Results(dataset, slices, answers, failed, terms, captions, columns.get(FEATURE), rows)
+    places = [(dataset.uri, i) for i in range(header.num_samples)]
+    sure = columns["confidence"]
+    return Results(dataset, slices, answers, failed, terms, captions, columns.get(FEATURE), rows, sure, places)

@@ -317,6 +317,8 @@ def joined(drawn: Sequence[Results]) -> Results:
         np.concatenate([stage.captions for stage in drawn]),
         None,
         np.concatenate([stage.rows for stage in drawn]),
+        np.concatenate([stage.confidence for stage in drawn]),
+        [place for stage in drawn for place in stage.places],
     )
 
 
@@ -331,9 +333,7 @@ def _row(
 ) -> dict[str, Any]:
     failed, answers = on.failed, on.answers[OWN]
     mistakes = [int(i) for i in own if failed[OWN][i]]
-    shown = [i for i in mistakes if i < on.dataset.header.num_samples]
-    sure = Reader(on.dataset, ["confidence"]).gather(np.array(shown, int))["confidence"]
-    order = np.argsort(-sure, kind="stable")
+    surest = sorted(mistakes, key=lambda i: -on.confidence[i])
     others = {}
     for name in search.config.others:
         theirs = [Rate(int(failed[name][at].sum()), len(at)) for at in (own, base)]
@@ -361,9 +361,8 @@ def _row(
         "rate_undoubted": Rate(len(mistakes) - len(agreed), len(own) - len(agreed)).described()
         if others and len(own) > len(agreed)
         else None,
-        "dataset": on.dataset.uri,
-        "failures": [shown[k] for k in order[:SHOWN]],
-        "right": [int(i) for i in own if not failed[OWN][i] and i < on.dataset.header.num_samples][:SHOWN],
+        "failures": [list(on.places[i]) for i in surest[:SHOWN]],
+        "right": [list(on.places[i]) for i in own if not failed[OWN][i]][:SHOWN],
         "p_found": proposal.p,
     }
 
@@ -392,7 +391,10 @@ def alike(done: list[Results]) -> list[dict[str, Any]]:
     """By label the clusters of the failures by which slices are found, the largest first: how many there are, of what wrong
     class, what their descriptions say, and the ones nearest to their middle; and how stable that answer's clusters are."""
     on, found = looked(done), list[dict[str, Any]]()
-    places = [(stage, i) for stage in done for i in range(len(stage.slices))]
+    captions, places = (
+        [str(text) for stage in done for text in stage.captions],
+        [p for stage in done for p in stage.places],
+    )
     for label in dict.fromkeys(on.labels.tolist()):
         at = np.flatnonzero((on.labels == label) & on.failed)
         features = None if on.features is None else on.features[at]
@@ -402,16 +404,16 @@ def alike(done: list[Results]) -> list[dict[str, Any]]:
             if features is not None:
                 far = np.linalg.norm(features[own] - features[own].mean(0), axis=1)
                 own = own[np.argsort(far, kind="stable")]
-            images, wrong = [places[i] for i in at[own]], on.answers[at[own[0]]]
+            wrong = on.answers[at[own[0]]]
             stable = math.nan if features is None else stability(features[on.answers[at] == wrong])
-            captions = Counter(str(stage.captions[i]) for stage, i in images if stage.captions[i])
+            said = Counter(captions[i] for i in at[own] if captions[i])
             found.append({
                 "label": label,
                 "wrong": str(wrong),
                 "failures": len(own),
                 "stability": None if math.isnan(stable) else stable,
-                "captions": dict(captions.most_common(3)),
-                "shown": [[stage.dataset.uri, i] for stage, i in images[:CLOSEST]],
+                "captions": dict(said.most_common(3)),
+                "shown": [list(places[i]) for i in at[own][:CLOSEST]],
             })  # fmt: skip
     return sorted(found, key=lambda cluster: -cluster["failures"])
 

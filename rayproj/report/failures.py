@@ -55,7 +55,10 @@ def _issue(finding: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         "(Benjamini and Hochberg)",
         f"- answers: {confused}",
         f"- drawn by: `{finding['prompt']}`",
-        f"- images: `{finding['dataset']}`, samples {', '.join(map(str, finding['failures']))}",
+        *(
+            f"- images: `{uri}`, samples {', '.join(map(str, ids))}"
+            for uri, ids in _by_dataset(finding["failures"]).items()
+        ),
     ]
     if "p_as" in finding:
         rates = f"{_percent(finding['rate_as'])} against {_percent(finding['base_rate_as'])}"
@@ -110,7 +113,7 @@ def page(found: dict[str, Any]) -> str:
     """failures.html as text that needs no other file."""
     filters: dict[str, Any] = {"percent": _percent, "ratio": _ratio, "title": title}
     pictures = {finding["name"]: _pictures(finding) for finding in found["findings"]}
-    groups = [[image for uri, i in one["shown"] for image in _shown(uri, [i])] for one in found["clusters"][:CLUSTERS]]
+    groups = [_shown(one["shown"]) for one in found["clusters"][:CLUSTERS]]
     shown = list(zip(found["clusters"], groups, strict=False))
     return rendered("failures.html", filters, found=found, pictures=pictures, clusters=shown, side=SIDE)
 
@@ -118,18 +121,31 @@ def page(found: dict[str, Any]) -> str:
 def _pictures(finding: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
     """The images that fail and those that do not, each with the answer and how sure it is; and by term the pairs with and
     without it, one after the other."""
-    shown = {kind: _shown(finding["dataset"], finding[kind]) for kind in ("failures", "right")}
+    shown = {kind: _shown(finding[kind]) for kind in ("failures", "right")}
     for pair in finding.get("counterfactuals", []):
-        shown[pair["term"]] = _shown(pair["dataset"], [i for both in pair["pairs"] for i in both])
+        shown[pair["term"]] = _shown([[pair["dataset"], i] for both in pair["pairs"] for i in both])
     return shown
 
 
-def _shown(uri: str, ids: list[int]) -> list[dict[str, str]]:
-    dataset = Dataset.open(uri)
-    columns = Reader(dataset, ["image", f"predicted_{OWN}", "confidence"]).gather(np.array(ids, np.int64))
-    names = dataset.header.values_of(f"predicted_{OWN}")
-    answers = zip(columns["image"], columns[f"predicted_{OWN}"], columns["confidence"], strict=True)
-    return [{"uri": _uri(image), "says": f"{names[answer]} {sure:.2f}"} for image, answer, sure in answers]
+def _by_dataset(places: list[list[Any]]) -> dict[str, list[int]]:
+    """Of places [uri, number] the numbers by dataset."""
+    found: dict[str, list[int]] = {}
+    for uri, i in places:
+        found.setdefault(uri, []).append(i)
+    return found
+
+
+def _shown(places: list[list[Any]]) -> list[dict[str, str]]:
+    """Pictures of the images at these places [uri, number], in their order."""
+    found = {}
+    for uri, ids in _by_dataset(places).items():
+        dataset = Dataset.open(uri)
+        columns = Reader(dataset, ["image", f"predicted_{OWN}", "confidence"]).gather(np.array(ids, np.int64))
+        names = dataset.header.values_of(f"predicted_{OWN}")
+        answers = zip(ids, columns["image"], columns[f"predicted_{OWN}"], columns["confidence"], strict=True)
+        for i, image, answer, sure in answers:
+            found[uri, i] = {"uri": _uri(image), "says": f"{names[answer]} {sure:.2f}"}
+    return [found[uri, i] for uri, i in places]
 
 
 def _uri(image: np.ndarray) -> str:

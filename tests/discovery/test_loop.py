@@ -18,7 +18,6 @@ from torch import nn
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
-from rayproj.data.writer import commit_shard
 from rayproj.discovery.examine import OWN, Results
 from rayproj.discovery.generators import Asked, GeneratorConfig, open_generator
 from rayproj.discovery.loop import DiscoverConfig, confirmed, counterfactuals, discover, prepared
@@ -76,7 +75,7 @@ def test_a_background_is_found_by_name_with_a_page_issues_and_an_adversarial_dat
     assert found["images"] == drawn(tmp_path / "out") <= BUDGET
 
     # What it says can be counted again from the dataset of the confirming images, which are of other roles than the rest.
-    confirm = Dataset.open(first["dataset"])
+    confirm = Dataset.open(first["failures"][0][0])
     columns = Reader(confirm).gather(np.arange(confirm.header.num_samples))
     at = columns["slice"] == confirm.header.provenance["slices"].index([first["slice"], first["rate"]["images"]])
     assert set(columns["background"][at]) == {"green"} and (columns["label"][at] == 1).all()
@@ -186,6 +185,14 @@ def test_looks_spare_images_and_end_with_the_same_finding(folder: Path, tmp_path
     }
     assert stages[0] == "confirm-1" and Slice.from_json(first["slice"]) in asked["confirm-1"]
     assert Slice.from_json(first["slice"]) not in asked[stages[-1]], "it was a finding before the last look"
+    for test in [*found["findings"], *found["tested"]]:
+        assert len(test["failures"]) == min(12, test["rate"]["failures"]), "of all looks"
+    places = {uri: Dataset.open(uri) for test in found["tested"] for uri, _ in test["failures"]}
+    assert len(places) > 1 and {dataset.header.provenance["stage"] for dataset in places.values()} <= set(stages)
+    for test in found["tested"]:
+        for uri, i in test["failures"]:
+            sample = Reader(places[uri], ["slice", "label", "predicted_classifier"]).gather(np.array([i]))
+            assert sample["predicted_classifier"][0] != sample["label"][0]
     assert found["images"] == drawn(tmp_path / "out") <= BUDGET
 
 
@@ -201,12 +208,12 @@ def test_false_findings_stay_under_the_level_over_several_looks(tmp_path: Path) 
         ) -> Results:
             of = [one for one, count in wanted for _ in range(count)]
             failed = rng.random(len(of)) < 0.3
-            fields = {"confidence": Field("float")}
+            fields = {"label": Field("int")}
             dataset = Dataset.create(f"{tmp_path}/{seed}/{name}", Header(name, fields, len(of), len(of), ("a", "b")))
-            commit_shard(dataset, 0, [{"key": f"{i}", "confidence": 0.5} for i in range(len(of))], "test", 0.0)
             answers, none = np.where(failed, "b", "a").astype(object), np.full(len(of), "", object)
             terms = [frozenset(one.terms) for one in of]
-            stages.append(Results(dataset, of, {OWN: answers}, {OWN: failed}, terms, none, None, np.full(len(of), -1)))
+            stages.append(Results(dataset, of, {OWN: answers}, {OWN: failed}, terms, none, None, np.full(len(of), -1),
+                                  np.full(len(of), 0.5), [(dataset.uri, i) for i in range(len(of))]))  # fmt: skip
             return stages[-1]
 
         model = {"generator": {"model": "-"}, "classifier": {"model": "-"}, "out": "-"}

@@ -35,9 +35,10 @@ def found(tmp_path: Path) -> dict[str, Any]:
     finding = {
         "name": "cat, style=<b>", "slice": ["cat", [["style", "<b>"], ["", "on grass"]]], "label": "cat", "wrong": "<dog>",
         "rate": own, "base_rate": base, "ratio": {"value": None, "low": 0.1, "high": None}, "p": 0.2, "q": 0.3,
-        "hypotheses": 1, "by_any_class": True, "confused": {"<dog>": 2}, "prompt": "a cat", "dataset": dataset.uri,
-        "failures": [3, 1],
-        "right": [0, 2], "others": {"elder": {"slice": own, "base": base, "p": 0.2}}, "captions": {}, "label_doubted": None,
+        "hypotheses": 1, "by_any_class": True, "confused": {"<dog>": 2}, "prompt": "a cat",
+        "failures": [[dataset.uri, 3], [dataset.uri, 1]],
+        "right": [[dataset.uri, 0], [dataset.uri, 2]],
+        "others": {"elder": {"slice": own, "base": base, "p": 0.2}}, "captions": {}, "label_doubted": None,
     }  # fmt: skip
     return {
         "findings": [finding], "tested": [], "base": {"cat": base}, "images": 8, "budget": 10, "level": 0.5, "stages": {},
