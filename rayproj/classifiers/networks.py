@@ -24,6 +24,8 @@ class Network(Enum):
     conv = "conv"  # small; every stage halves height and width
     wide_resnet = "wide_resnet"  # Zagoruyko and Komodakis 2016, with group norm
     vit = "vit"  # of transformers (Dosovitskiy et al. 2021)
+    # With the ImageNet weights that come with a package, but for the head; train.trainable=^head leaves them as they are.
+    efficientnet_lite0 = "efficientnet_lite0"
 
 
 @dataclass
@@ -158,6 +160,34 @@ class WideResNet(nn.Module):
         return self.classify(self.pooled(images)).float()
 
 
+class EfficientNetLite0(nn.Module):
+    """The one of `evaluation.features`, with a head of its own. Batch norms keep ImageNet's statistics, in training too."""
+
+    def __init__(self, config: ClassifierConfig, classes: int) -> None:
+        from rayproj.evaluation.features import EfficientNetLite0Features
+
+        super().__init__()
+        self.body = EfficientNetLite0Features().model.requires_grad_(True)
+        self.body._fc = nn.Identity()
+        self.dropout, self.head = nn.Dropout(config.dropout), nn.Linear(EfficientNetLite0Features.dimensions, classes)
+
+    def train(self, mode: bool = True) -> EfficientNetLite0:
+        super().train(mode)
+        self.body.eval()
+        return self
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """What the head sees, [B, 1280]; of images of about 224 pixels, grey ones as three equal channels."""
+        x = (images.float().expand(-1, 3, -1, -1) - 127) / 128
+        return self.body.extract_features(x.to(self.head.weight.dtype)).mean((2, 3))  # type: ignore[no-any-return]
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        return self.head(self.dropout(pooled))  # type: ignore[no-any-return]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(self.pooled(images)).float()
+
+
 class VisionTransformer(nn.Module):
     """A ViTForImageClassification of transformers that takes images as the others do.
 
@@ -243,9 +273,15 @@ def build(config: ClassifierConfig, channels: int, side: int, classes: int) -> n
     """
     from rayproj.classifiers.adapters import Adapted
 
-    def plain() -> ConvNet | WideResNet | VisionTransformer:
+    def plain() -> ConvNet | WideResNet | VisionTransformer | EfficientNetLite0:
         if config.network is Network.vit:
             return _vision_transformer(config, channels, side, classes)
+        if config.network is Network.efficientnet_lite0:
+            if side < 32:
+                raise UserError(
+                    f"efficientnet_lite0 takes images of 32 pixels at least, better 224, and these have {side}."
+                )
+            return EfficientNetLite0(config, classes)
         return (ConvNet if config.network is Network.conv else WideResNet)(config, channels, classes)
 
     epistemic = config.epistemic

@@ -5,21 +5,23 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from rayproj.classifiers.networks import ClassifierConfig, Network, VisionTransformer, build
+from rayproj.classifiers.networks import ClassifierConfig, EfficientNetLite0, Network, VisionTransformer, build
 from rayproj.errors import UserError
+from rayproj.evaluation.features import EfficientNetLite0Features
 
 SMALL = {
     Network.conv: ClassifierConfig(channels=(8, 16)),
     Network.wide_resnet: ClassifierConfig(Network.wide_resnet, depth=10, width=1),
     Network.vit: ClassifierConfig(Network.vit, layers=2, dim=24, heads=3, patch=4),
+    Network.efficientnet_lite0: ClassifierConfig(Network.efficientnet_lite0),
 }
 
 
 @pytest.mark.parametrize("kind", list(Network))
 def test_an_image_is_taken_for_the_same_in_any_company_and_as_uint8_or_float(kind: Network) -> None:
     torch.manual_seed(0)
-    model = build(SMALL[kind], 3, 16, 5).eval()
-    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    model = build(SMALL[kind], 3, 32, 5).eval()
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     logits = model(images)
     assert logits.shape == (6, 5) and logits.dtype is torch.float32
     torch.testing.assert_close(model(images.float()), logits)
@@ -30,6 +32,17 @@ def test_a_wide_resnet_has_the_published_number_of_weights() -> None:
     model = build(ClassifierConfig(Network.wide_resnet, depth=28, width=10), 3, 32, 10)
     # WRN-28-10 has 36.5 M (Zagoruyko and Komodakis 2016, table 5).
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(36.5e6, rel=2e-3)
+
+
+def test_efficientnet_has_the_features_that_were_published_in_training_too() -> None:
+    known, ours = EfficientNetLite0Features(64), build(ClassifierConfig(Network.efficientnet_lite0), 1, 64, 5)
+    assert isinstance(ours, EfficientNetLite0)
+    images = torch.randint(0, 256, (3, 1, 64, 64), dtype=torch.uint8)
+    torch.testing.assert_close(ours.train().pooled(images), known(images), rtol=1e-4, atol=1e-4)
+    ours.head.weight.data, ours.head.bias.data = known.model._fc.weight.data, known.model._fc.bias.data
+    torch.testing.assert_close(ours.eval()(images), known.logits(images), rtol=1e-4, atol=1e-3)
+    names = [name for name, _ in ours.named_parameters()]
+    assert "head.weight" in names and not any("_fc" in name for name in names)
 
 
 def test_a_vit_of_transformers_keeps_its_logits_and_its_own_normalisation(tmp_path: Path) -> None:
@@ -58,6 +71,8 @@ def test_weights_that_are_not_there_or_for_other_images(tmp_path: Path) -> None:
     ViTForImageClassification(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="a side of 16, and these have 1 and 32"):
         build(ClassifierConfig(Network.vit, weights=str(tmp_path)), 1, 32, 4)
+    with pytest.raises(UserError, match="32 pixels at least"):
+        build(ClassifierConfig(Network.efficientnet_lite0), 3, 28, 4)
 
 
 def test_what_a_config_cannot_be() -> None:
