@@ -24,7 +24,7 @@ class Network(Enum):
     conv = "conv"  # small; every stage halves height and width
     wide_resnet = "wide_resnet"  # Zagoruyko and Komodakis 2016, with group norm
     vit = "vit"  # of transformers (Dosovitskiy et al. 2021)
-    # With the ImageNet weights that come with a package, but for the head; train.trainable=^head leaves them as they are.
+    # With the ImageNet weights that come with a package, but for the head; trainable=^head leaves them as they are.
     efficientnet_lite0 = "efficientnet_lite0"
 
 

@@ -56,6 +56,33 @@ def trade_offs(found: dict[str, Any]) -> Figure:
     return figure
 
 
+def compared(found: dict[str, dict[str, Any]]) -> Figure:
+    """A panel for every threat of all of several sets of soups: accuracy under it over accuracy without an attack, of two
+    members as a line from one to the other, of more as their places."""
+    known = [[name for name in one["soups"][0] if name not in (WEIGHTS, "union")] for one in found.values()]
+    measures = [name for name in known[0] if name != CLEAN and all(name in names for names in known)]
+    figure, axes = panels(max(1, len(measures)), 3.6, 3.2)
+    for axis, measure in zip(axes, measures, strict=False):
+        colours = cycle(SERIES)
+        for name, one in found.items():
+            if len(one["members"]) == 2:
+                line = sorted(one["soups"], key=lambda soup: soup[WEIGHTS][1])
+                axis.plot(*_places(line, measure), color=next(colours), marker="o", markersize=3, label=name)
+            else:
+                for member, soup in zip(one["members"], _alone(one), strict=True):
+                    axis.plot(
+                        *_places([soup], measure), color=next(colours), marker="s", linestyle="none", label=member
+                    )
+        axis.set_xlabel("right without an attack")
+        axis.set_ylabel(f"right under {measure}")
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _places(soups: list[dict[str, Any]], measure: str) -> tuple[list[float], list[float]]:
+    return [one[CLEAN]["value"] for one in soups], [one[measure]["value"] for one in soups]
+
+
 def front(points: np.ndarray) -> np.ndarray:
     """Indices of those points [n, 2] that no other is at least as good as in both and better in one, by the first."""
     order = np.lexsort((-points[:, 1], -points[:, 0]))

@@ -9,7 +9,7 @@ import yaml
 
 from rayproj.classifiers.soups import grid
 from rayproj.report.build import build
-from rayproj.report.soups import front, lines, rows, trade_offs
+from rayproj.report.soups import compared, front, lines, rows, trade_offs
 from rayproj.robustness.job import share
 
 
@@ -59,6 +59,19 @@ def test_members_and_their_ensemble_are_marked() -> None:
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b", "ensemble"]
     ends = [container.lines[0].get_xydata()[0].tolist() for container in axis.containers]
     assert ends == [[0.8, 0.3], [0.6, 0.7], [0.7, 0.7]]
+
+
+def test_sets_of_soups_are_compared_by_the_threats_that_all_have() -> None:
+    two, three = outcome(), outcome()
+    three["members"], images = ["a", "b", "c"], np.arange(10)
+    three["soups"] = [
+        {"weights": w.tolist(), **{name: share(images < 10 * w[k]) for k, name in enumerate(("clean", "linf", "l2"))}}
+        for w in grid(3, 2)
+    ]
+    (axis,) = [axis for axis in compared({"two": two, "three": three}).axes if axis.get_visible()]
+    line, *alone = [(of.get_label(), of.get_xydata().tolist()) for of in axis.get_lines()]
+    assert line[0] == "two" and np.allclose(line[1], [[0.8 - k / 20, 0.3 + k / 10] for k in range(5)])
+    assert alone == [("a", [[1, 0]]), ("b", [[0, 1]]), ("c", [[0, 0]])]
 
 
 def test_the_report_has_table_and_plot(tmp_path: Path) -> None:
