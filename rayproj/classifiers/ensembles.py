@@ -3,7 +3,8 @@ member, or which channels are left out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,15 +64,20 @@ class Ensemble(EpistemicNetwork):
 
 
 class MCDropout(EpistemicNetwork):
-    """Channels are left out at random before every layer but the first, also in prediction (Gal and Ghahramani 2016). The
-    index is the mask, the channels of all layers after each other."""
+    """Channels are left out at random before every convolution and linear layer but the first, also in prediction (Gal and
+    Ghahramani 2016), in place of the base's own dropout. The index is the mask, the channels of all layers after each other.
+    """
 
     def __init__(self, config: EpistemicConfig, base: Any) -> None:
         super().__init__()
-        self.config = config
-        self.base = base
-        convolutions = [layer for layer in self.base.features if isinstance(layer, nn.Conv2d)]
-        self.widths: list[int] = [*(layer.in_channels for layer in convolutions[1:]), self.base.head.in_features]
+        self.config, self.base = config, _without_dropout(base)
+        self.widths = [_inputs(layer) for layer in self._masked()]
+        for layer in self._masked():
+            layer.told = None
+            layer.register_forward_pre_hook(_mask)
+
+    def _masked(self) -> list[Any]:
+        return [layer for layer in self.base.modules() if isinstance(layer, LAYERS)][1:]
 
     @property
     def default_indices(self) -> int:
@@ -85,19 +91,15 @@ class MCDropout(EpistemicNetwork):
         return self._masks(seed, "dropout", row)[None]
 
     def indices(self, count: int, seed: int = 0) -> Tensor:
-        return self._masks(seed, "prediction", keyed.places(count, self.base.head.weight.device))[:, None]
+        return self._masks(seed, "prediction", keyed.places(count, next(self.parameters()).device))[:, None]
 
     def encode(self, images: Tensor) -> Tensor:
-        return self.base.scaled(images)
+        return images
 
     def decode(self, encoded: Tensor, z: Tensor) -> Tensor:
         x, z = _every(encoded, z)
-        masks = [mask[:, :, None, None] for mask in z.to(x.dtype).split(self.widths, 1)]
-        x = self.base.features[0](x)
-        for layer in self.base.features[1:]:
-            x = layer(x * masks.pop(0) if isinstance(layer, nn.Conv2d) else x)
-        pooled = (F.adaptive_avg_pool2d(x, 1) * masks.pop(0)).flatten(1)
-        return self.base.head(pooled).unflatten(0, (-1, len(encoded))).float()
+        with _told(self._masked(), z.to(next(self.parameters()).dtype).split(self.widths, 1)):
+            return self.base(x).unflatten(0, (-1, len(encoded))).float()  # type: ignore[no-any-return]
 
 
 class RankOne(nn.Module):
@@ -107,31 +109,34 @@ class RankOne(nn.Module):
     def __init__(self, layer: Any, members: int) -> None:
         super().__init__()
         self.layer = layer
-        outputs, inputs = self.layer.weight.shape[:2]
-        self.inputs = nn.Parameter(torch.randint(0, 2, (members, inputs)) * 2.0 - 1)
-        self.outputs = nn.Parameter(torch.randint(0, 2, (members, outputs)) * 2.0 - 1)
-        self.bias = nn.Parameter(self.layer.bias.detach().repeat(members, 1))
+        self.inputs = nn.Parameter(torch.randint(0, 2, (members, _inputs(layer))) * 2.0 - 1)
+        self.outputs = nn.Parameter(torch.randint(0, 2, (members, len(layer.weight))) * 2.0 - 1)
+        bias = layer.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().repeat(members, 1))
         self.layer.bias = None
+        self.told: Tensor | None = None  # [B, members], set for each forward
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        inputs, outputs, bias = (
-            (z @ scale)[(...,) + (None,) * (x.ndim - 2)] for scale in (self.inputs, self.outputs, self.bias)
-        )
-        return self.layer(x * inputs) * outputs + bias
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.told is not None, "its BatchEnsemble says which member"
+        found = self.layer(x * _by_channel(self.told @ self.inputs, x, self.layer))
+        found = found * _by_channel(self.told @ self.outputs, found, self.layer)
+        return found if self.bias is None else found + _by_channel(self.told @ self.bias, found, self.layer)
 
 
 class BatchEnsemble(EpistemicNetwork):
-    """Members that share their weights up to factors of rank one. In training each example teaches one of them, drawn anew
-    in every step. The index is one-hot."""
+    """Members that share their weights up to factors of rank one, in every convolution and linear layer. In training each
+    example teaches one of them, drawn anew in every step. The index is one-hot."""
 
     def __init__(self, config: EpistemicConfig, base: Any) -> None:
         super().__init__()
-        self.config = config
-        self.base = base
-        for number, layer in enumerate(self.base.features):
-            if isinstance(layer, nn.Conv2d):
-                self.base.features[number] = RankOne(layer, config.members)
-        self.base.head = RankOne(self.base.head, config.members)
+        self.config, self.base = config, _without_dropout(base)
+        for parent in list(self.base.modules()):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, LAYERS):
+                    setattr(parent, name, RankOne(layer, config.members))
+
+    def _layers(self) -> list[RankOne]:
+        return [layer for layer in self.base.modules() if isinstance(layer, RankOne)]
 
     @property
     def default_indices(self) -> int:
@@ -142,21 +147,56 @@ class BatchEnsemble(EpistemicNetwork):
         return F.one_hot(member, self.config.members).float()[None]
 
     def indices(self, count: int, seed: int = 0) -> Tensor:
-        return torch.eye(self.config.members, device=self.base.head.bias.device)[:count, None]
+        return torch.eye(self.config.members, device=next(self.parameters()).device)[:count, None]
 
     def quantiles(self, seed: int, example: Tensor, z: Tensor) -> Tensor:
         return _quantiles(seed, example, z)
 
     def encode(self, images: Tensor) -> Tensor:
-        return self.base.scaled(images)
+        return images
 
     def decode(self, encoded: Tensor, z: Tensor) -> Tensor:
         x, z = _every(encoded, z)
-        z = z.to(x.dtype)
-        for layer in self.base.features:
-            x = layer(x, z) if isinstance(layer, RankOne) else layer(x)
-        pooled = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        return self.base.head(pooled, z).unflatten(0, (-1, len(encoded))).float()
+        layers = self._layers()
+        with _told(layers, [z.to(layers[0].inputs.dtype)] * len(layers)):
+            return self.base(x).unflatten(0, (-1, len(encoded))).float()  # type: ignore[no-any-return]
+
+
+LAYERS = (nn.Conv2d, nn.Linear)
+
+
+def _inputs(layer: Any) -> int:
+    return int(layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features)
+
+
+def _without_dropout(base: nn.Module) -> nn.Module:
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return base
+
+
+@contextmanager
+def _told(layers: Sequence[Any], values: Sequence[Tensor]) -> Iterator[None]:
+    """Each layer knows its value of every example, for one forward."""
+    for layer, value in zip(layers, values, strict=True):
+        layer.told = value
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.told = None
+
+
+def _mask(layer: Any, given: tuple[Tensor]) -> tuple[Tensor] | None:
+    """A hook: the layer's inputs, some channels left out; as they are for who asks the base by itself."""
+    return None if layer.told is None else (given[0] * _by_channel(layer.told, given[0], layer),)
+
+
+def _by_channel(scale: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+    """[B, C] beside x, whose channels are its second axis in a convolution, else its last."""
+    between = (None,) * (x.ndim - 2)
+    return scale[(..., *between)] if isinstance(layer, nn.Conv2d) else scale[(slice(None), *between)]
 
 
 def _every(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,6 @@ class ClassifierConfig:
         if wrong:
             found.append(f"classifier.adapters: '{wrong[0]}' is none of {', '.join(known)} for {self.network.value}.")
         kind = self.epistemic.kind
-        if kind in (Kind.mc_dropout, Kind.batch_ensemble) and self.network is not Network.conv:
-            found.append(f"classifier.epistemic.kind={kind.value} is for classifier.network=conv.")
         if kind is not Kind.none and self.adapters:
             found.append("classifier.adapters do not go with classifier.epistemic.")
         return found
@@ -94,13 +92,10 @@ class ConvNet(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(inputs, num_classes)
 
-    def scaled(self, images: Tensor) -> Tensor:
-        """What the first layer sees."""
-        return centred(images, next(self.parameters()).dtype)
-
     def pooled(self, images: Tensor) -> Tensor:
         """What the head sees, [B, features]."""
-        return F.adaptive_avg_pool2d(self.features(self.scaled(images)), 1).flatten(1)
+        x = self.features(centred(images, next(self.parameters()).dtype))
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
     def classify(self, pooled: Tensor) -> Tensor:
         return self.head(self.dropout(pooled))  # type: ignore[no-any-return]

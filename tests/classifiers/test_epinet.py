@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rayproj.classifiers.augment import AugmentConfig
 from rayproj.classifiers.ensembles import BatchEnsemble, Ensemble, MCDropout
 from rayproj.classifiers.epinet import Bootstrap, Epinet, EpistemicConfig, EpistemicNetwork, Kind, ProjectedMLP, weights
 from rayproj.classifiers.model import StartConfig
-from rayproj.classifiers.networks import ClassifierConfig, ConvNet, build
+from rayproj.classifiers.networks import ClassifierConfig, ConvNet, Network, build, centred
 from rayproj.classifiers.objective import Loss, Objective, ObjectiveConfig
 from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.dataset import Dataset, Field, Header
@@ -158,7 +159,7 @@ def test_dropout_is_a_mask_before_every_layer_but_the_first() -> None:
     z = model.indices(2000)
     assert z.unique().tolist() == pytest.approx([0, 1 / 0.6]) and z.mean() == pytest.approx(1, abs=0.01)
     torch.testing.assert_close(model(x, torch.ones_like(z[:1]))[0], model.base(x))
-    masks, h = list(z[3, 0].split(model.widths)), model.base.scaled(x)
+    masks, h = list(z[3, 0].split(model.widths)), centred(x, torch.float32)
     for number, layer in enumerate(model.base.features):
         if isinstance(layer, nn.Conv2d) and number:
             h = h * masks.pop(0)[None, :, None, None]
@@ -171,7 +172,7 @@ def test_a_batch_ensemble_is_networks_whose_weights_differ_by_rank_one() -> None
     model, x = of(Kind.batch_ensemble), images()
     assert isinstance(model, BatchEnsemble)
     for member in range(4):
-        h = model.base.scaled(x)
+        h = centred(x, torch.float32)
         for layer in [*model.base.features, model.base.head]:
             if hasattr(layer, "inputs"):
                 outer = torch.outer(layer.outputs[member], layer.inputs[member])
@@ -183,6 +184,47 @@ def test_a_batch_ensemble_is_networks_whose_weights_differ_by_rank_one() -> None
             else:
                 h = layer(h)
         torch.testing.assert_close(model(x, model.indices(4))[member], h, rtol=1e-4, atol=1e-5)
+
+
+OTHERS = [
+    ClassifierConfig(Network.wide_resnet, depth=10, width=1),
+    ClassifierConfig(Network.vit, layers=2, dim=24, heads=3, patch=4),
+]
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.network.value)
+def test_a_batch_ensemble_of_any_network(config: ClassifierConfig) -> None:
+    """Each member is a plain network with its own weights put in."""
+    torch.manual_seed(0)
+    base, x = build(config, *SHAPE[:2], CLASSES).eval(), images(3)
+    model = BatchEnsemble(EpistemicConfig(Kind.batch_ensemble, members=3), copy.deepcopy(base)).eval()
+    of_members = model(x, model.indices(3))
+    state = dict(model.base.state_dict())
+    for member in range(3):
+        plain = copy.deepcopy(base)
+        for name, layer in plain.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                outer = torch.outer(state[f"{name}.outputs"][member], state[f"{name}.inputs"][member])
+                layer.weight.data *= outer.view(*outer.shape, *[1] * (layer.weight.ndim - 2))
+                if layer.bias is not None:
+                    layer.bias.data = state[f"{name}.bias"][member]
+        torch.testing.assert_close(of_members[member], plain(x), rtol=1e-3, atol=1e-4)
+    assert (of_members[0] - of_members[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.network.value)
+def test_dropout_of_any_network(config: ClassifierConfig) -> None:
+    """Of an image and index what a network has whose weights from the left-out channels are zero."""
+    torch.manual_seed(0)
+    base, x = build(config, *SHAPE[:2], CLASSES).eval(), images(3)
+    model = MCDropout(EpistemicConfig(Kind.mc_dropout, dropout=0.3), copy.deepcopy(base)).eval()
+    z = model.indices(2)
+    layers = [layer for layer in base.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    masks = z[1, 0].split([layer.weight.shape[1] for layer in layers[1:]])
+    for layer, mask in zip(layers[1:], masks, strict=True):
+        layer.weight.data *= mask.view(1, -1, *[1] * (layer.weight.ndim - 2))
+    torch.testing.assert_close(model(x, z)[1], base(x), rtol=1e-3, atol=1e-4)
+    assert (model(x, z)[0] - model(x, z)[1]).abs().max() > 1e-2
 
 
 class OnEfficientNet(nn.Module):
@@ -388,6 +430,12 @@ def test_an_exported_epinet_predicts_the_mean_over_its_indices(trained: Path, tm
     torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
     described = json.loads((Path(folder) / "config.json").read_text())["architecture"]
     assert described["name"] == "Epinet" and described["epistemic"]["kind"] == "epinet"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_can_be_exported_as_a_program(kind: Kind) -> None:
+    model, x = of(kind), images(5)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def train_at_stages(world: World, folder: str) -> None:
