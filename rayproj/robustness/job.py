@@ -344,7 +344,7 @@ def transfer(config: RobustnessConfig, datasets: Mapping[str, Dataset], device: 
 
     Returns:
         By threat, by the classifier that an image was made against, by another one: the accuracy of that on the images that
-        an attack broke and that it has right without one.
+        an attack broke and that it has right without one, if there are any.
     """
     networks = {name: OfUnit(classifiers.load(config.classifiers[name], device)) for name in datasets}
     clean, found = Reader(Dataset.open(config.test), ["image"]), {}  # type: ignore[var-annotated]
@@ -364,7 +364,8 @@ def transfer(config: RobustnessConfig, datasets: Mapping[str, Dataset], device: 
                         for images in (before, after)
                     )
                     held[name].append(still[broken & right])
-            found.setdefault(threat, {})[made] = {name: share(np.concatenate(some)) for name, some in held.items()}
+            joined = {name: np.concatenate(some) for name, some in held.items()}
+            found.setdefault(threat, {})[made] = {name: share(some) for name, some in joined.items() if len(some)}
     return found
 
 
