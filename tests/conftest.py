@@ -1,4 +1,4 @@
-"""Which tests may run beside each other under pytest-xdist: `make test` has two workers."""
+"""Which tests may run beside each other under pytest-xdist: `make test` has three workers."""
 
 from __future__ import annotations
 

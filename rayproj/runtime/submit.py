@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Ray's dashboard refuses a body of more than 100 MiB, with 413.
 MAX_BYTES = 95 << 20
 HEAD_SECONDS = 300.0  # to wait for a head that does not answer
-AGENT_SECONDS = 90.0  # until the agent of a head that has just come up answers
+AGENT_SECONDS = 200.0  # until the agent of a head that has just come up answers
 EXCLUDES = [".git", ".venv", "runs", "wandb", "dist", "build", "__pycache__", "*.tar", "*_cache", "*.egg-info"]
 
 
