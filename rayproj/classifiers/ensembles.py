@@ -99,7 +99,7 @@ class MCDropout(EpistemicNetwork):
     def decode(self, encoded: Tensor, z: Tensor) -> Tensor:
         x, z = _every(encoded, z)
         with _told(self._masked(), z.to(next(self.parameters()).dtype).split(self.widths, 1)):
-            return self.base(x).unflatten(0, (-1, len(encoded))).float()  # type: ignore[no-any-return]
+            return self.base(x).unflatten(0, (-1, encoded.shape[0])).float()  # type: ignore[no-any-return]
 
 
 class RankOne(nn.Module):
@@ -159,7 +159,7 @@ class BatchEnsemble(EpistemicNetwork):
         x, z = _every(encoded, z)
         layers = self._layers()
         with _told(layers, [z.to(layers[0].inputs.dtype)] * len(layers)):
-            return self.base(x).unflatten(0, (-1, len(encoded))).float()  # type: ignore[no-any-return]
+            return self.base(x).unflatten(0, (-1, encoded.shape[0])).float()  # type: ignore[no-any-return]
 
 
 LAYERS = (nn.Conv2d, nn.Linear)
@@ -200,6 +200,7 @@ def _by_channel(scale: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _every(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Every index with every image, in one batch of Z * B: what the images are, and [Z * B, D]."""
+    """Every index with every image, in one batch of Z * B: what the images are, and [Z * B, D]. Not by `len`, which would fix
+    the size of a batch in an export."""
     whole = x.expand(len(z), *x.shape).flatten(0, 1)
-    return whole, z.expand(-1, len(x), -1).flatten(0, 1)
+    return whole, z.expand(-1, x.shape[0], -1).flatten(0, 1)

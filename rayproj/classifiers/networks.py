@@ -214,7 +214,7 @@ class VisionTransformer(nn.Module):
         patches = known.patch_embeddings(x.to(next(self.parameters()).dtype))
         token = known.cls_token if token is None else token
         positions = known.position_embeddings if positions is None else positions
-        hidden = known.dropout(torch.cat([token.expand(len(x), -1, -1), patches], 1) + positions)
+        hidden = known.dropout(torch.cat([token.expand(x.shape[0], -1, -1), patches], 1) + positions)
         for layer in net.layers:
             hidden = layer(hidden, None)
         return net.layernorm(hidden)[:, 0]  # type: ignore[no-any-return]

@@ -434,8 +434,11 @@ def test_an_exported_epinet_predicts_the_mean_over_its_indices(trained: Path, tm
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_can_be_exported_as_a_program(kind: Kind) -> None:
-    model, x = of(kind), images(5)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), rtol=1e-4, atol=1e-5)
+    """For batches of any size."""
+    model = of(kind)
+    program = torch.export.export(model, (images(5),), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    for x in (images(5), images(2)):
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def train_at_stages(world: World, folder: str) -> None:
