@@ -200,7 +200,7 @@ def _by_channel(scale: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _every(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Every index with every image, in one batch of Z * B: what the images are, and [Z * B, D]. Not by `len`, which would fix
-    the size of a batch in an export."""
+    """Every index with every image, in one batch of Z * B: what the images are, and [Z * B, D]. Not by `len`, which would
+    fix the size of a batch in an export."""
     whole = x.expand(len(z), *x.shape).flatten(0, 1)
     return whole, z.expand(-1, x.shape[0], -1).flatten(0, 1)
