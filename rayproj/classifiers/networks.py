@@ -44,7 +44,8 @@ class ClassifierConfig:
     patch: int = 4  # vit: side
     weights: str = ""  # vit: folder of a ViTForImageClassification of transformers, in place of the five above
     # Of a model for clean and for adversarial images: what each has of its own (`adapters`), of token, positions, norms,
-    # patches, head; token and positions are of a vit alone. []: one model for both.
+    # patches, head; token and positions are of a vit alone,
+    # of efficientnet_lite0, whose batch norms keep what they know, patches and head. []: one model for both.
     adapters: list[str] = field(default_factory=list)
     epistemic: EpistemicConfig = field(default_factory=EpistemicConfig)  # a network that knows how sure it is
 
@@ -60,7 +61,7 @@ class ClassifierConfig:
             found.append(f"classifier.dim={self.dim} does not divide over {self.heads} heads.")
         if self.weights and self.network is not Network.vit:
             found.append("classifier.weights are for classifier.network=vit.")
-        known = KINDS if self.network is Network.vit else KINDS[2:]
+        known = {Network.vit: KINDS, Network.efficientnet_lite0: KINDS[3:]}.get(self.network, KINDS[2:])
         wrong = [kind for kind in self.adapters if kind not in known]
         if wrong:
             found.append(f"classifier.adapters: '{wrong[0]}' is none of {', '.join(known)} for {self.network.value}.")
@@ -174,7 +175,7 @@ class EfficientNetLite0(nn.Module):
     def pooled(self, images: Tensor) -> Tensor:
         """What the head sees, [B, 1280]; of images of about 224 pixels, grey ones as three equal channels."""
         x = (images.float().expand(-1, 3, -1, -1) - 127) / 128
-        return self.body.extract_features(x.to(self.head.weight.dtype)).mean((2, 3))  # type: ignore[no-any-return]
+        return self.body.extract_features(x.to(next(self.parameters()).dtype)).mean((2, 3))  # type: ignore[no-any-return]
 
     def classify(self, pooled: Tensor) -> Tensor:
         return self.head(self.dropout(pooled))  # type: ignore[no-any-return]

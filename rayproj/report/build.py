@@ -258,7 +258,7 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
             found["robustness_and_cost"] = data_uri(figures.svg(cost), "svg+xml")
         if attacked := attacked_images(stages, 8):
             found["perturbed"] = data_uri(figures.png(figures.perturbed(attacked)), "png")
-    if len(report.get("soups", {})) > 1:
+    if soups.shared(report.get("soups", {})):
         found["soups_compared"] = data_uri(figures.svg(soups.compared(report["soups"])), "svg+xml")
     for name, mixed in report.get("soups", {}).items():
         found[f"soups of {name}"] = data_uri(figures.svg(soups.lines(mixed)), "svg+xml")

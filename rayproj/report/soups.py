@@ -59,8 +59,7 @@ def trade_offs(found: dict[str, Any]) -> Figure:
 def compared(found: dict[str, dict[str, Any]]) -> Figure:
     """A panel for every threat of all of several sets of soups: accuracy under it over accuracy without an attack, of two
     members as a line from one to the other, of more as their places."""
-    known = [[name for name in one["soups"][0] if name not in (WEIGHTS, "union")] for one in found.values()]
-    measures = [name for name in known[0] if name != CLEAN and all(name in names for names in known)]
+    measures = shared(found)
     figure, axes = panels(max(1, len(measures)), 3.6, 3.2)
     for axis, measure in zip(axes, measures, strict=False):
         colours = cycle(SERIES)
@@ -77,6 +76,12 @@ def compared(found: dict[str, dict[str, Any]]) -> Figure:
         axis.set_ylabel(f"right under {measure}")
     axes[0].legend(frameon=False, fontsize=7)
     return figure
+
+
+def shared(found: dict[str, dict[str, Any]]) -> list[str]:
+    """The threats of all of several sets of soups."""
+    known = [[name for name in one["soups"][0] if name not in (WEIGHTS, CLEAN, "union")] for one in found.values()]
+    return [name for name in known[0] if all(name in names for names in known)] if len(known) > 1 else []
 
 
 def _places(soups: list[dict[str, Any]], measure: str) -> tuple[list[float], list[float]]:

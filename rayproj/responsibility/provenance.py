@@ -235,12 +235,21 @@ def read_anchors(trust: str) -> bytes:
     """The certificates or public keys of those who are trusted; b"" of "".
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or holds neither.
     """
+    if not trust:
+        return b""
     try:
-        return Path(trust).read_bytes() if trust else b""
+        found = Path(trust).read_bytes()
+        if b"BEGIN PUBLIC KEY" in found:
+            serialization.load_pem_public_key(found)
+        else:
+            x509.load_pem_x509_certificates(found)
     except OSError as error:
         raise UserError(f"'{trust}', whom to trust, cannot be read ({error}); give a PEM file.") from error
+    except ValueError as error:
+        raise UserError(f"'{trust}', whom to trust, has no certificate or public key; give a PEM file.") from error
+    return found
 
 
 def _check_dataset(uri: str, anchors: bytes) -> Verdict:

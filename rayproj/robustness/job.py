@@ -347,7 +347,8 @@ def transfer(config: RobustnessConfig, datasets: Mapping[str, Dataset], device: 
         an attack broke and that it has right without one, if there are any.
     """
     networks = {name: OfUnit(classifiers.load(config.classifiers[name], device)) for name in datasets}
-    clean, found = Reader(Dataset.open(config.test), ["image"]), {}  # type: ignore[var-annotated]
+    alone = {name: Reader(dataset, ["prediction"]) for name, dataset in datasets.items()}
+    found: dict[str, Any] = {}
     for threat in config.balls:
         for made, dataset in datasets.items():
             reader = Reader(dataset, ["label", f"{threat}_by", f"{threat}_image"])
@@ -356,16 +357,12 @@ def transfer(config: RobustnessConfig, datasets: Mapping[str, Dataset], device: 
                 batch = reader.gather(np.array(dataset.header.shard_range(shard)))
                 broken = ~np.isin(batch[f"{threat}_by"].astype(str), ["", CLEAN])
                 label = torch.from_numpy(batch["label"])
-                before = torch.from_numpy(clean.gather(batch["index"])["image"]).float() / 255
-                after = torch.from_numpy(batch[f"{threat}_image"])
                 for name in held:
-                    right, still = (
-                        (networks[name](images.to(device)).argmax(1).cpu() == label).numpy()
-                        for images in (before, after)
-                    )
-                    held[name].append(still[broken & right])
-            joined = {name: np.concatenate(some) for name, some in held.items()}
-            found.setdefault(threat, {})[made] = {name: share(some) for name, some in joined.items() if len(some)}
+                    some = broken & (alone[name].gather(batch["index"])["prediction"] == batch["label"])
+                    if some.any():
+                        after = networks[name](torch.from_numpy(batch[f"{threat}_image"][some]).to(device))
+                        held[name].append((after.argmax(1).cpu() == label[some]).numpy())
+            found.setdefault(threat, {})[made] = {n: share(np.concatenate(parts)) for n, parts in held.items() if parts}
     return found
 
 

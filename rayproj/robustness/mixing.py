@@ -131,7 +131,7 @@ def header_of(config: SoupConfig, name: str, seed: int) -> Header:
     weights = candidates(config, len(states))
     threats = [CLEAN, *(config.threats if name == "test" else ())]
     done = {run: commits(Store(run))[-1].step for run in config.members.values()}
-    apart = ("shifts", "corruptions", "out", "shots")  # which the results of this set do not depend on
+    apart = ("shifts", "corruptions", "severity", "out", "shots")  # which the results of other sets do not depend on
     fields = {"label": Field("int")}
     for threat in threats:
         fields |= {threat: Field("str"), f"{ENSEMBLE}_{threat}": Field("int")}
@@ -139,7 +139,7 @@ def header_of(config: SoupConfig, name: str, seed: int) -> Header:
     provenance = {
         "soup": {k: v for k, v in configuration.to_dict(config).items() if k not in apart},
         "images": Store(uri).uri,
-        "corruption": corruption,
+        "corruption": [corruption, config.severity] if corruption else [],
         "seed": seed,
         "commits": done,
         "threats": threats,
@@ -164,7 +164,7 @@ class Judge:
         self.stack, self.count = Stack(network.to(device), there, weights), len(weights)
         self.members = Stack(network, there, np.eye(len(there)))
         self.threats = [name for name in said["threats"] if name != CLEAN]
-        self.corruption = str(said["corruption"])
+        self.corruption = said["corruption"]
         self.reader = Reader(images, ["image", "label"])
 
     def make(self, shard: int) -> list[dict[str, Any]]:
@@ -173,7 +173,8 @@ class Judge:
         images = torch.from_numpy(batch["image"])
         if self.corruption:
             row = torch.from_numpy(np.stack([ids, np.zeros_like(ids), np.full_like(ids, 81)], 1))
-            images = corrupted(images, row, self.corruption, self.config.severity, self.seed)
+            name, severity = self.corruption
+            images = corrupted(images, row, name, severity, self.seed)
         x = images.to(self.device).float() / 255
         label, number = (torch.from_numpy(v).to(self.device) for v in (batch["label"], ids))
         logits, together = self.stack(255 * x), self._together(255 * x)

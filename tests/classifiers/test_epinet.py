@@ -189,6 +189,7 @@ def test_a_batch_ensemble_is_networks_whose_weights_differ_by_rank_one() -> None
 OTHERS = [
     ClassifierConfig(Network.wide_resnet, depth=10, width=1),
     ClassifierConfig(Network.vit, layers=2, dim=24, heads=3, patch=4),
+    ClassifierConfig(Network.efficientnet_lite0),
 ]
 
 
@@ -196,7 +197,7 @@ OTHERS = [
 def test_a_batch_ensemble_of_any_network(config: ClassifierConfig) -> None:
     """Each member is a plain network with its own weights put in."""
     torch.manual_seed(0)
-    base, x = build(config, *SHAPE[:2], CLASSES).eval(), images(3)
+    base, x = build(config, 3, 32, CLASSES).eval(), images(3).repeat(1, 1, 2, 2)
     model = BatchEnsemble(EpistemicConfig(Kind.batch_ensemble, members=3), copy.deepcopy(base)).eval()
     of_members = model(x, model.indices(3))
     state = dict(model.base.state_dict())
@@ -216,7 +217,7 @@ def test_a_batch_ensemble_of_any_network(config: ClassifierConfig) -> None:
 def test_dropout_of_any_network(config: ClassifierConfig) -> None:
     """Of an image and index what a network has whose weights from the left-out channels are zero."""
     torch.manual_seed(0)
-    base, x = build(config, *SHAPE[:2], CLASSES).eval(), images(3)
+    base, x = build(config, 3, 32, CLASSES).eval(), images(3).repeat(1, 1, 2, 2)
     model = MCDropout(EpistemicConfig(Kind.mc_dropout, dropout=0.3), copy.deepcopy(base)).eval()
     z = model.indices(2)
     layers = [layer for layer in base.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]

@@ -259,6 +259,8 @@ def test_without_a_marked_set_there_is_no_curve(found: dict[str, Any]) -> None:
         ({"watermark_key": "/none"}, "/none"),
         ({"human": "/none"}, "neither the run of a study"),
         ({"trust": "/none"}, "whom to trust, cannot be read"),
+        ({"trust": "/dev/null"}, "whom to trust, has no certificate or public key"),
+        ({"trust": __file__}, "whom to trust, has no certificate or public key"),
         ({"signed": "/none"}, "There is no image in judge.signed"),
         ({"playground": ServedConfig(loads=["/none"])}, "is no file of 'rayproj playground load"),
         ({"playground": ServedConfig(run="/none")}, "There is no run at judge.playground.run"),

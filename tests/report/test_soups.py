@@ -74,6 +74,22 @@ def test_sets_of_soups_are_compared_by_the_threats_that_all_have() -> None:
     assert alone == [("a", [[1, 0]]), ("b", [[0, 1]]), ("c", [[0, 0]])]
 
 
+def test_sets_of_which_fewer_images_choose_have_empty_cells(tmp_path: Path) -> None:
+    found = outcome()
+    few = found["few_shot"]["sketches"]
+    more = {**few, "chosen": {**few["chosen"], "200": {"mean": 0.58, "std": 0.01}}}
+    found["few_shot"] = {"sketches": few, "paintings": more}
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "result.json").write_text(json.dumps(found))
+    (tmp_path / "mixed" / "config.yaml").write_text(yaml.safe_dump({"soup": {}}))
+    _, html = build(str(tmp_path), {})
+    rows = [re.search(rf"<tr><td>{name}</td>.*?</tr>", html) for name in ("sketches", "paintings")]
+    cells = [re.findall(r"<td class=\"right\">(.*?)</td>", row[0]) for row in rows if row]
+    assert cells[0] == ["40.0 %", "50.0 ± 2.0 %", "", "60.0 %", "55.0 %"]
+    assert cells[1] == ["40.0 %", "50.0 ± 2.0 %", "58.0 ± 1.0 %", "60.0 %", "55.0 %"]
+    assert html.index("chosen by 10<") < html.index("chosen by 200<")
+
+
 def test_the_report_has_table_and_plot(tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
