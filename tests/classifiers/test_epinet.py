@@ -186,6 +186,13 @@ def test_a_batch_ensemble_is_networks_whose_weights_differ_by_rank_one() -> None
         torch.testing.assert_close(model(x, model.indices(4))[member], h, rtol=1e-4, atol=1e-5)
 
 
+def scale(layer: Any, outputs: Tensor, inputs: Tensor) -> None:
+    """The weights of a layer whose channels are scaled; a depthwise convolution has one input for each output."""
+    deep = getattr(layer, "groups", 1) > 1
+    factor = (outputs * inputs)[:, None] if deep else torch.outer(outputs, inputs)
+    layer.weight.data *= factor.view(*factor.shape, *[1] * (layer.weight.ndim - 2))
+
+
 OTHERS = [
     ClassifierConfig(Network.wide_resnet, depth=10, width=1),
     ClassifierConfig(Network.vit, layers=2, dim=24, heads=3, patch=4),
@@ -205,8 +212,7 @@ def test_a_batch_ensemble_of_any_network(config: ClassifierConfig) -> None:
         plain = copy.deepcopy(base)
         for name, layer in plain.named_modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                outer = torch.outer(state[f"{name}.outputs"][member], state[f"{name}.inputs"][member])
-                layer.weight.data *= outer.view(*outer.shape, *[1] * (layer.weight.ndim - 2))
+                scale(layer, state[f"{name}.outputs"][member], state[f"{name}.inputs"][member])
                 if layer.bias is not None:
                     layer.bias.data = state[f"{name}.bias"][member]
         torch.testing.assert_close(of_members[member], plain(x), rtol=1e-3, atol=1e-4)
@@ -221,9 +227,9 @@ def test_dropout_of_any_network(config: ClassifierConfig) -> None:
     model = MCDropout(EpistemicConfig(Kind.mc_dropout, dropout=0.3), copy.deepcopy(base)).eval()
     z = model.indices(2)
     layers = [layer for layer in base.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    masks = z[1, 0].split([layer.weight.shape[1] for layer in layers[1:]])
+    masks = z[1, 0].split([layer.weight.shape[1] * getattr(layer, "groups", 1) for layer in layers[1:]])
     for layer, mask in zip(layers[1:], masks, strict=True):
-        layer.weight.data *= mask.view(1, -1, *[1] * (layer.weight.ndim - 2))
+        scale(layer, torch.ones(len(layer.weight)), mask)
     torch.testing.assert_close(model(x, z)[1], base(x), rtol=1e-3, atol=1e-4)
     assert (model(x, z)[0] - model(x, z)[1]).abs().max() > 1e-2
 
