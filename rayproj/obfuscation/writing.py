@@ -100,6 +100,8 @@ def header_of(config: WriteConfig, seed: int) -> Header:
             "assets": assets.provenance,
             "seed": seed,
             "notice": NOTICE,
+            # What a model promised of the private images that it saw goes on to what is made of its images.
+            **{name: source.provenance[name] for name in ("private", "private_source") if source.provenance.get(name)},
         },
     )
 

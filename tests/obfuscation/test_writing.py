@@ -74,6 +74,18 @@ def test_every_image_is_there_under_every_obfuscation_and_comes_again(tmp_path: 
     assert said["obfuscations"]["SwirlWarp"]["strength"]["low"] == 3 and said["assets"]["count"] == 7
 
 
+def test_what_a_model_promised_of_private_images_goes_along(tmp_path: Path) -> None:
+    write_images(f"{tmp_path}/images")
+    config = WriteConfig(f"{tmp_path}/images", f"{tmp_path}/out", ["RotateImage"])
+    assert "private" not in header_of(config, 0).provenance
+    said = tmp_path / "images" / "dataset.json"
+    said.write_text(
+        json.dumps({**json.loads(said.read_text()), "provenance": {"private": {"epsilon": 8.0}, "seed": 1}})
+    )
+    found = header_of(config, 0).provenance
+    assert found["private"] == {"epsilon": 8.0} and found["seed"] == 0
+
+
 def test_several_draws_of_the_first_images(tmp_path: Path) -> None:
     source = write_images(f"{tmp_path}/images")
     config = WriteConfig(
