@@ -44,8 +44,8 @@ class ClassifierConfig:
     patch: int = 4  # vit: side
     weights: str = ""  # vit: folder of a ViTForImageClassification of transformers, in place of the five above
     # Of a model for clean and for adversarial images: what each has of its own (`adapters`), of token, positions, norms,
-    # patches, head; token and positions are of a vit alone,
-    # of efficientnet_lite0, whose batch norms keep what they know, patches and head. []: one model for both.
+    # patches, head; token and positions are of a vit alone, and norms not of efficientnet_lite0, whose batch norms are not
+    # trained. []: one model for both.
     adapters: list[str] = field(default_factory=list)
     epistemic: EpistemicConfig = field(default_factory=EpistemicConfig)  # a network that knows how sure it is
 

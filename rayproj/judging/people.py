@@ -25,14 +25,14 @@ def asked(config: JudgeConfig) -> tuple[dict[str, Any] | None, dict[tuple[str, s
     config.
 
     Raises:
-        UserError: it cannot be read, or has no rating of two of the models.
+        UserError: it cannot be read, or has no rating that counts of two of the models.
     """
     if not config.human:
         return None, {}
     try:
         rows = _rows(config.human)
-        found = summary(rows) if rows else None
-        won = _won(rows, config.question) if rows else _counts(config.human)
+        found = None if rows is None else summary(rows)
+        won = _counts(config.human) if rows is None else _won(rows, config.question)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"judge.human='{config.human}' is neither the run of a study, nor what 'rayproj study export' writes, nor lines "
@@ -47,12 +47,12 @@ def asked(config: JudgeConfig) -> tuple[dict[str, Any] | None, dict[tuple[str, s
     return found, orders
 
 
-def _rows(human: str) -> list[Row]:
-    """Of a study; [] of a file that has counts alone."""
+def _rows(human: str) -> list[Row] | None:
+    """Of a study; None of a file that has counts alone."""
     if Store(human).exists("study.json"):
         return together([human])
     if not human.endswith(".parquet"):
-        return []
+        return None
     with fsspec.open(human, "rb") as file:
         return list(parquet.read_table(file).to_pylist())
 

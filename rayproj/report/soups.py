@@ -32,10 +32,8 @@ def trade_offs(found: dict[str, Any]) -> Figure:
     """A panel for every threat and the union: accuracy under it over accuracy without an attack, of all candidates, with the
     members, their ensemble and the front of what no candidate beats in both."""
     soups, members = found["soups"], found["members"]
-    measures = [name for name in soups[0] if name not in (WEIGHTS, CLEAN)]
-    if len(measures) == 2:  # of a single threat
-        measures.pop()
-    marked = {name: one for name, one in zip(members, _alone(found), strict=True)}
+    measures = [name for name in _measures(found) if name != CLEAN]
+    marked = dict(zip(members, _alone(found), strict=True))
     if "ensemble" in found:
         marked["ensemble"] = found["ensemble"]
     figure, axes = panels(max(1, len(measures)), 3.0, 2.8)
@@ -95,6 +93,12 @@ def front(points: np.ndarray) -> np.ndarray:
     return order[points[order, 1] > above][::-1]
 
 
+def _measures(found: dict[str, Any]) -> list[str]:
+    """Those of all soups; of a single threat without the union, which is the same."""
+    measures = [name for name in found["soups"][0] if name != WEIGHTS]
+    return measures[:2] if measures[2:] == ["union"] else measures
+
+
 def _alone(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries of the members."""
     rows = np.eye(len(found["members"]))
@@ -105,9 +109,7 @@ def lines(found: dict[str, Any]) -> Figure:
     """A panel for every two members: each accuracy along the line of the soups between them, and beyond."""
     names, soups = found["members"], found["soups"]
     weights = np.array([one[WEIGHTS] for one in soups])
-    measures = [name for name in soups[0] if name != WEIGHTS]
-    if measures[2:] == ["union"]:  # of a single threat
-        measures.pop()
+    measures = _measures(found)
     pairs = list(combinations(range(len(names)), 2))
     figure, axes = panels(max(1, len(pairs)), 3.0, 2.6)
     for axis, (i, j) in zip(axes, pairs, strict=False):

@@ -126,7 +126,12 @@ async def _measure(url: str, users: int, seconds: float, body: dict[str, Any], r
             async with session.get(f"{url}/health") as answer:
                 answer.raise_for_status()
                 load.model_commit = (await answer.json()).get("model_commit", "")
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except (
+            aiohttp.ClientError,
+            TimeoutError,
+            ValueError,
+            AttributeError,
+        ) as error:  # or what answers is another server
             raise UserError(
                 f"No playground answers at {url} ({error}); start jobs/serve_playground.py first."
             ) from error

@@ -144,7 +144,7 @@ def _runs(kind: Attack, config: AttackConfig, threat: Threat, logits: Tensor, se
         yield lambda oracle, x, label, ids, logits: fgsm(oracle, x, label, threat)
     else:
         for restart in range(config.restarts):
-            yield _descent(threat, config.steps, seed, number, restart)
+            yield _projected(threat, config.steps, seed, number, restart)
 
 
 def _ascent(
@@ -164,7 +164,7 @@ def _ascent(
     return run
 
 
-def _descent(threat: Threat, steps: int, seed: int, number: int, restart: int) -> Run:
+def _projected(threat: Threat, steps: int, seed: int, number: int, restart: int) -> Run:
     """PGD with steps of 2.5 radii over their number, which get from any point to any other (Madry et al. 2018)."""
 
     def run(oracle: Oracle, x: Tensor, label: Tensor, ids: Tensor, logits: Tensor) -> Attacked:

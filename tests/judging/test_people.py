@@ -46,6 +46,12 @@ def test_what_is_no_rating_of_these_models_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.parquet").write_bytes(parquet([{**row, "counts": False} for row in rows_of(store)]))
     with pytest.raises(UserError, match="no rating yet that counts"):
         asked(config(f"{tmp_path}/none.parquet", "a", "b"))
+    (tmp_path / "empty.parquet").write_bytes(parquet([]))
+    for path in Path(store.uri).glob("ratings/**/*.json"):
+        path.unlink()
+    for human in (store.uri, f"{tmp_path}/empty.parquet"):
+        with pytest.raises(UserError, match="no rating yet that counts"):
+            asked(config(human, "a", "b"))
     for name, text in {"wrong.jsonl": "{}", "wrong.parquet": "no", "list.jsonl": "[1]"}.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match="is neither the run of a study"):

@@ -36,7 +36,11 @@ def server() -> Iterator[str]:
             return web.json_response({"status": "ok", "model_commit": "c0ffee"})
 
         app = web.Application()
-        app.add_routes([web.post("/images", images), web.get("/health", health)])
+
+        async def others(request: web.Request) -> web.Response:
+            return web.Response(text=request.match_info["says"], content_type="application/json")
+
+        app.add_routes([web.post("/images", images), web.get("/health", health), web.get("/{says}/health", others)])
         runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -100,3 +104,9 @@ def test_what_was_measured_is_kept_in_a_file(server: str, tmp_path: Path, capsys
 def test_where_no_load_is_put(url: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         measure(url, 1, 1.0)
+
+
+@pytest.mark.parametrize("says", ["[]", "1", "no json"])
+def test_another_server_is_no_playground(server: str, says: str) -> None:
+    with pytest.raises(UserError, match="No playground answers"):
+        measure(server + says, 1, 1.0)
