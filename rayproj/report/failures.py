@@ -11,11 +11,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from rayproj.data.dataset import Dataset
-from rayproj.data.encodings import ENCODINGS
 from rayproj.data.reader import Reader
 from rayproj.discovery.examine import OWN, slices_of
 from rayproj.discovery.slices import Slice
-from rayproj.report.pages import data_uri, rendered
+from rayproj.report.pages import picture_uri, rendered
 
 SIDE = 96  # of an image on the page, in pixels
 CLUSTERS = 12  # of failures on the page
@@ -144,12 +143,8 @@ def _shown(places: list[list[Any]]) -> list[dict[str, str]]:
         names = dataset.header.values_of(f"predicted_{OWN}")
         answers = zip(ids, columns["image"], columns[f"predicted_{OWN}"], columns["confidence"], strict=True)
         for i, image, answer, sure in answers:
-            found[uri, i] = {"uri": _uri(image), "says": f"{names[answer]} {sure:.2f}"}
+            found[uri, i] = {"uri": picture_uri(image), "says": f"{names[answer]} {sure:.2f}"}
     return [found[uri, i] for uri, i in places]
-
-
-def _uri(image: np.ndarray) -> str:
-    return data_uri(ENCODINGS["png"].encode(image), "png")
 
 
 def _percent(rate: dict[str, float]) -> str:

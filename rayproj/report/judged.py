@@ -9,11 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from rayproj.data.dataset import Dataset
-from rayproj.data.encodings import ENCODINGS
 from rayproj.data.reader import Reader
 from rayproj.judging.scoring import JudgeConfig
 from rayproj.report.figures import svg, watermark
-from rayproj.report.pages import data_uri, rendered
+from rayproj.report.pages import data_uri, picture_uri, rendered
 from rayproj.report.preferences import TITLES, picture
 
 SHOWN = 12  # prompts with pictures
@@ -70,7 +69,7 @@ def samples(config: JudgeConfig, count: int = SHOWN) -> dict[str, dict[str, str]
         chosen = np.unique(np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int))
         images = reader.gather(first[chosen])["image"]
         for prompt, image in zip(prompts[chosen], images, strict=True):
-            found.setdefault(str(prompt), {})[name] = _png(image)
+            found.setdefault(str(prompt), {})[name] = picture_uri(image)
     return found
 
 
@@ -88,7 +87,7 @@ def pairs(config: JudgeConfig) -> dict[str, list[dict[str, Any]]]:
         first = np.argsort(of["nearest_ratio"], kind="stable")[: config.pairs]
         images = Reader(dataset, ["image"]).gather(first)["image"], known.gather(of["nearest"][first])["image"]
         found[name] = [
-            {"prompt": str(prompt), "ratio": float(ratio), "drawn": _png(own), "nearest": _png(its)}
+            {"prompt": str(prompt), "ratio": float(ratio), "drawn": picture_uri(own), "nearest": picture_uri(its)}
             for prompt, ratio, own, its in zip(of["prompt"][first], of["nearest_ratio"][first], *images, strict=True)
         ]
     return found
@@ -112,11 +111,6 @@ def homogeneity(found: dict[str, Any]) -> Figure:
     axes[0].set_ylabel("prompts with one kind alone")
     axes[0].legend(frameon=False)
     return figure
-
-
-def _png(image: np.ndarray) -> str:
-    """A uint8 image [C, H, W] as an address."""
-    return data_uri(ENCODINGS["png"].encode(image), "png")
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
+from rayproj.data.encodings import ENCODINGS
+
 
 def rendered(template: str, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
     """One of the templates with its values.
@@ -27,3 +31,8 @@ def rendered(template: str, filters: Mapping[str, Callable[..., Any]] | None = N
 def data_uri(data: bytes, kind: str) -> str:
     """An image of a kind such as png, jpeg or svg+xml, as an address that holds it."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def picture_uri(image: np.ndarray) -> str:
+    """A uint8 image [C, H, W], as an address."""
+    return data_uri(ENCODINGS["png"].encode(image), "png")
