@@ -15,7 +15,7 @@ from rayproj import keyed
 from rayproj.classifiers.adapters import ADVERSARIAL, CLEAN, Adapted
 from rayproj.robustness.losses import Loss, cross_entropy
 from rayproj.robustness.oracle import Oracle
-from rayproj.robustness.pgd import pgd
+from rayproj.robustness.pgd import msd, pgd
 from rayproj.robustness.threats import Norm, Threat
 
 
@@ -32,6 +32,7 @@ class Several(Enum):
 
     drawn = "drawn"  # one a step, drawn evenly (SAT, Madaan et al. 2021; of linf and l1 E-AT, Croce and Hein 2022)
     worst = "worst"  # of each image the attack of the highest loss (MAX, Tramèr and Boneh 2019)
+    steepest = "steepest"  # one attack, each of whose steps is the worst among the threats' (MSD, Maini et al. 2020)
 
 
 @dataclass
@@ -111,12 +112,13 @@ def _attacked(
     model: nn.Module, logits: Callable[[Tensor], Tensor], x: Tensor, label: Tensor, row: Tensor, config: AdversaryConfig,
     seed: int, loss: Loss = cross_entropy,
 ) -> Tensor:  # fmt: skip
-    threats = [t.threat for t in config.threats] if config.several is Several.worst else [drawn(config, row, seed)]
+    threats = [drawn(config, row, seed)] if config.several is Several.drawn else [t.threat for t in config.threats]
     oracle, start = Oracle(logits), row if config.random_start else None
+    told = (config.steps, config.step, loss, seed)
     with evaluating(model):
-        found = [
-            pgd(oracle, x, label, start, t, config.steps, config.step, loss, seed).images.detach() for t in threats
-        ]
+        if config.several is Several.steepest:
+            return msd(oracle, x, label, start, threats, *told).images.detach()
+        found = [pgd(oracle, x, label, start, threat, *told).images.detach() for threat in threats]
         if len(found) == 1:
             return found[0]
         with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,22 @@ def pgd(
         point = _next(threat, x[number], point, gradient, threat.eps * step)
     found.images[number], found.broken[number] = point, oracle.logits(point).argmax(1) != label[number]
     return found
+
+
+def msd(
+    oracle: Oracle, x: Tensor, label: Tensor, row: Tensor | None, threats: Sequence[Threat], steps: int = 10,
+    step: float = 0.25, loss: Loss = cross_entropy, seed: int = 0,
+) -> Attacked:  # fmt: skip
+    """Multi steepest descent (Maini, Wong and Kolter 2020, algorithm 1): of one gradient a step in every threat, and each
+    example takes that of the highest loss, so that one path goes through the union of the balls; arguments as of `pgd`.
+    Random starts are in the first ball."""
+    point, each = x if row is None else threats[0].start(x, row, seed), torch.arange(len(x), device=x.device)
+    for _ in range(steps):
+        _, gradient, _ = oracle.ask(point, label, label, loss)
+        moved = torch.stack([_next(threat, x, point, gradient, threat.eps * step) for threat in threats])
+        reached = torch.stack([loss(oracle.logits(z), label, label) for z in moved])
+        point = moved[reached.argmax(0), each]
+    return Attacked(point, oracle.logits(point).argmax(1) != label)
 
 
 def _next(threat: Threat, x: Tensor, point: Tensor, gradient: Tensor, step: float) -> Tensor:

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from rayproj.classifiers.adversary import AdversaryConfig, Several, ThreatConfig
 from rayproj.classifiers.model import weights_of
 from rayproj.classifiers.networks import ClassifierConfig, Network, build
 from rayproj.robustness.oracle import Oracle
-from rayproj.robustness.pgd import pgd
+from rayproj.robustness.pgd import pgd, steepest
 from rayproj.robustness.threats import Norm, Threat
 from rayproj.storage.store import Store
 from tests.robustness.test_job import write
@@ -114,6 +115,32 @@ def test_of_several_threats_each_image_gets_the_attack_of_the_highest_loss() -> 
     assert set(alone.argmax(0).tolist()) == {0, 1}  # neither is the worse one for all
     together = found(model, AdversaryConfig(Training.adversarial, threats, Several.worst))
     torch.testing.assert_close(together, alone.amax(0))
+
+
+def test_the_steepest_of_several_threats_is_followed_step_by_step_as_a_loop_does() -> None:
+    """Against the algorithm written out for one example at a time, and it is PGD where there is one threat."""
+    model, (images, label, row) = network(PLAIN), batch()
+    threats = [ThreatConfig(Norm.linf, 0.06), ThreatConfig(Norm.l2, 0.35), ThreatConfig(Norm.l1, 1.5)]
+    config = AdversaryConfig(Training.adversarial, threats, Several.steepest, steps=4, random_start=False)
+    expected, taken = [], set()
+    for i in range(len(images)):
+        x, y = images[i : i + 1] / 255, label[i : i + 1]
+        point = x
+        for _ in range(config.steps):
+            z = point.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(model(255 * z), y), z)
+            reached = []
+            for threat in (t.threat for t in threats):
+                step = point + threat.eps * config.step * steepest(gradient, threat.norm)
+                reached.append(threat.project(x, step))
+            values = [F.cross_entropy(model(255 * z), y).item() for z in reached]
+            taken.add(int(np.argmax(values)))
+            point = reached[int(np.argmax(values))]
+        expected.append(F.cross_entropy(model(255 * point), y))
+    assert len(taken) > 1  # else it were the attack of one threat
+    torch.testing.assert_close(found(model, config), torch.stack(expected))
+    alone = AdversaryConfig(Training.adversarial, [LINF], Several.steepest)
+    torch.testing.assert_close(found(model, alone), found(model, AdversaryConfig(Training.adversarial, [LINF])))
 
 
 def test_what_a_config_cannot_be() -> None:
