@@ -26,6 +26,7 @@ BENCHMARKS = (
     "runtime",
     "serving",
     "synthesis",
+    "testbed",
 )
 
 

@@ -21,9 +21,17 @@ from rayproj.classifiers.epinet import EpistemicNetwork
 from rayproj.evaluation.accuracy import wilson_interval
 from rayproj.evaluation.fairness import calibration_error
 from rayproj.evaluation.joint import exact_polyadic_nll, joint_nll, marginal_nll, polyadic_nll
-from rayproj.evaluation.uncertainty import brier_score, decomposition, risk_coverage_area, rms_calibration_error
+from rayproj.evaluation.uncertainty import (
+    brier_score,
+    decomposition,
+    margin,
+    risk_coverage_area,
+    rms_calibration_error,
+    variation_ratio,
+)
 
 INDICES_AT_ONCE = 100  # in one forward of a batch
+TOGETHER = (1, 2, 5, 10, 20, 50)  # labels of two images whose joint loss is shown
 ROUNDS = 5  # of a measured time
 
 
@@ -34,7 +42,7 @@ class Outcome:
     Attributes:
         log_p: fp32 [Z, n], log probabilities of the labels by index.
         probabilities: fp64 [n, classes], their mean over the indices.
-        doubt: "total", "aleatoric" and "epistemic" (`uncertainty.decomposition`), [n] each.
+        doubt: "total", "aleatoric" and "epistemic" (`uncertainty.decomposition`), and "variation", [n] each.
     """
 
     log_p: np.ndarray
@@ -47,7 +55,7 @@ class Outcome:
         log = (logits / temperature).log_softmax(2)
         chosen = log.gather(2, labels.expand(len(log), -1)[..., None])[..., 0]
         p = log.double().exp().cpu().numpy()
-        return cls(chosen.cpu().numpy(), p.mean(0), decomposition(p))
+        return cls(chosen.cpu().numpy(), p.mean(0), {**decomposition(p), "variation": variation_ratio(p)})
 
     @classmethod
     def joined(cls, parts: Sequence[Outcome]) -> Outcome:
@@ -61,7 +69,7 @@ class Outcome:
     @property
     def scores(self) -> dict[str, np.ndarray]:
         """Of what is of no class, which is to have higher ones, [n] each."""
-        return {"confidence": 1 - self.probabilities.max(1), **self.doubt}
+        return {"confidence": 1 - self.probabilities.max(1), "margin": margin(self.probabilities), **self.doubt}
 
 
 def logits_of(network: EpistemicNetwork, images: Tensor, z: Tensor) -> Tensor:
@@ -80,7 +88,7 @@ def measures(found: Outcome, labels: np.ndarray, tau: int = 10, kappa: int = 2, 
 
     "joint_nll" is of tau images that follow each other; "dyadic_nll" of tau draws of kappa anchors, "dyadic_nll_exact" its
     mean over all draws, and "dyadic_nll_independent" what that would be of labels that are independent given the marginal
-    prediction.
+    prediction; "per_label_of_N" the exact one of N draws of two anchors, divided by N.
     """
     log_p, right = found.log_p.astype(np.float64), found.probabilities.argmax(1) == labels
     marginal = marginal_nll(log_p)
@@ -98,6 +106,7 @@ def measures(found: Outcome, labels: np.ndarray, tau: int = 10, kappa: int = 2, 
         "accuracy_high": high,
         **{name: float(values.mean()) for name, values in losses.items()},
         **{f"{name}_error": float(v.std() / math.sqrt(len(v))) for name, v in losses.items()},
+        **{f"per_label_of_{n}": float(exact_polyadic_nll(log_p, n).mean() / n) for n in TOGETHER},
         "brier": brier_score(labels, found.probabilities),
         "calibration_error": calibration_error(labels, found.probabilities),
         "rms_calibration_error": rms_calibration_error(labels, found.probabilities),

@@ -18,7 +18,7 @@ from rayproj.data.writer import Sample
 from rayproj.errors import UserError
 from rayproj.evaluation import obfuscations as measured
 from rayproj.evaluation.models import ExaminedConfig, open_classifier
-from rayproj.obfuscation.registry import CLEAN, OBFUSCATIONS, ObfuscateConfig, chosen
+from rayproj.obfuscation.registry import CLEAN, OBFUSCATIONS, ObfuscateConfig
 from rayproj.storage.store import Store
 
 
@@ -210,4 +210,4 @@ def trained_with(model: str) -> list[str]:
     if not given:
         return []
     obfuscate = configuration.from_dict(ObfuscateConfig, given)
-    return list(chosen(obfuscate.names, obfuscate.assets)) if obfuscate.share > 0 else []
+    return list(obfuscate.drawn) if obfuscate.share > 0 else []

@@ -7,6 +7,7 @@ probabilities of the true labels, fp64 [Z, n]: of Z indices and n examples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from math import lgamma, log
 
@@ -33,6 +34,16 @@ def joint_nll(log_p: np.ndarray, tau: int = 0) -> np.ndarray:
     tau = tau or log_p.shape[1]
     batches = log_p.shape[1] // tau
     return -log_mean_exp(log_p[:, : batches * tau].reshape(len(log_p), batches, tau).sum(2))
+
+
+def divergence(truth: np.ndarray, found: np.ndarray) -> tuple[float, float]:
+    """KL(truth ‖ found) from log-likelihoods [n] of labels that were drawn by the truth, and the share of them that `found`
+    thinks possible; where it does not, the largest finite difference stands (Osband et al. 2022, "The Neural Testbed")."""
+    difference = truth - found
+    finite = np.isfinite(difference)
+    if not finite.any():
+        return math.inf, 0.0
+    return float(np.where(finite, difference, difference[finite].max(initial=-math.inf)).mean()), float(finite.mean())
 
 
 def anchors(n: int, tau: int, kappa: int, seed: int) -> np.ndarray:

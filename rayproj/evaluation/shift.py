@@ -45,6 +45,7 @@ class ShiftConfig:
     corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))  # of the test images
     severities: list[int] = field(default_factory=lambda: list(SEVERITIES))
     obfuscations: list[str] = field(default_factory=list)  # of the test images: names, or sets such as held_out
+    strengths: list[int] = field(default_factory=list)  # of obfuscations, 1 to 5; []: over their whole ranges
     assets: AssetsConfig = field(default_factory=AssetsConfig)  # that these take
     baseline: str = ""  # the network by whose errors those of corrupted images are divided; "": the first
     # Numbers of indices with which each network is judged: as far as it has them, or as `most` says (name -> number).
@@ -64,6 +65,8 @@ class ShiftConfig:
         found += [f"shift.corruptions has '{name}'; there are {', '.join(CORRUPTIONS)}." for name in unknown]
         if not set(self.severities) <= set(SEVERITIES):
             found.append("shift.severities lie in 1 to 5.")
+        if not set(self.strengths) <= set(SEVERITIES):
+            found.append("shift.strengths lie in 1 to 5.")
         try:
             chosen(self.obfuscations, self.assets)
         except UserError as error:
@@ -106,11 +109,13 @@ def conditions(config: ShiftConfig) -> Iterator[Condition]:
 
             yield Condition(f"{name} {severity}", "corrupted", config.test, change, severity)
     for name in chosen(config.obfuscations, config.assets):
+        for severity in config.strengths or [0]:
 
-        def hide(images: Tensor, row: Tensor, name: str = name) -> Tensor:
-            return obfuscate(name, images, row, SEED, Assets.load(config.assets, str(images.device)))[0]
+            def hide(images: Tensor, row: Tensor, name: str = name, severity: int = severity) -> Tensor:
+                assets = Assets.load(config.assets, str(images.device))
+                return obfuscate(name, images, row, SEED, assets, severity)[0]
 
-        yield Condition(name, "obfuscated", config.test, hide)
+            yield Condition(f"{name} {severity}" if severity else name, "obfuscated", config.test, hide, severity)
 
 
 Outcomes = dict[tuple[str, int], Outcome]

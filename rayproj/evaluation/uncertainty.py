@@ -45,6 +45,26 @@ def decomposition(probabilities: np.ndarray) -> dict[str, np.ndarray]:
     return {"total": total, "aleatoric": aleatoric, "epistemic": total - aleatoric}
 
 
+def variation_ratio(probabilities: np.ndarray) -> np.ndarray:
+    """The share of the indices that guess otherwise than most of them do, [n] (Freeman 1965; Gal 2016, section 3.3).
+
+    Args:
+        probabilities: [Z, n, classes].
+    """
+    guesses = np.eye(probabilities.shape[2])[probabilities.argmax(2)]
+    return np.asarray(1 - guesses.mean(0).max(1))
+
+
+def margin(probabilities: np.ndarray) -> np.ndarray:
+    """One less what the likeliest class has more than the next, [n]: 1 where they are alike (Scheffer et al. 2001).
+
+    Args:
+        probabilities: [n, classes].
+    """
+    first, second = np.sort(probabilities, axis=1)[:, :-3:-1].T
+    return np.asarray(1 - (first - second))
+
+
 def detection(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
     """How well a score tells what is of no class, of which it is to be higher: area under the ROC curve, and under that of
     precision over recall (average precision) with what is of no class as the positives, which depends on their share.

@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
@@ -18,6 +19,29 @@ from rayproj.obfuscation.assets import Assets
 AT_ONCE = 2**20  # values of images at once on a CPU, whose cache holds them and what is made of them
 
 
+SEVERITIES = (1, 2, 3, 4, 5)
+
+
+class Harder(StrEnum):
+    """Where in its range a parameter makes an image harder to recognise."""
+
+    none = "none"  # it is no matter of strength
+    more = "more"
+    less = "less"
+    outer = "outer"  # far from the middle
+    inner = "inner"
+
+    def place(self, u: Tensor, severity: int) -> Tensor:
+        """Draws from [0, 1) as those of one fifth of a range, the fifth one being the hardest."""
+        if self is Harder.none:
+            return u
+        fifth = severity if self in (Harder.more, Harder.outer) else len(SEVERITIES) + 1 - severity
+        if self in (Harder.more, Harder.less):
+            return (fifth - 1 + u) / len(SEVERITIES)
+        side = (u < 0.5).to(u) * 2 - 1  # half of the draws lie on either side of the middle
+        return 0.5 - 0.5 * side * (fifth - 1 + (2 * u) % 1) / len(SEVERITIES)
+
+
 @dataclass(frozen=True)
 class Range:
     """What a parameter is drawn from, evenly: [low, high), or whole numbers from low to high; `count` of them."""
@@ -26,11 +50,12 @@ class Range:
     high: float
     whole: bool
     count: int  # 0: one number and no list
+    harder: Harder = Harder.none
 
 
-def between(low: float, high: float, count: int = 0) -> Range:
+def between(low: float, high: float, count: int = 0, harder: str = "none") -> Range:
     """A parameter that is a number, fp32 [B] or [B, count]."""
-    return Range(low, high, False, count)
+    return Range(low, high, False, count, Harder(harder))
 
 
 def whole(low: int, high: int) -> Range:
@@ -69,13 +94,18 @@ class Obfuscation(ABC):
         return {f.name: hints[f.name].__metadata__[0] for f in dataclasses.fields(cls)}
 
     @classmethod
-    def draw(cls, row: Tensor, seed: int) -> Self:
-        """The parameters of images by their rows, int64 [B, 3] as in `rayproj.keyed`."""
+    def draw(cls, row: Tensor, seed: int, severity: int = 0) -> Self:
+        """The parameters of images by their rows, int64 [B, 3] as in `rayproj.keyed`.
+
+        Args:
+            severity: 1 to 5: of parameters that are a matter of strength one fifth of the range each; 0: all of it.
+        """
         ranges = cls.ranges()
         sizes = [max(1, r.count) for r in ranges.values()]
         uniform = keyed.uniform(seed, f"obfuscation/{cls.name()}", row, (sum(sizes),)).double()
         found = {}
         for (name, r), u in zip(ranges.items(), uniform.split(sizes, dim=1), strict=True):
+            u = r.harder.place(u, severity) if severity else u
             value = r.low + u * (r.high + r.whole - r.low)
             found[name] = (value.floor().long() if r.whole else value.float())[:, slice(None) if r.count else 0]
         return cls(**found)

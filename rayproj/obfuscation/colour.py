@@ -31,8 +31,8 @@ class ColorNoiseBlocks(Obfuscation):
 
     group = "colour"
     size: Annotated[Tensor, between(1 / 24, 1 / 12)]  # side of a block
-    share: Annotated[Tensor, between(0.5, 0.9)]  # of the blocks that are changed
-    strength: Annotated[Tensor, between(0.4, 1.0)]  # largest offset, of the range of values
+    share: Annotated[Tensor, between(0.5, 0.9, harder="more")]  # of the blocks that are changed
+    strength: Annotated[Tensor, between(0.4, 1.0, harder="more")]  # largest offset, of the range of values
     key: Annotated[Tensor, KEY]
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
@@ -52,7 +52,7 @@ class Halftoning(Obfuscation):
     """Each channel printed with one ink: a block becomes a shape that covers as much of it as the block is bright."""
 
     group = "colour"
-    size: Annotated[Tensor, between(1 / 45, 1 / 18)]  # side of a block
+    size: Annotated[Tensor, between(1 / 45, 1 / 18, harder="more")]  # side of a block
     method: Annotated[Tensor, whole(0, 3)]  # disc, square, diamond, line
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
@@ -90,7 +90,7 @@ class InvertLines(Obfuscation):
     """Rows or columns in bands, every other of them inverted."""
 
     group = "colour"
-    width: Annotated[Tensor, between(1 / 28, 1 / 9)]
+    width: Annotated[Tensor, between(1 / 28, 1 / 9, harder="more")]
     across: Annotated[Tensor, whole(0, 1)]  # bands of columns
     first: Annotated[Tensor, whole(0, 1)]  # whether the first band is inverted
 
@@ -107,7 +107,7 @@ class LowContrastTriangles(Obfuscation):
     group, held_out = "colour", True
     size: Annotated[Tensor, between(0.12, 0.35)]  # legs of a triangle
     shear: Annotated[Tensor, between(-0.6, 0.6)]
-    contrast: Annotated[Tensor, between(0.05, 0.35, 3)]  # of each kind
+    contrast: Annotated[Tensor, between(0.05, 0.35, 3, harder="less")]  # of each kind
     level: Annotated[Tensor, between(60, 195, 3)]  # the grey that each kind comes near to
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:

@@ -31,9 +31,9 @@ class BackgroundBlurComposition(Obfuscation):
     """Made small, on a strongly blurred copy of itself."""
 
     group = "composition"
-    size: Annotated[Tensor, between(0.28, 0.42)]
+    size: Annotated[Tensor, between(0.28, 0.42, harder="less")]
     place: Annotated[Tensor, between(0, 1, 2)]  # y and x, of the room that is left
-    blur: Annotated[Tensor, between(0.04, 0.1)]  # standard deviation
+    blur: Annotated[Tensor, between(0.04, 0.1, harder="more")]  # standard deviation
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
         small, inside = inset(images, self.size, *self.place.T)
@@ -45,8 +45,8 @@ class HighContrastBorder(Obfuscation):
     """Made small and of low contrast, within noise of all colours."""
 
     group = "composition"
-    size: Annotated[Tensor, between(0.45, 0.6)]
-    contrast: Annotated[Tensor, between(0.12, 0.35)]
+    size: Annotated[Tensor, between(0.45, 0.6, harder="less")]
+    contrast: Annotated[Tensor, between(0.12, 0.35, harder="less")]
     level: Annotated[Tensor, between(90, 165)]  # the grey that it comes near to
     key: Annotated[Tensor, KEY]
 
@@ -63,7 +63,7 @@ class PhotoComposition(Obfuscation):
     """Made small, on another picture."""
 
     group = "composition"
-    size: Annotated[Tensor, between(0.32, 0.45)]
+    size: Annotated[Tensor, between(0.32, 0.45, harder="less")]
     place: Annotated[Tensor, between(0, 1, 2)]  # y and x, of the room that is left
     photo: Annotated[Tensor, whole(0, ANY)]
 
@@ -78,7 +78,7 @@ class PerspectiveComposition(Obfuscation):
 
     group, held_out = "composition", True
     # How far each corner is inside of that of the frame: x and y, of the sides.
-    corners: Annotated[Tensor, between(0.05, 0.33, 8)]
+    corners: Annotated[Tensor, between(0.05, 0.33, 8, harder="more")]
     photo: Annotated[Tensor, whole(0, ANY)]
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:

@@ -20,9 +20,9 @@ class AdversarialPatches(Obfuscation):
     """Made a little smaller, amid a blurred enlargement of itself, with an adversarial patch in each corner."""
 
     group, needs = "learned", "patches"
-    size: Annotated[Tensor, between(0.72, 0.84)]
+    size: Annotated[Tensor, between(0.72, 0.84, harder="less")]
     patch: Annotated[Tensor, whole(0, ANY)]
-    patch_size: Annotated[Tensor, between(0.19, 0.25)]
+    patch_size: Annotated[Tensor, between(0.19, 0.25, harder="more")]
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
         self.require(assets)
@@ -39,7 +39,7 @@ class StyleTransfer(Obfuscation):
 
     group, needs = "learned", "styles"
     style: Annotated[Tensor, whole(0, ANY)]
-    strength: Annotated[Tensor, between(0.75, 1.0)]  # weight against the image
+    strength: Annotated[Tensor, between(0.75, 1.0, harder="more")]  # weight against the image
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
         network = _styles(self, assets)
@@ -53,8 +53,8 @@ class Texturize(Obfuscation):
 
     group, needs = "learned", "styles"
     style: Annotated[Tensor, whole(0, ANY)]
-    strength: Annotated[Tensor, between(0.75, 0.95)]  # weight against the image
-    colour: Annotated[Tensor, between(0.0, 0.25)]  # that is left
+    strength: Annotated[Tensor, between(0.75, 0.95, harder="more")]  # weight against the image
+    colour: Annotated[Tensor, between(0.0, 0.25, harder="less")]  # that is left
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
         network = _styles(self, assets)

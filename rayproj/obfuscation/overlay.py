@@ -23,8 +23,8 @@ class ColorPatternOverlay(Obfuscation):
     count: Annotated[Tensor, between(16, 28)]  # of the pattern's cells along the shorter side
     pattern: Annotated[Tensor, whole(0, 2)]  # discs, checks, stripes
     hue: Annotated[Tensor, between(0, 1)]
-    opacity: Annotated[Tensor, between(0.55, 0.8)]  # of the pattern
-    tint: Annotated[Tensor, between(0.2, 0.4)]  # of its colour in the rest
+    opacity: Annotated[Tensor, between(0.55, 0.8, harder="more")]  # of the pattern
+    tint: Annotated[Tensor, between(0.2, 0.4, harder="more")]  # of its colour in the rest
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
         y, x = places(images, self.count)
@@ -51,7 +51,7 @@ class IconOverlay(Obfuscation):
     count: Annotated[Tensor, whole(6, 11)]  # along the shorter side
     icon: Annotated[Tensor, whole(0, ANY)]
     hue: Annotated[Tensor, between(0, 1)]
-    opacity: Annotated[Tensor, between(0.5, 0.8)]
+    opacity: Annotated[Tensor, between(0.5, 0.8, harder="more")]
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
         y, x = places(images, self.opacity)
@@ -66,7 +66,7 @@ class ImageOverlay(Obfuscation):
     """Another picture, half transparent."""
 
     group = "overlay"
-    opacity: Annotated[Tensor, between(0.4, 0.65)]
+    opacity: Annotated[Tensor, between(0.4, 0.65, harder="more")]
     photo: Annotated[Tensor, whole(0, ANY)]
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
@@ -79,7 +79,7 @@ class Interleave(Obfuscation):
     """Rows or columns in bands, every other of them those of another picture."""
 
     group = "overlay"
-    width: Annotated[Tensor, between(1 / 32, 1 / 12)]
+    width: Annotated[Tensor, between(1 / 32, 1 / 12, harder="more")]
     across: Annotated[Tensor, whole(0, 1)]  # bands of columns
     photo: Annotated[Tensor, whole(0, ANY)]
 
@@ -98,7 +98,7 @@ class TextOverlay(Obfuscation):
     angle: Annotated[Tensor, between(-35, 35)]  # degrees
     begin: Annotated[Tensor, between(0, 1, 2)]  # where the text begins, y and x
     hue: Annotated[Tensor, between(-0.06, 0.08)]  # reds, mostly
-    opacity: Annotated[Tensor, between(0.75, 1.0)]
+    opacity: Annotated[Tensor, between(0.75, 1.0, harder="more")]
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
         y, x = places(images, self.angle)

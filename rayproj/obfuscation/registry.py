@@ -80,8 +80,13 @@ def chosen(names: Sequence[str], assets: AssetsConfig | None = None) -> tuple[st
     return tuple(name for name in OBFUSCATIONS if name in found)
 
 
-def obfuscate(name: str, images: Tensor, row: Tensor, seed: int, assets: Assets) -> tuple[Tensor, list[dict[str, Any]]]:
+def obfuscate(
+    name: str, images: Tensor, row: Tensor, seed: int, assets: Assets, severity: int = 0
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """Obfuscate images, uint8 [B, C, H, W], by parameters that are drawn for their rows, int64 [B, 3].
+
+    Args:
+        severity: 1 to 5, as in `Obfuscation.draw`; 0: over the whole ranges, as the benchmark does.
 
     Returns:
         uint8 of the same shape, and the parameters of each image.
@@ -89,7 +94,7 @@ def obfuscate(name: str, images: Tensor, row: Tensor, seed: int, assets: Assets)
     Raises:
         UserError: it needs what was not learned.
     """
-    drawn = OBFUSCATIONS[name].draw(row, seed)
+    drawn = OBFUSCATIONS[name].draw(row, seed, severity)
     return drawn(images, assets), drawn.records()
 
 
@@ -106,27 +111,57 @@ class ObfuscateConfig:
     # transformation. []: none. Whoever trains on those that are held out has nothing left that would be new.
     names: list[str] = field(default_factory=list)
     share: float = 0.5  # of the images that are obfuscated
+    without: list[str] = field(default_factory=list)  # of them, names or sets that are left out: to be tested on
+    weights: dict[str, float] = field(default_factory=dict)  # name -> how often it is drawn, where that is not 1
     assets: AssetsConfig = field(default_factory=AssetsConfig)
 
     def problems(self) -> list[str]:
         found = [] if 0 <= self.share <= 1 else [f"obfuscate.share must lie in [0, 1], not {self.share:g}."]
         try:
-            lacking = [n for n in chosen(self.names, self.assets) if OBFUSCATIONS[n].needs and not self.assets.learned]
+            drawn = self.drawn
         except UserError as error:
             return [*found, str(error)]
+        lacking = [name for name in drawn if OBFUSCATIONS[name].needs and not self.assets.learned]
+        if self.names and not drawn:
+            found.append("obfuscate.without leaves none of obfuscate.names.")
+        if unknown := sorted(set(self.weights) - set(drawn)):
+            found.append(f"obfuscate.weights has '{unknown[0]}', which is not drawn; it has {', '.join(drawn)}.")
+        elif drawn and not (min(self._weights) >= 0 and sum(self._weights) > 0):
+            found.append("obfuscate.weights must not be negative, nor all 0.")
         if lacking:
             found.append(
                 f"obfuscate.names: {lacking[0]} needs the run dir of jobs/learn_obfuscations.py in obfuscate.assets.learned."
             )
         return found
 
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """What an obfuscated image is obfuscated by.
+
+        Raises:
+            UserError: a name that is none.
+        """
+        left_out = chosen(self.without) if self.without else ()
+        return tuple(name for name in chosen(self.names, self.assets) if name not in left_out)
+
+    @property
+    def _weights(self) -> list[float]:
+        return [self.weights.get(name, 1.0) for name in self.drawn]
+
+    def shares(self) -> list[float]:
+        """How often each is drawn, as shares of the obfuscated images."""
+        return [weight / sum(self._weights) for weight in self._weights]
+
 
 def mixture(images: Tensor, row: Tensor, seed: int, config: ObfuscateConfig) -> Tensor:
     """Images, uint8 [B, C, H, W], of which a share is obfuscated, each by one of those that the config names."""
-    names = chosen(config.names, config.assets)
+    names = config.drawn
     assets = Assets.load(config.assets, str(images.device))
     draw = keyed.uniform(seed, "obfuscations", row, (2,))
-    which = torch.where(draw[:, 0] < config.share, (draw[:, 1] * len(names)).long(), -1).tolist()
+    until = draw.new_tensor(config.shares()).cumsum(0)[:-1]
+    which = torch.where(
+        draw[:, 0] < config.share, torch.searchsorted(until, draw[:, 1].contiguous(), right=True), -1
+    ).tolist()
     found = images.clone()
     for number in sorted(set(which) - {-1}):
         place = torch.tensor([i for i, w in enumerate(which) if w == number], device=images.device)

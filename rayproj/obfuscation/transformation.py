@@ -35,7 +35,7 @@ class LineShift(Obfuscation):
 
     group = "transformation"
     width: Annotated[Tensor, between(1 / 75, 1 / 25)]
-    shift: Annotated[Tensor, between(0.08, 0.4)]
+    shift: Annotated[Tensor, between(0.08, 0.4, harder="more")]
     across: Annotated[Tensor, whole(0, 1)]  # bands of columns
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
@@ -51,7 +51,7 @@ class PerspectiveTransform(Obfuscation):
     """The image seen from elsewhere: the centres of its quarters go to places near them."""
 
     group = "transformation"
-    moved: Annotated[Tensor, between(-0.11, 0.11, 8)]  # x and y of each centre
+    moved: Annotated[Tensor, between(-0.11, 0.11, 8, harder="outer")]  # x and y of each centre
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]
@@ -67,7 +67,7 @@ class RotateBlocks(Obfuscation):
     """Small blocks, each turned by a quarter, half or three quarters; what does not fill a block stays."""
 
     group = "transformation"
-    size: Annotated[Tensor, between(1 / 56, 1 / 12)]
+    size: Annotated[Tensor, between(1 / 56, 1 / 12, harder="more")]
     key: Annotated[Tensor, KEY]
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
@@ -93,7 +93,7 @@ class RotateImage(Obfuscation):
     """Turned about the centre, against the clock, on black."""
 
     group = "transformation"
-    angle: Annotated[Tensor, between(15, 345)]  # degrees
+    angle: Annotated[Tensor, between(15, 345, harder="inner")]  # degrees
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
         height, width = images.shape[2:]
@@ -111,9 +111,9 @@ class SwirlWarp(Obfuscation):
     skimage.transform.swirl."""
 
     group = "transformation"
-    strength: Annotated[Tensor, between(3, 8)]  # radians at the point
+    strength: Annotated[Tensor, between(3, 8, harder="more")]  # radians at the point
     clockwise: Annotated[Tensor, whole(0, 1)]
-    radius: Annotated[Tensor, between(0.7, 1.2)]  # at which a thousandth of it is left, nearly
+    radius: Annotated[Tensor, between(0.7, 1.2, harder="more")]  # at which a thousandth of it is left, nearly
     centre: Annotated[Tensor, between(0.4, 0.6, 2)]  # x and y, of the sides
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
@@ -134,11 +134,11 @@ class WavyColorWarp(Obfuscation):
     """Rows and columns moved by sines, those of each channel a little later, and all hues turned."""
 
     group = "transformation"
-    height: Annotated[Tensor, between(0.02, 0.06, 2)]  # of the waves along y and along x
+    height: Annotated[Tensor, between(0.02, 0.06, 2, harder="more")]  # of the waves along y and along x
     waves: Annotated[Tensor, between(2, 6, 2)]
     phase: Annotated[Tensor, between(0, 2 * math.pi, 2)]
     lag: Annotated[Tensor, between(0.3, 1.2)]  # of a channel behind the one before, radians
-    hue: Annotated[Tensor, between(40, 320)]  # degrees
+    hue: Annotated[Tensor, between(40, 320, harder="inner")]  # degrees
 
     def changed(self, images: Tensor, assets: Assets) -> Tensor:
         batch, channels, height, width = images.shape

@@ -15,6 +15,7 @@ from rayproj.data.imagenet import ImageFolders
 from rayproj.data.reader import Reader
 from rayproj.data.writer import Sample
 from rayproj.obfuscation.assets import Assets, AssetsConfig
+from rayproj.obfuscation.base import SEVERITIES
 from rayproj.obfuscation.registry import CLEAN, DRAW, OBFUSCATIONS, chosen, obfuscate
 from rayproj.storage.store import Store
 
@@ -35,6 +36,7 @@ class WriteConfig:
     assets: AssetsConfig = field(default_factory=AssetsConfig)
     samples: int = 0  # of the images, the first; 0: all
     draws: int = 1  # of the parameters of each image
+    severity: int = 0  # 1 to 5: a fifth of each range of strength; 0: the whole of it, as the benchmark has it
     size: int = 224  # side of ImageNet's images
     encoding: str = ""  # png, webp or jpg; "": as the images have it
     shard_size: int = 256
@@ -42,6 +44,8 @@ class WriteConfig:
 
     def problems(self) -> list[str]:
         found = [f"obfuscate.{n} must be positive." for n in ("draws", "shard_size", "batch") if getattr(self, n) < 1]
+        if self.severity not in (0, *SEVERITIES):
+            found.append(f"obfuscate.severity is 1 to 5, or 0 for the whole ranges, not {self.severity}.")
         if self.encoding not in ("", "png", "webp", "jpg"):
             found.append(f"obfuscate.encoding is png, webp or jpg, not '{self.encoding}'.")
         return found
@@ -97,6 +101,7 @@ def header_of(config: WriteConfig, seed: int) -> Header:
             **manifest,
             "obfuscations": {n: {f: asdict(r) for f, r in OBFUSCATIONS[n].ranges().items()} for n in names},
             "draws": config.draws,
+            "severity": config.severity,
             "assets": assets.provenance,
             "seed": seed,
             "notice": NOTICE,
@@ -137,7 +142,7 @@ class Writer:
         records: list[dict[str, Any]] = [{}] * len(numbers)
         if name != CLEAN:
             row = torch.from_numpy(np.stack([index, np.zeros_like(index), view], 1)).to(self.device)
-            images, records = obfuscate(name, images, row, seed, self.assets)
+            images, records = obfuscate(name, images, row, seed, self.assets, self.config.severity)
         found = []
         for k, image in enumerate(images.cpu().numpy()):
             sample = {n: columns[n][k] for n in self.images.header.fields if n in self.header.fields}

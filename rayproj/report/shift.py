@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from rayproj.evaluation.epistemic import TOGETHER
 from rayproj.report import figures
 from rayproj.report.pages import data_uri, rendered
 
@@ -77,11 +78,11 @@ def loss_over_compute(result: dict[str, Any], measure: str = "dyadic_nll_exact")
     return figure
 
 
-def loss_over_severity(result: dict[str, Any], measure: str = "dyadic_nll_exact") -> Figure:
-    """The loss of each network, with all its indices, over the severity of the corruptions; 0 is without."""
+def loss_over_severity(result: dict[str, Any], family: str = "corrupted", measure: str = "dyadic_nll_exact") -> Figure:
+    """The loss of each network, with all its indices, over the severity of corruptions or obfuscations; 0 is without."""
     by_severity: dict[int, list[str]] = {}
     for condition in result["conditions"]:
-        if condition["family"] in ("in_distribution", "corrupted"):
+        if condition["family"] in ("in_distribution", family):
             by_severity.setdefault(condition["severity"], []).append(condition["name"])
     severities = sorted(by_severity)
     figure, axis = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
@@ -96,11 +97,38 @@ def loss_over_severity(result: dict[str, Any], measure: str = "dyadic_nll_exact"
     return figure
 
 
+def loss_over_together(result: dict[str, Any]) -> Figure:
+    """The joint log-loss for each label, over how many labels of two test images are asked for together: level where a
+    network does not know what its doubts have in common."""
+    figure, axis = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
+    for (network, count), colour in zip(largest(result).items(), cycle(figures.SERIES), strict=False):
+        measured = result["measures"][network][count]["test"]
+        axis.plot(
+            TOGETHER,
+            [measured[f"per_label_of_{n}"] for n in TOGETHER],
+            color=colour,
+            marker="o",
+            markersize=3.5,
+            label=network,
+        )
+    axis.set_xscale("log")
+    axis.set_xticks(TOGETHER, map(str, TOGETHER))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("labels together")
+    axis.set_ylabel("joint log-loss per label")
+    axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
 def page(result: dict[str, Any]) -> str:
     """HTML that needs no other file."""
-    pictures = {"compute": data_uri(figures.svg(loss_over_compute(result)), "svg+xml")}
-    if any(condition["severity"] for condition in result["conditions"]):
-        pictures["severity"] = data_uri(figures.svg(loss_over_severity(result)), "svg+xml")
+    pictures = {
+        "compute": data_uri(figures.svg(loss_over_compute(result)), "svg+xml"),
+        "together": data_uri(figures.svg(loss_over_together(result)), "svg+xml"),
+    }
+    for family in ("corrupted", "obfuscated"):
+        if any(c["severity"] and c["family"] == family for c in result["conditions"]):
+            pictures[family] = data_uri(figures.svg(loss_over_severity(result, family)), "svg+xml")
     tables = {
         title: {
             (network, count): {m: mean_of(by, names, m) for m in TITLES}

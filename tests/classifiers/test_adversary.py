@@ -119,7 +119,7 @@ def test_of_several_threats_each_image_gets_the_attack_of_the_highest_loss() -> 
 
 def test_the_steepest_of_several_threats_is_followed_step_by_step_as_a_loop_does() -> None:
     """Against the algorithm written out for one example at a time, and it is PGD where there is one threat."""
-    model, (images, label, row) = network(PLAIN), batch()
+    model, images, label = network(PLAIN), batch()[0], batch()[1]
     threats = [ThreatConfig(Norm.linf, 0.06), ThreatConfig(Norm.l2, 0.35), ThreatConfig(Norm.l1, 1.5)]
     config = AdversaryConfig(Training.adversarial, threats, Several.steepest, steps=4, random_start=False)
     expected, taken = [], set()

@@ -126,9 +126,23 @@ def test_a_share_of_images_is_obfuscated_each_by_one_of_the_names() -> None:
     assert torch.equal(augmented(images, row, 7, AugmentConfig(0, False)), images)
 
 
+def test_what_is_left_out_is_never_drawn_and_weights_say_how_often_the_rest_is() -> None:
+    images, row = drawn(400), rows(400)
+    given = ObfuscateConfig(["transformation", "held_out"], 1.0, ["held_out", "SwirlWarp"], {"LineShift": 3.0})
+    assert given.drawn == ("LineShift", "PerspectiveTransform", "RotateBlocks", "RotateImage", "WavyColorWarp")
+    changed = augmented(images, row, 7, AugmentConfig(0, False, obfuscate=given))
+    for name, weight in zip(given.drawn, (3, 1, 1, 1, 1), strict=True):
+        way = obfuscate(name, images, row, 7, Assets.load(AssetsConfig()))[0]
+        assert abs(float((changed == way).flatten(1).all(1).float().mean()) - weight / 7) < 0.07, name
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
+        ({"names": ["SwirlWarp"], "without": ["transformation"]}, "leaves none"),
+        ({"names": ["SwirlWarp"], "weights": {"LineShift": 2.0}}, "'LineShift', which is not drawn"),
+        ({"names": ["SwirlWarp"], "weights": {"SwirlWarp": 0.0}}, "nor all 0"),
+        ({"names": ["SwirlWarp"], "without": ["Blur"]}, "no obfuscation 'Blur'"),
         ({"names": ["Blurring"]}, "no obfuscation 'Blurring'"),
         ({"names": ["StyleTransfer"]}, "StyleTransfer needs the run dir"),
         ({"share": 1.5}, "must lie in"),

@@ -162,6 +162,14 @@ def test_the_draws_are_of_places_not_of_labels() -> None:
     assert not np.array_equal(joint.anchors(40, 10, 2, 0), joint.anchors(40, 10, 2, 1))
 
 
+def test_labels_that_are_thought_impossible_count_as_the_worst_that_is_not() -> None:
+    truth, found = np.log([0.5, 0.5, 0.9, 0.9]), np.log([0.5, 0.25, 0.3, 0.9])
+    found[3] = -np.inf
+    value, finite = joint.divergence(truth, found)
+    assert finite == 0.75 and value == pytest.approx((0 + math.log(2) + 2 * math.log(3)) / 4)
+    assert joint.divergence(truth, np.full(4, -np.inf)) == (math.inf, 0.0)
+
+
 def test_a_bernoulli_testbed_has_its_divergence() -> None:
     """The mean joint NLL less that of the truth is the KL divergence of the joint predictions, here of products."""
     rng, tau, n = np.random.default_rng(3), 5, 200_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rayproj.data.writer import commit_shard
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.corruptions import corrupted
-from rayproj.evaluation.shift import ShiftConfig, evaluate, load
+from rayproj.evaluation.shift import ShiftConfig, conditions, evaluate, load
 from rayproj.keyed import places
 from rayproj.obfuscation.assets import Assets, AssetsConfig
 from rayproj.obfuscation.registry import obfuscate
@@ -109,6 +110,17 @@ def found(folder: Path) -> dict[str, Any]:
     return run_ranks(evaluate_on, 1, str(folder))[0]  # type: ignore[no-any-return]
 
 
+def test_obfuscations_of_several_strengths_are_conditions_each(folder: Path) -> None:
+    given = replace(config(str(folder)), corruptions=[], obfuscations=["LineShift"], strengths=[1, 5])
+    found = {c.name: c for c in conditions(given) if c.family == "obfuscated"}
+    assert {name: c.severity for name, c in found.items()} == {"LineShift 1": 1, "LineShift 5": 5}
+    images = torch.from_numpy(Reader(Dataset.open(f"{folder}/test")).gather(np.arange(20))["image"])
+    expected = obfuscate("LineShift", images, places(20), 0, Assets.load(AssetsConfig()), 5)[0]
+    assert torch.equal(found["LineShift 5"].change(images, places(20)), expected)
+    assert not torch.equal(found["LineShift 1"].change(images, places(20)), expected)
+    assert replace(given, strengths=[0]).problems() == ["shift.strengths lie in 1 to 5."]
+
+
 def test_ranks_share_the_work(folder: Path, found: dict[str, Any]) -> None:
     shared = run_ranks(evaluate_on, 2, str(folder))
     for other in shared:
@@ -154,7 +166,9 @@ def test_what_is_found(folder: Path, found: dict[str, Any]) -> None:
     own = [found["measures"]["base"]["1"][name]["accuracy"] for name in names[2:6]]
     errs = all(np.mean(own[k : k + 2]) < 1 for k in (0, 2))  # under each corruption, without which there is no ratio
     assert errors["base"]["1"]["mce_normalised"] == pytest.approx(1 if errs else np.nan, nan_ok=True)
-    assert set(found["unknown"]["ensemble"]["3"]["fourth"]) == {"confidence", "total", "aleatoric", "epistemic"}
+    assert set(found["unknown"]["ensemble"]["3"]["fourth"]) == {
+        "confidence", "margin", "total", "aleatoric", "epistemic", "variation",
+    }  # fmt: skip
     assert found["unknown"]["ensemble"]["3"]["fourth"]["total"]["auroc"] > 0.5
 
 

@@ -63,6 +63,20 @@ def test_doubt_is_taken_apart() -> None:
     assert [v[0] for v in uncertainty.decomposition(certain).values()] == pytest.approx([math.log(2), 0, math.log(2)])
 
 
+def test_indices_that_guess_otherwise_and_margins_against_a_loop() -> None:
+    rng = np.random.default_rng(4)
+    p = rng.dirichlet(np.ones(4), (15, 8))
+    ratios, margins = [], []
+    for i in range(8):
+        guesses = [int(q.argmax()) for q in p[:, i]]
+        ratios.append(1 - max(guesses.count(c) for c in range(4)) / 15)
+        first, second = sorted(p[:, i].mean(0))[:-3:-1]
+        margins.append(1 - (first - second))
+    assert uncertainty.variation_ratio(p) == pytest.approx(ratios) and min(ratios) > 0
+    assert uncertainty.margin(p.mean(0)) == pytest.approx(margins)
+    assert uncertainty.margin(np.array([[0.5, 0.5], [1.0, 0.0]])).tolist() == [1, 0]
+
+
 def test_the_area_of_risk_over_coverage() -> None:
     labels, p = judged(50)
     order = sorted(range(50), key=lambda i: -p[i].max())

@@ -28,6 +28,7 @@ from rayproj.obfuscation import (
     scenes,
 )
 from rayproj.obfuscation.assets import AssetsConfig
+from rayproj.obfuscation.base import Harder
 from rayproj.obfuscation.colour import ColorNoiseBlocks, Halftoning, LowContrastTriangles
 from rayproj.obfuscation.registry import ObfuscateConfig
 from rayproj.obfuscation.styles import StyleNetwork
@@ -124,6 +125,28 @@ def test_parameters_fill_their_ranges_and_no_more(name: str) -> None:
         assert abs(float(unit.mean()) - 0.5) < 0.04 and unit.max() > 0.97 and unit.min() < 0.03
     with pytest.raises(UserError, match=f"{name} has the parameters"):
         kind.of([{"strength": 1.0, "of": 2}])
+
+
+@pytest.mark.parametrize("name", OBFUSCATIONS)
+def test_a_severity_is_a_fifth_of_each_strength_and_all_of_them_are_its_range(name: str) -> None:
+    kind, draws = OBFUSCATIONS[name], 400
+    whole, by = kind.draw(rows(draws), 0), [kind.draw(rows(draws), 0, severity) for severity in range(1, 6)]
+    graded = {field: r for field, r in kind.ranges().items() if r.harder is not Harder.none}
+    for field, r in kind.ranges().items():
+        if field not in graded:
+            assert all(torch.equal(getattr(one, field), getattr(whole, field)) for one in by), "what is no strength"
+            continue
+        unit = [(getattr(one, field).double() - r.low) / (r.high - r.low) for one in by]
+        inner, outer = ([(u - 0.5).abs().aminmax() for u in unit][k] for k in (0, 4))
+        for severity, u in enumerate(unit, 1):
+            place = {
+                Harder.more: u, Harder.less: 1 - u, Harder.outer: 2 * (u - 0.5).abs(), Harder.inner: 1 - 2 * (u - 0.5).abs()
+            }[r.harder]  # fmt: skip
+            assert place.min() >= (severity - 1) / 5 - 1e-5 and place.max() <= severity / 5 + 1e-5
+            assert place.max() - place.min() > 0.18, "as far as the fifth goes"
+            assert r.harder in (Harder.more, Harder.less) or (u > 0.5).double().mean().sub(0.5).abs() < 0.1
+        assert (inner.max < outer.min) == (r.harder is Harder.outer)
+    assert graded, "each can be made stronger"
 
 
 def records_of(name: str, seed: int = 0, n: int = 6, **fixed: Any) -> list[dict[str, Any]]:

@@ -96,6 +96,18 @@ def test_several_draws_of_the_first_images(tmp_path: Path) -> None:
     assert len({json.loads(text)["angle"] for text in columns["parameters"]}) == 12
 
 
+def test_images_of_one_severity(tmp_path: Path) -> None:
+    source = write_images(f"{tmp_path}/images")
+    for severity, (low, high) in {1: (0.08, 0.144), 5: (0.336, 0.4)}.items():
+        dataset = obfuscated(
+            WriteConfig(source.uri, f"{tmp_path}/{severity}", ["LineShift"], clean=False, severity=severity)
+        )
+        shifts = [json.loads(text)["shift"] for text in Reader(dataset).gather(np.arange(22))["parameters"]]
+        assert low - 1e-6 <= min(shifts) and max(shifts) <= high + 1e-6
+        assert dataset.header.provenance["severity"] == severity
+    assert "severity is 1 to 5" in WriteConfig(severity=6).problems()[0]
+
+
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     source = write_images(f"{tmp_path}/images")
     with pytest.raises(UserError, match="AdversarialPatches needs patches"):
