@@ -88,7 +88,7 @@ def measures(found: Outcome, labels: np.ndarray, tau: int = 10, kappa: int = 2, 
 
     "joint_nll" is of tau images that follow each other; "dyadic_nll" of tau draws of kappa anchors, "dyadic_nll_exact" its
     mean over all draws, and "dyadic_nll_independent" what that would be of labels that are independent given the marginal
-    prediction; "per_label_of_N" the exact one of N draws of two anchors, divided by N.
+    prediction.
     """
     log_p, right = found.log_p.astype(np.float64), found.probabilities.argmax(1) == labels
     marginal = marginal_nll(log_p)
@@ -106,13 +106,18 @@ def measures(found: Outcome, labels: np.ndarray, tau: int = 10, kappa: int = 2, 
         "accuracy_high": high,
         **{name: float(values.mean()) for name, values in losses.items()},
         **{f"{name}_error": float(v.std() / math.sqrt(len(v))) for name, v in losses.items()},
-        **{f"per_label_of_{n}": float(exact_polyadic_nll(log_p, n).mean() / n) for n in TOGETHER},
         "brier": brier_score(labels, found.probabilities),
         "calibration_error": calibration_error(labels, found.probabilities),
         "rms_calibration_error": rms_calibration_error(labels, found.probabilities),
         "risk_coverage_area": risk_coverage_area(labels, found.probabilities),
         **{f"doubt_{name}": float(values.mean()) for name, values in found.doubt.items()},
     }
+
+
+def by_labels_together(found: Outcome) -> dict[str, float]:
+    """The exact dyadic log-loss for each label, by how many labels of two images are asked for together."""
+    log_p = found.log_p.astype(np.float64)
+    return {str(n): float(exact_polyadic_nll(log_p, n).mean() / n) for n in TOGETHER}
 
 
 def fitted_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -24,7 +24,7 @@ from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation import epistemic
 from rayproj.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
-from rayproj.evaluation.epistemic import Outcome, fitted_temperature, logits_of, measures
+from rayproj.evaluation.epistemic import Outcome, by_labels_together, fitted_temperature, logits_of, measures
 from rayproj.evaluation.uncertainty import corruption_errors, detection
 from rayproj.obfuscation.assets import Assets, AssetsConfig
 from rayproj.obfuscation.registry import chosen, obfuscate
@@ -191,10 +191,18 @@ def evaluate(config: ShiftConfig, world: World, link: Link) -> dict[str, Any]:
     all_conditions = list(conditions(config))
     if world.rank == 0:
         link.report({"type": "total", "steps": len(all_conditions) + len(config.unknown) + 1})
+    classes = Dataset.open(config.test).header.classes
+    for condition in all_conditions:
+        if Dataset.open(condition.dataset).header.classes != classes:
+            raise UserError(
+                f"The classes of shift.shifted.{condition.name} are not those of shift.test, in their order: "
+                f"{', '.join(classes)}."
+            )
     done, judges = 0, _Judges(config, world)
     if config.validation:
         judges.fit(Dataset.open(config.validation))
     found: dict[str, Any] = {name: {str(c): {} for c in counts} for name, counts in judges.counts.items()}
+    together: dict[str, Any] = {}
     known: Outcomes = {}
     sizes = {}
     for condition in all_conditions:
@@ -202,6 +210,8 @@ def evaluate(config: ShiftConfig, world: World, link: Link) -> dict[str, Any]:
         known, sizes[condition.name] = known or outcomes, len(labels)
         for (name, count), outcome in outcomes.items():
             found[name][str(count)][condition.name] = measures(outcome, labels, config.tau, config.kappa)
+            if condition.family == "in_distribution":
+                together.setdefault(name, {})[str(count)] = by_labels_together(outcome)
         done += 1
         if world.rank == 0:
             shown = {n: found[n][str(c[-1])][condition.name]["dyadic_nll_exact"] for n, c in judges.counts.items()}
@@ -223,6 +233,7 @@ def evaluate(config: ShiftConfig, world: World, link: Link) -> dict[str, Any]:
             name: {str(c): judges.temperatures[name, c] for c in counts} for name, counts in judges.counts.items()
         },
         "measures": found,
+        "labels_together": together,
         "corruption_errors": _corruption_errors(config, judges, found),
         "unknown": detected,
         "costs": _costs(config, judges) if world.rank == 0 else None,

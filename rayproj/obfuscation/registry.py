@@ -126,8 +126,10 @@ class ObfuscateConfig:
             found.append("obfuscate.without leaves none of obfuscate.names.")
         if unknown := sorted(set(self.weights) - set(drawn)):
             found.append(f"obfuscate.weights has '{unknown[0]}', which is not drawn; it has {', '.join(drawn)}.")
-        elif drawn and not (min(self._weights) >= 0 and sum(self._weights) > 0):
-            found.append("obfuscate.weights must not be negative, nor all 0.")
+        if drawn and min(self._weights) <= 0:
+            found.append(
+                "obfuscate.weights must be positive; what is not to be drawn is left out by obfuscate.without."
+            )
         if lacking:
             found.append(
                 f"obfuscate.names: {lacking[0]} needs the run dir of jobs/learn_obfuscations.py in obfuscate.assets.learned."

@@ -102,15 +102,8 @@ def loss_over_together(result: dict[str, Any]) -> Figure:
     network does not know what its doubts have in common."""
     figure, axis = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
     for (network, count), colour in zip(largest(result).items(), cycle(figures.SERIES), strict=False):
-        measured = result["measures"][network][count]["test"]
-        axis.plot(
-            TOGETHER,
-            [measured[f"per_label_of_{n}"] for n in TOGETHER],
-            color=colour,
-            marker="o",
-            markersize=3.5,
-            label=network,
-        )
+        by = by_number(result["labels_together"][network][count])
+        axis.plot([int(n) for n in by], list(by.values()), color=colour, marker="o", markersize=3.5, label=network)
     axis.set_xscale("log")
     axis.set_xticks(TOGETHER, map(str, TOGETHER))
     axis.xaxis.set_minor_formatter(NullFormatter())

@@ -141,7 +141,7 @@ def test_what_is_left_out_is_never_drawn_and_weights_say_how_often_the_rest_is()
     [
         ({"names": ["SwirlWarp"], "without": ["transformation"]}, "leaves none"),
         ({"names": ["SwirlWarp"], "weights": {"LineShift": 2.0}}, "'LineShift', which is not drawn"),
-        ({"names": ["SwirlWarp"], "weights": {"SwirlWarp": 0.0}}, "nor all 0"),
+        ({"names": ["SwirlWarp"], "weights": {"SwirlWarp": 0.0}}, "must be positive"),
         ({"names": ["SwirlWarp"], "without": ["Blur"]}, "no obfuscation 'Blur'"),
         ({"names": ["Blurring"]}, "no obfuscation 'Blurring'"),
         ({"names": ["StyleTransfer"]}, "StyleTransfer needs the run dir"),

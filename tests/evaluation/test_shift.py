@@ -121,6 +121,13 @@ def test_obfuscations_of_several_strengths_are_conditions_each(folder: Path) -> 
     assert replace(given, strengths=[0]).problems() == ["shift.strengths lie in 1 to 5."]
 
 
+def test_other_classes_are_refused_and_not_taken_by_their_numbers(folder: Path) -> None:
+    odd = Dataset.create(f"{folder}/odd", replace(Dataset.open(f"{folder}/test").header, classes=CLASSES[::-1]))
+    given = replace(config(str(folder)), shifted={"odd": odd.uri})
+    with pytest.raises(UserError, match=r"shift.shifted.odd are not those of shift.test.*zero, one"):
+        evaluate(given, World(0, 1, 0, "cpu"), Recorder("b"))
+
+
 def test_ranks_share_the_work(folder: Path, found: dict[str, Any]) -> None:
     shared = run_ranks(evaluate_on, 2, str(folder))
     for other in shared:
