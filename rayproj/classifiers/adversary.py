@@ -30,7 +30,7 @@ class Training(Enum):
 class Several(Enum):
     """What is made of several threats."""
 
-    drawn = "drawn"  # one a step, drawn evenly (SAT, Madaan et al. 2021; of linf and l1 E-AT, Croce and Hein 2022)
+    drawn = "drawn"  # one a step, drawn evenly (SAT, Madaan et al. 2021)
     worst = "worst"  # of each image the attack of the highest loss (MAX, Tramèr and Boneh 2019)
     steepest = "steepest"  # one attack, each of whose steps is the worst among the threats' (MSD, Maini et al. 2020)
 

@@ -4,7 +4,8 @@ Croce et al. 2023, "Seasoning model soups for robustness to adversarial and natu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -15,7 +16,8 @@ from rayproj.classifiers.networks import VisionTransformer
 from rayproj.errors import UserError
 
 State = Mapping[str, Tensor]
-AT_ONCE = 32  # candidates whose activations are there at a time
+AT_ONCE = 32  # candidates on a GPU, whose weights and activations are there at a time
+KEPT = 2**30  # bytes of soups that wait to be asked again, of which there is always one
 
 
 def soup(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -59,38 +61,53 @@ def grid(members: int, parts: int, beyond: float = 0.0) -> np.ndarray:
 
 
 class Stack:
-    """Many soups of one network, evaluated together on the same images: on a GPU in one pass by `torch.func`, on a CPU,
-    where one network keeps all cores busy and small matrices in batches are slow, one after the other.
+    """Many soups of one network, evaluated together on the same images: on a GPU some at a time in one pass by `torch.func`,
+    on a CPU, where one network keeps all cores busy and small matrices in batches are slow, one after the other. Soups are
+    made when their turn comes, and only as many are kept as a gibibyte holds.
 
     Args:
         network: gives the form; it is changed.
         states: of the members.
         weights: [candidates, members].
-        at_once: in one pass; None: as is faster where the states are.
+        at_once: how many in one pass; None: as is faster where the states are.
     """
 
     def __init__(
-        self, network: nn.Module, states: Sequence[State], weights: np.ndarray, at_once: bool | None = None
+        self, network: nn.Module, states: Sequence[State], weights: np.ndarray, at_once: int | None = None
     ) -> None:
-        self.network, self.count = network, len(weights)
-        soups = [soup(states, list(map(float, row))) for row in weights]
-        self.stacked = {name: torch.stack([one[name] for one in soups]) for name in soups[0]}
-        on_gpu = any(tensor.device.type != "cpu" for tensor in self.stacked.values())
-        self.at_once = on_gpu if at_once is None else at_once
-        if self.at_once and isinstance(network, VisionTransformer):
+        self.network, self.states, self.weights, self.count = network, states, weights, len(weights)
+        on_gpu = any(tensor.device.type != "cpu" for tensor in states[0].values())
+        self.at_once = (AT_ONCE if on_gpu else 1) if at_once is None else at_once
+        size = self.at_once * sum(tensor.nbytes for tensor in states[0].values())
+        self._stacked = lru_cache(max(1, KEPT // size))(self._made)
+        if self.at_once > 1 and isinstance(network, VisionTransformer):
             network.net.set_attn_implementation("eager")  # vmap would go through the other one image by image
+
+    def parts(self) -> Iterator[Stack]:
+        """The same soups in stacks of as many as go in one pass."""
+        for begin in range(0, self.count, self.at_once):
+            yield Stack(self.network, self.states, self.weights[begin : begin + self.at_once], self.at_once)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [candidates, B, K] of images [B, ...] that all see, or [candidates, B, ...], to each its own."""
         own = images.dim() == 5
-        if not self.at_once:
+        if self.at_once == 1:
             return torch.stack([self.alone(k, images[k] if own else images) for k in range(self.count)])
-        call = torch.func.vmap(self._one, in_dims=(0, 0 if own else None), randomness="error", chunk_size=AT_ONCE)
-        return call(self.stacked, images)
+        call = torch.func.vmap(self._one, in_dims=(0, 0 if own else None), randomness="error")
+        found = []
+        for begin in range(0, self.count, self.at_once):
+            end = min(begin + self.at_once, self.count)
+            found.append(call(self._stacked(begin, end), images[begin:end] if own else images))
+        return torch.cat(found)
 
     def alone(self, number: int, images: Tensor) -> Tensor:
         """Logits [B, K] of one candidate for images [B, ...]."""
-        return self._one({name: tensor[number] for name, tensor in self.stacked.items()}, images)
+        return self._one({name: tensor[0] for name, tensor in self._stacked(number, number + 1).items()}, images)
+
+    def _made(self, begin: int, end: int) -> dict[str, Tensor]:
+        """The weights of some candidates, [end - begin, ...] each."""
+        soups = [soup(self.states, list(map(float, row))) for row in self.weights[begin:end]]
+        return {name: torch.stack([one[name] for one in soups]) for name in soups[0]}
 
     def _one(self, state: dict[str, Tensor], images: Tensor) -> Tensor:
         return torch.func.functional_call(self.network, state, (images,))  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@ adversarial robustness", algorithm 1), and its form for ℓ1 (Croce and Hein 202
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -163,15 +164,20 @@ def apgd(
 
 def apgd_from_afar(
     oracle: Oracle, x: Tensor, label: Tensor, row: Tensor, threat: Threat, loss: Loss = cross_entropy, steps: int = 100,
-    seed: int = 0, target: Tensor | None = None,
+    seed: int = 0, target: Tensor | None = None, go_on: bool = False,
 ) -> Attacked:  # fmt: skip
     """For ℓ1: first in balls of three and two times the radius, for 30 % of the steps each, and from what is found there in
-    the ball itself (Croce and Hein 2021, section 3.3)."""
+    the ball itself (Croce and Hein 2021, section 3.3); arguments as of `apgd`."""
     start, far = None, int(0.3 * steps)
     for factor in (3, 2):
         wider = Threat(threat.norm, factor * threat.eps)
         start = apgd(oracle, x, label, row, wider, loss, far, seed, start, target, go_on=True).images
-    return apgd(oracle, x, label, row, threat, loss, steps - 2 * far, seed, start, target)
+    return apgd(oracle, x, label, row, threat, loss, steps - 2 * far, seed, start, target, go_on)
+
+
+def strongest(norm: Norm) -> Callable[..., Attacked]:
+    """The ascent that AutoAttack takes in a norm."""
+    return apgd_from_afar if norm is Norm.l1 else apgd
 
 
 def _without_broken(state: State, logits: Tensor, found: Attacked, go_on: bool) -> State:

@@ -10,7 +10,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from rayproj.robustness.apgd import apgd, apgd_from_afar
+from rayproj.robustness.apgd import strongest
 from rayproj.robustness.fab import fab
 from rayproj.robustness.losses import Loss, cross_entropy, targeted, untargeted
 from rayproj.robustness.oracle import Attacked, Model, Oracle
@@ -35,7 +35,6 @@ class Attack(Enum):
 
 
 STANDARD = (Attack.apgd_ce, Attack.apgd_t, Attack.fab_t, Attack.square)
-RANDOM = (Attack.apgd_ce, Attack.apgd_dlr)  # of a random model, with draws=20
 
 
 @dataclass
@@ -44,10 +43,12 @@ class AttackConfig:
 
     attacks: list[Attack] = field(default_factory=lambda: list(STANDARD))
     steps: int = 100  # of APGD, FAB and PGD
-    restarts: int = 1  # of PGD and of APGD on the cross-entropy (for l1 five)
+    restarts: int = 1  # of PGD and of APGD on the cross-entropy (for l1 at least five)
     targets: int = 9  # classes that targeted attacks try (APGD for l1 five)
     queries: int = 5000  # of the square attack and of RayS
-    draws: int = 1  # of a random model for each answer
+    draws: int = (
+        1  # of a random model for each answer (EoT); the usual ensemble for one is apgd_ce and apgd_dlr with 20
+    )
 
     def problems(self) -> list[str]:
         names = ("steps", "restarts", "targets", "queries", "draws")
@@ -124,11 +125,10 @@ Run = Callable[[Oracle, Tensor, Tensor, Tensor, Tensor], Attacked]
 def _runs(kind: Attack, config: AttackConfig, threat: Threat, logits: Tensor, seed: int) -> Iterator[Run]:
     """The restarts and targets of an attack."""
     number, classes = list(Attack).index(kind), logits.shape[1]
-    ascend = apgd_from_afar if threat.norm is Norm.l1 else apgd
-    l1 = threat.norm is Norm.l1
+    ascend, l1 = strongest(threat.norm), threat.norm is Norm.l1
     if kind in (Attack.apgd_ce, Attack.apgd_dlr):
         loss = cross_entropy if kind is Attack.apgd_ce else untargeted(classes)
-        for restart in range(5 if l1 and config.restarts == 1 else config.restarts):
+        for restart in range(max(5, config.restarts) if l1 else config.restarts):
             yield _ascent(ascend, threat, loss, config.steps, seed, number, restart, None)
     elif kind is Attack.apgd_t:
         for rank in range(1, min(5 if l1 else config.targets, config.targets, classes - 1) + 1):

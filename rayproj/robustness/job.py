@@ -124,6 +124,7 @@ def header_of(config: RobustnessConfig, name: str, seed: int) -> Header:
     provenance = {
         "classifier": run.uri,
         "commit": done[-1].step,
+        **(_needed(defence) if defence else {}),
         "name": name,
         "seed": seed,
         "robustness": {k: v for k, v in values.items() if k not in ("classifiers", "out")},
@@ -131,6 +132,24 @@ def header_of(config: RobustnessConfig, name: str, seed: int) -> Header:
     count = min(config.examples, test.num_samples)
     told: dict[str, Any] = {"licence": test.licence, "attribution": test.attribution, "provenance": provenance}
     return Header(f"{test.name}, attacked", fields, count, config.shard_size, test.classes, **told)
+
+
+def _needed(defence: DefenceConfig) -> dict[str, Any]:
+    """What else a defence is made of, as it is now: half of the images attacked behind another one would be no result.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if defence.kind is Kind.generative and defence.model:
+        done = commits(Store(defence.model))
+        if not done:
+            raise UserError(
+                f"There is no diffusion model at '{defence.model}'; give the run dir of jobs/train_diffusion.py."
+            )
+        return {"model_commit": done[-1].step}
+    if defence.kind is Kind.auxiliary and defence.images:
+        return {"images": Dataset.open(defence.images).manifest_hash()}
+    return {}
 
 
 class Attacker:
@@ -217,7 +236,7 @@ def builder(
             raise UserError(
                 "A generative defence needs robustness.defences.NAME.model: the run dir of a diffusion model."
             )
-        redraw = Redraw(defence.model, device, float(options.pop("noise", 0.3)), int(options.pop("steps", 8)))
+        redraw = Redraw(defence.model, device, **_given(Redraw, options))
         return lambda model: defences.GenerativePurifier(model, redraw, seed)
     if defence.kind is Kind.auxiliary:
         if not defence.images:
@@ -231,7 +250,7 @@ def builder(
     return lambda model: kinds[defence.kind](model, **({"seed": seed, **given} if draws else given))
 
 
-def _given(kind: Callable[..., Defence], options: dict[str, float]) -> dict[str, Any]:
+def _given(kind: Callable[..., Any], options: dict[str, float]) -> dict[str, Any]:
     """Options as the class takes them, whole numbers where it wants some."""
     import inspect
 
@@ -260,7 +279,7 @@ class Redraw:
         noise: how far along the path, 1 being noise alone.
     """
 
-    def __init__(self, run_dir: str, device: str, noise: float, steps: int) -> None:
+    def __init__(self, run_dir: str, device: str, noise: float = 0.3, steps: int = 8) -> None:
         from rayproj.diffusion.sampling import SamplerConfig
         from rayproj.diffusion.task import TrainedModel
 
@@ -282,16 +301,19 @@ def summary(dataset: Dataset, cost: Cost | None = None) -> dict[str, Any]:
         cost: of a defence.
 
     Returns:
-        "clean" accuracy; by threat "robust" accuracy, the share broken "by" each attack, and of a classifier the "curve"
-        over the radii, of a defence its "columns" and the checklist; "union": right under all threats. Accuracies have
-        "value", "low" and "high" (95 %, Clopper and Pearson 1934) and "n".
+        "clean" accuracy, of a defence its own; by threat "robust" accuracy, the share broken "by" each attack, and of a
+        classifier the "curve" over the radii, of a defence its "columns" and the checklist; "union": right under all
+        threats. Accuracies have "value", "low" and "high" (95 %, Clopper and Pearson 1934) and "n".
     """
     header = dataset.header
     config = configuration.from_dict(RobustnessConfig, header.provenance["robustness"])
     defence = config.defences.get(header.provenance["name"])
     small = [name for name, known in header.fields.items() if not known.array]
     columns = Reader(dataset, small).gather(np.arange(header.num_samples))
-    found: dict[str, Any] = {"clean": share(columns["prediction"] == columns["label"]), "threats": {}}
+    right_without = columns["prediction"] == columns["label"]
+    if defence:  # whose prediction the base's is not
+        right_without = columns[f"{next(iter(config.balls))}_defended"].astype(bool)
+    found: dict[str, Any] = {"clean": share(right_without), "threats": {}}
     union = np.ones(header.num_samples, bool)
     for name, threat in config.balls.items():
         by = columns[f"{name}_by"].astype(str)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rayproj.robustness.apgd import apgd, apgd_from_afar
+from rayproj.robustness.apgd import apgd, strongest
 from rayproj.robustness.losses import cross_entropy, margin
 from rayproj.robustness.oracle import Model, Oracle
 from rayproj.robustness.square import square
@@ -82,8 +82,7 @@ def signs(
             f"{many:.3g} after {steps}.",
         )
     )
-    ascend = apgd_from_afar if threat.norm is Norm.l1 else apgd  # as AutoAttack does
-    white = ascend(oracle, x, label, row, threat, margin, steps, seed).broken
+    white = strongest(threat.norm)(oracle, x, label, row, threat, margin, steps, seed).broken
     black = square(oracle, x, label, row, threat, queries, seed).broken
     alone = (black & ~white).float().mean().item()
     found.append(

@@ -155,6 +155,7 @@ class Judge:
 
     def __init__(self, config: dict[str, Any], device: str) -> None:
         self.dataset, self.device = Dataset.open(config["out"]), device
+        torch.backends.cudnn.allow_tf32 = False  # attacks are in fp32, the convolutions of a GPU too
         said = self.dataset.header.provenance
         self.config = configuration.from_dict(SoupConfig, {**said["soup"], "out": config["out"]})
         images = Dataset.open(said["images"])
@@ -181,7 +182,10 @@ class Judge:
         right = {CLEAN: logits.argmax(2) == label}
         ensemble = {CLEAN: together.argmax(1) == label}
         for name in self.threats:
-            held, threat = self._all_held if self.stack.at_once else self._each_held, self.config.threats[name].threat
+            held, threat = (
+                self._all_held if self.stack.at_once > 1 else self._each_held,
+                self.config.threats[name].threat,
+            )
             right[name] = held(threat, x, label, number, logits)
             ensemble[name] = self._held(threat, self._together, x, label, number, together)
         found: list[dict[str, Any]] = [
@@ -197,10 +201,14 @@ class Judge:
         return self.members(images).log_softmax(2).logsumexp(0)
 
     def _all_held(self, threat: Threat, x: Tensor, label: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
-        """bool [candidates, B]: right, also under attack, as of `_held`; all candidates in one batch."""
-        x, label, ids = (t.repeat(self.count, *[1] * (t.dim() - 1)) for t in (x, label, ids))
-        held = self._held(threat, self.stack.flat, x, label, ids, logits.flatten(0, 1), go_on=True)
-        return held.view(self.count, -1)
+        """bool [candidates, B]: right, also under attack, as of `_held`; in one batch as many candidates as go in a pass."""
+        found, batch = list[Tensor](), (x, label, ids)
+        for part, own in zip(self.stack.parts(), logits.split(self.stack.at_once), strict=True):
+            x, label, ids = (t.repeat(part.count, *[1] * (t.dim() - 1)) for t in batch)
+            found.append(
+                self._held(threat, part.flat, x, label, ids, own.flatten(0, 1), go_on=True).view(part.count, -1)
+            )
+        return torch.cat(found)
 
     def _each_held(self, threat: Threat, x: Tensor, label: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
         """The same of one candidate after the other: what is broken goes no further."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pyautoattack import AutoAttack
 
-from rayproj.robustness.autoattack import CLEAN, Attack, AttackConfig, autoattack, ranked
+from rayproj.robustness.autoattack import CLEAN, Attack, AttackConfig, _runs, autoattack, ranked
 from rayproj.robustness.oracle import Oracle, straight_through
 from rayproj.robustness.pgd import fgsm, pgd
 from rayproj.robustness.threats import Norm, Threat
@@ -102,6 +102,38 @@ def test_the_mean_over_draws_is_the_gradient_of_the_mean() -> None:
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-3)
     torch.testing.assert_close(logits, x.flatten(1) @ w.T, rtol=0, atol=0.3)
     assert oracle.forwards == oracle.backwards == 20000 and losses.shape == (5,)
+
+
+def test_a_random_model_falls_as_its_mean_does() -> None:
+    """A linear classifier of noisy images, whose mean over the draws is exactly robust as without the noise."""
+    torch.manual_seed(0)
+    generator, layer = torch.Generator().manual_seed(0), torch.nn.Linear(16, 4).requires_grad_(False)
+    x, threat = torch.rand(60, 1, 4, 4), Threat(Norm.linf, 0.06)
+    label = layer(x.flatten(1)).argmax(1)
+
+    def noisy(z: torch.Tensor) -> torch.Tensor:
+        return layer(z.flatten(1) + 0.3 * torch.randn(len(z), 16, generator=generator))
+
+    weight, bias = (p.double().numpy() for p in layer.parameters())
+    exact = exactly_robust(weight, bias, x.flatten(1).double().numpy(), label.numpy(), threat)
+    attacks = [Attack.apgd_ce, Attack.apgd_dlr]
+    held = {
+        draws: autoattack(
+            noisy, x, label, torch.arange(60), threat, AttackConfig(attacks, 40, draws=draws)
+        ).robust.numpy()
+        for draws in (1, 400)
+    }
+    assert 15 < exact.sum() < 45 and (held[400] != exact).sum() <= 6, "but for images near the edge of their balls"
+    assert held[1].sum() < exact.sum() - 8, "one draw takes luck for success"
+
+
+def test_ascents_in_l1_restart_at_least_five_times() -> None:
+    logits, count = torch.zeros(1, 10), {}
+    for norm in (Norm.linf, Norm.l1):
+        for restarts in (1, 2, 7):
+            config = AttackConfig([Attack.apgd_ce], restarts=restarts)
+            count[norm, restarts] = len(list(_runs(Attack.apgd_ce, config, Threat(norm, 1.0), logits, 0)))
+    assert [count[Norm.linf, k] for k in (1, 2, 7)] == [1, 2, 7] and [count[Norm.l1, k] for k in (1, 2, 7)] == [5, 5, 7]
 
 
 def test_fewer_classes_than_the_losses_need() -> None:

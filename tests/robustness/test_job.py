@@ -12,6 +12,7 @@ from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
+from rayproj.engine.checkpoint import commits
 from rayproj.errors import UserError
 from rayproj.robustness.adaptive import AdaptiveConfig
 from rayproj.robustness.autoattack import Attack, AttackConfig
@@ -143,6 +144,7 @@ def test_a_defence_is_judged_beside_its_base(folder: str) -> None:
         found = summary(dataset, cost_of(config, name, dataset, "cpu", 0))
         one = found["threats"]["linf"]
         assert one["columns"]["static"]["value"] < one["columns"]["clean"]["value"]
+        assert found["clean"] == one["columns"]["defended"], "its own, and not the base's"
         held = [c["value"] for n, c in one["columns"].items() if n not in ("clean", "static")]
         assert one["robust"]["value"] <= min(held)
         assert len(one["checklist"]) == 7 and all(check["evidence"] for check in one["checklist"])
@@ -183,6 +185,17 @@ def test_every_kind_is_attacked_and_its_cost_told(folder: str, diffusion: str, k
     columns = found["threats"]["linf"]["columns"]
     assert found["threats"]["linf"]["robust"]["value"] <= min(columns[c]["value"] for c in COLUMNS[2:])
     assert (found["cost"]["passes"] is None) == (kind is Kind.entropy)
+    said = dataset.header.provenance
+    assert (said.get("model_commit"), said.get("images")) == (
+        commits(Store(diffusion))[-1].step if kind is Kind.generative else None,
+        Dataset.open(f"{folder}/train").manifest_hash() if kind is Kind.auxiliary else None,
+    ), "what it is made of is pinned"
+
+
+def test_an_option_that_a_diffusion_model_has_not(folder: str, diffusion: str) -> None:
+    wrong = DefenceConfig("plain", Kind.generative, {"noize": 0.5}, diffusion)
+    with pytest.raises(UserError, match="no option 'noize'; it has noise, steps"):
+        builder(wrong, config_of(folder), lambda z: z, "cpu", 0)
 
 
 def test_a_diffusion_model_draws_images_again_by_their_number(folder: str, diffusion: str) -> None:

@@ -82,12 +82,12 @@ def test_candidates_in_one_batch_hold_what_each_holds_by_itself(folder: str) -> 
                         threats={"linf": threat}, parts=2, steps=4, examples=20)  # fmt: skip
     dataset = Dataset.create(config.out, header_of(config, "test", 0))
     judge = Judge({"out": dataset.uri}, "cpu")
-    assert not judge.stack.at_once
+    assert judge.stack.at_once == 1
     batch = judge.reader.gather(np.arange(20))
     x, label = torch.from_numpy(batch["image"]).float() / 255, torch.from_numpy(batch["label"])
     given = (threat.threat, x, label, torch.arange(20), judge.stack(255 * x))
     each = judge._each_held(*given)
-    judge.stack.at_once = True
+    judge.stack.at_once = 2
     judge.stack.network.net.set_attn_implementation("eager")
     together = judge._all_held(*given)
     assert each.shape == together.shape == (judge.count, 20) and 0 < each.sum() < each.numel()
