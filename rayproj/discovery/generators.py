@@ -95,13 +95,16 @@ class Generator(Protocol):
         """What is known of each image that was drawn."""
         ...
 
-    def choose(self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int]) -> list[list[int]]:
+    def choose(
+        self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int], once: bool = False
+    ) -> list[list[int]]:
         """Rows to draw for each slice, at most as many as wanted, -1 where there are none to choose from.
 
         Args:
             confirming: whether to take from the images that confirm; the first slice of a label is its base then, and no
                 image is taken for both.
             taken: rows that are used up.
+            once: whether slices that overlap share no image; those that are tested do, each on all that it covers.
         """
         ...
 
@@ -149,7 +152,9 @@ class _Drawn:
     def terms(self, columns: Columns, slices: Sequence[Slice]) -> list[frozenset[Term]]:
         return [frozenset(s.terms) for s in slices]
 
-    def choose(self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int]) -> list[list[int]]:
+    def choose(
+        self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int], once: bool = False
+    ) -> list[list[int]]:
         return [[-1] * count for _, count in wanted]
 
 
@@ -370,7 +375,9 @@ class RealImages:
     def terms(self, columns: Columns, slices: Sequence[Slice]) -> list[frozenset[Term]]:
         return [self.known[row] for row in columns[ROW]]
 
-    def choose(self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int]) -> list[list[int]]:
+    def choose(
+        self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int], once: bool = False
+    ) -> list[list[int]]:
         used, found = set(taken), []
         for of, count in wanted:
             terms, there = set(of.terms), self.order.get((of.label, confirming), [])
@@ -379,7 +386,7 @@ class RealImages:
             if confirming and not terms:
                 count = min(count, len(rows) // 2)  # the other half is left for the slices
             found.append(rows[:count])
-            if not confirming or not terms:
+            if once or not confirming or not terms:
                 used |= set(found[-1])
         return found
 

@@ -63,6 +63,8 @@ def test_real_images_are_taken_once_and_confirmed_by_others(tmp_path: Path) -> N
     for rows in confirmed:
         assert not {row // 4 for row in rows} & {row // 4 for row in everything}, "owners are not torn apart"
     assert everything | {row for rows in confirmed for row in rows} <= {i for i in range(96) if i % 2 == 0}
+    shared, apart = (generator.choose([(flat, 5), (grass, 100)], True, set(used), once) for once in (False, True))
+    assert shared[0] == apart[0] and set(shared[0]) & set(shared[1]) and not set(apart[0]) & set(apart[1])
     columns = draw(generator, [flat] * 2, [0, 1], first[1])
     assert columns["image"][:, 0, 0, 0].tolist() == first[1] and set(columns["style"]) == {"flat"}
     found = generator.terms(columns, [flat] * 2)
