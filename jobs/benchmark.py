@@ -25,6 +25,7 @@ BENCHMARKS = (
     "robustness",
     "runtime",
     "serving",
+    "skewsize",
     "synthesis",
     "testbed",
 )

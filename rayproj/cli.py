@@ -132,7 +132,10 @@ def _add_evaluate(commands: Any) -> None:
     skew.add_argument("--prediction", required=True, metavar="COLUMN")
     skew.add_argument("--label", required=True, metavar="COLUMN")
     skew.add_argument(
-        "--group", required=True, action="append", metavar="COLUMN", help="again for more, and their pairs"
+        "--group", required=True, action="append", metavar="COLUMN", help="again for more, and their intersections"
+    )
+    skew.add_argument(
+        "--together", type=int, default=2, metavar="N", help="groups of an intersection, at most (default: %(default)d)"
     )
     skew.add_argument("--by", default="", metavar="COLUMN", help="such as that of several models: one for each value")
     skew.add_argument(

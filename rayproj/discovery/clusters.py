@@ -6,12 +6,14 @@ import numpy as np
 from scipy.cluster import hierarchy
 
 SIZE, MOST = 12, 6  # failures of a cluster, about; clusters of one wrong answer, at most
+SAMPLE = 2000  # failures that are agglomerated, at most: memory and time grow with the square of their number
 HALVES = 10  # by which stability is measured
 
 
 def clusters(answers: np.ndarray, features: np.ndarray | None) -> np.ndarray:
     """The cluster of each failure, int64 [n]: by wrong answer, and then by Ward's agglomeration of the features at length
-    one, which has no randomness.
+    one. Of more than `SAMPLE` failures of one answer, so many that a fixed seed draws are agglomerated, and the others join
+    the cluster whose mean is nearest.
 
     Args:
         answers: int [n], the wrong classes.
@@ -51,7 +53,17 @@ def _count(failures: int) -> int:
 
 def _split(features: np.ndarray, count: int) -> np.ndarray:
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    return np.asarray(hierarchy.fcluster(hierarchy.linkage(unit, "ward"), count, "maxclust") - 1)
+    some = np.arange(len(unit))
+    if len(unit) > SAMPLE:
+        some = np.sort(np.random.default_rng(0).choice(len(unit), SAMPLE, replace=False))
+    of = hierarchy.fcluster(hierarchy.linkage(unit[some], "ward"), count, "maxclust") - 1
+    if len(some) == len(unit):
+        return np.asarray(of)
+    means = np.stack([unit[some[of == k]].mean(0) for k in range(of.max() + 1)])
+    # |x - m|² less |x|², which is the same for all means.
+    found = ((means**2).sum(1) - 2 * unit @ means.T).argmin(1)
+    found[some] = of
+    return np.asarray(found)
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> float:

@@ -71,6 +71,7 @@ class Stage:
         finding: whether the images are embedded and described, so that slices can be found by them.
         paired: whether the images of all slices come of the same random numbers, so that those at the same place differ by
             what is asked for alone.
+        once: whether no real image is taken for two slices that both cover it.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Stage:
     finding: bool
     confirming: bool = False
     paired: bool = False
+    once: bool = False
 
 
 class Bench:
@@ -128,7 +130,7 @@ class Bench:
             index: the dataset by which a caption is retrieved.
             dimensions: of a feature.
         """
-        rows = self.generator.choose(stage.wanted, stage.confirming, taken)
+        rows = self.generator.choose(stage.wanted, stage.confirming, taken, stage.once)
         cells = [[of.to_json(), len(chosen)] for (of, _), chosen in zip(stage.wanted, rows, strict=True)]
         fields = {"image": Field("png", self.generator.shape), "label": Field("int"), "slice": Field("int")}
         fields |= self.generator.fields

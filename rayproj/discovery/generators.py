@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +30,7 @@ from rayproj.responsibility.policy import PolicyConfig
 from rayproj.storage.store import Store
 from rayproj.synthesis.plan import GenerateConfig, commit_hash, plan
 
-PROMPT, ROW = "prompt", "row"
+PROMPT, ROW, CLASS_LABELS = "prompt", "row", "class_labels"
 AT_ONCE = 4096  # rows of a dataset whose attributes are read at once
 
 
@@ -37,7 +39,9 @@ class GeneratorConfig:
     """One of three: model, pipeline or images."""
 
     model: str = ""  # run dir of a diffusion model of ours; an attribute that it has as a property is drawn by that
-    pipeline: str = ""  # folder of a pipeline of diffusers that takes a prompt, or class labels
+    # Folder of a pipeline of diffusers that takes a prompt; one that takes class labels draws the labels as such, and no
+    # attributes or words.
+    pipeline: str = ""
     size: list[int] = field(default_factory=list)  # of a pipeline: height and width in pixels
     trust_code: bool = False  # run the code that comes in the pipeline's folder, such as that of `rayproj export`
     images: str = ""  # a dataset of real images with labels; no image is taken twice
@@ -95,13 +99,16 @@ class Generator(Protocol):
         """What is known of each image that was drawn."""
         ...
 
-    def choose(self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int]) -> list[list[int]]:
+    def choose(
+        self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int], once: bool = False
+    ) -> list[list[int]]:
         """Rows to draw for each slice, at most as many as wanted, -1 where there are none to choose from.
 
         Args:
             confirming: whether to take from the images that confirm; the first slice of a label is its base then, and no
                 image is taken for both.
             taken: rows that are used up.
+            once: whether slices that overlap share no image; those that are tested do, each on all that it covers.
         """
         ...
 
@@ -125,7 +132,7 @@ def open_generator(
     if config.images:
         return RealImages(config, labels, attributes, seed)
     if config.pipeline:
-        return Pipeline(config, labels, seed, device)
+        return Pipeline(config, labels, attributes, seed, device)
     return OwnModel(config, labels, attributes, seed, device)
 
 
@@ -149,7 +156,9 @@ class _Drawn:
     def terms(self, columns: Columns, slices: Sequence[Slice]) -> list[frozenset[Term]]:
         return [frozenset(s.terms) for s in slices]
 
-    def choose(self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int]) -> list[list[int]]:
+    def choose(
+        self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int], once: bool = False
+    ) -> list[list[int]]:
         return [[-1] * count for _, count in wanted]
 
 
@@ -230,7 +239,9 @@ class OwnModel(_Drawn):
 class Pipeline(_Drawn):
     """A pipeline of diffusers."""
 
-    def __init__(self, config: GeneratorConfig, labels: dict[str, str], seed: int, device: str) -> None:
+    def __init__(
+        self, config: GeneratorConfig, labels: dict[str, str], attributes: dict[str, list[str]], seed: int, device: str
+    ) -> None:
         super().__init__()
         self.config, self.labels, self.seed, self.device = config, labels, seed, device
         index = Path(config.pipeline, "model_index.json")
@@ -239,44 +250,85 @@ class Pipeline(_Drawn):
         self.shape = (3, *config.size)
         sampler = {"steps": config.sampler.steps, "guidance": config.sampler.guidance}
         digest = hashlib.sha256(index.read_bytes())
-        for file in sorted(Path(config.pipeline).rglob("*.safetensors")):
+        folder = Path(config.pipeline)
+        for file in sorted(folder.rglob("*.safetensors")) + sorted(folder.rglob("*.bin")):
             with file.open("rb") as data:
                 digest.update(hashlib.file_digest(data, "sha256").digest())
+        # What it takes is known before it is loaded, and before anything is drawn that it could not go on from.
+        known = json.loads(index.read_bytes())
+        self.takes = inspect.signature(self._kind(known["_class_name"]).__call__).parameters
+        self.by = next((name for name in (PROMPT, CLASS_LABELS) if name in self.takes), "")
+        if not self.by:
+            raise UserError(
+                f"The pipeline '{config.pipeline}' takes neither a prompt nor class labels; give one that does."
+            )
+        self.takes_words, self.numbers = self.by == PROMPT, numbers_of(known.get("id2label") or {})
+        if self.by == CLASS_LABELS and (unknown := [label for label in labels if label not in self.numbers]):
+            raise UserError(
+                f"The pipeline '{config.pipeline}' knows no class '{unknown[0]}'; name the labels in discover.labels as the "
+                f"id2label of its model_index.json does: {', '.join(list(self.numbers)[:8]) or 'it has none'}."
+            )
+        if self.by == CLASS_LABELS and attributes:
+            raise UserError(
+                f"discover.attributes.{next(iter(attributes))}: the pipeline '{config.pipeline}' takes class labels alone; "
+                "give a pipeline that takes a prompt, or a model of ours that has the attribute as a property."
+            )
         self.said = {"pipeline": config.pipeline, "pipeline_digest": digest.hexdigest()[:16], "sampler": sampler}
 
-    @cached_property
-    def pipeline(self) -> Any:
-        from diffusers import DiffusionPipeline
+    def _kind(self, name: str | list[str]) -> Any:
+        """The class of the pipeline: one of diffusers, or [file, name] of one whose code is in the folder."""
+        import diffusers
+        from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
+        if isinstance(name, list):
+            with self._loading():
+                return get_class_from_dynamic_module(
+                    self.config.pipeline, f"{name[0]}.py", class_name=name[1], local_files_only=True,
+                    trust_remote_code=self.config.trust_code,
+                )  # fmt: skip
+        if not hasattr(diffusers, name):
+            raise UserError(
+                f"The pipeline '{self.config.pipeline}' is a {name}, which this diffusers lacks; update it."
+            )
+        return getattr(diffusers, name)
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
         try:
-            pipeline: Any = DiffusionPipeline.from_pretrained(
-                self.config.pipeline, trust_remote_code=self.config.trust_code, local_files_only=True
-            ).to(self.device)
+            yield
         except (OSError, ValueError) as error:
             raise UserError(
                 f"The pipeline '{self.config.pipeline}' cannot be loaded ({str(error).splitlines()[0]}); if its folder has "
                 "code that you trust, say discover.generator.trust_code=true."
             ) from error
+
+    @cached_property
+    def pipeline(self) -> Any:
+        from diffusers import DiffusionPipeline
+
+        with self._loading():
+            pipeline: Any = DiffusionPipeline.from_pretrained(
+                self.config.pipeline, trust_remote_code=self.config.trust_code, local_files_only=True
+            ).to(self.device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def draw(self, asked: Asked) -> Columns:
-        prompts = [prompt_of(s, self.labels) for s in asked.slices]
-        takes = inspect.signature(self.pipeline.__call__).parameters
-        by = PROMPT if PROMPT in takes else "class_labels"
-        if by not in takes:
-            raise UserError(f"The pipeline '{self.config.pipeline}' takes neither a prompt nor class labels.")
-        if by == "class_labels" and any(s.terms for s in asked.slices):
-            raise UserError(
-                f"The pipeline '{self.config.pipeline}' takes class labels alone, and no attribute or words."
-            )
+        if self.by == PROMPT:
+            prompts = [prompt_of(s, self.labels) for s in asked.slices]
+            given: dict[str, Any] = {PROMPT: prompts}
+        else:
+            assert not any(s.terms for s in asked.slices), "a slice that takes words"
+            prompts = [s.label for s in asked.slices]
+            given = {CLASS_LABELS: [self.numbers[label] for label in prompts]}
         # A generator for each image: what it shows depends on no other.
         index = torch.from_numpy(asked.ids)
         row = torch.stack([index, torch.zeros_like(index), torch.zeros_like(index)], dim=1)
         seeds = (keyed.uniform(self.seed, "pipeline", row).double() * 2**52).long().tolist()
         size = dict(zip(("height", "width"), self.config.size, strict=True))
         images = self.pipeline(
-            **{by: prompts, **{name: side for name, side in size.items() if name in takes}},
+            **given,
+            **{name: side for name, side in size.items() if name in self.takes},
             num_inference_steps=self.config.sampler.steps,
             guidance_scale=self.config.sampler.guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -289,6 +341,15 @@ class Pipeline(_Drawn):
                 "discover.generator.size."
             )
         return {"image": found, PROMPT: np.array(prompts, object)}
+
+
+def numbers_of(names: dict[str, str]) -> dict[str, int]:
+    """The number of each class by its name, and by each of the names that a comma parts, as `DiTPipeline` has them."""
+    found: dict[str, int] = {}
+    for number, name in names.items():
+        for one in name.split(","):
+            found.setdefault(one.strip(), int(number))
+    return {**found, **{name: int(number) for number, name in names.items()}}
 
 
 class RealImages:
@@ -370,7 +431,9 @@ class RealImages:
     def terms(self, columns: Columns, slices: Sequence[Slice]) -> list[frozenset[Term]]:
         return [self.known[row] for row in columns[ROW]]
 
-    def choose(self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int]) -> list[list[int]]:
+    def choose(
+        self, wanted: Sequence[tuple[Slice, int]], confirming: bool, taken: set[int], once: bool = False
+    ) -> list[list[int]]:
         used, found = set(taken), []
         for of, count in wanted:
             terms, there = set(of.terms), self.order.get((of.label, confirming), [])
@@ -379,7 +442,7 @@ class RealImages:
             if confirming and not terms:
                 count = min(count, len(rows) // 2)  # the other half is left for the slices
             found.append(rows[:count])
-            if not confirming or not terms:
+            if once or not confirming or not terms:
                 used |= set(found[-1])
         return found
 

@@ -117,10 +117,15 @@ class Search:
         return sum(len(stage.slices) for stage in self.done)
 
     def run(
-        self, name: str, wanted: list[tuple[Slice, int]], confirming: bool = False, paired: bool = False
+        self,
+        name: str,
+        wanted: list[tuple[Slice, int]],
+        confirming: bool = False,
+        paired: bool = False,
+        once: bool = False,
     ) -> Results:
         """Draw and classify images of slices, or read them if they are there."""
-        stage = Stage(name, wanted, self.looked_at, not confirming, confirming, paired)
+        stage = Stage(name, wanted, self.looked_at, not confirming, confirming, paired, once)
         taken = {int(row) for found in self.done for row in found.rows if row >= 0}
         header = self.bench.header(stage, taken, self.config.shard_size, self.index, self.dimensions)
         dataset = Dataset.create(f"{self.config.out}/{name}", header)
@@ -398,20 +403,21 @@ def alike(done: list[Results]) -> list[dict[str, Any]]:
     for label in dict.fromkeys(on.labels.tolist()):
         at = np.flatnonzero((on.labels == label) & on.failed)
         features = None if on.features is None else on.features[at]
-        of = clusters(on.answers[at], features)
+        of, stable = clusters(on.answers[at], features), dict[Any, float]()
+        if features is not None:
+            stable = {wrong: stability(features[on.answers[at] == wrong]) for wrong in np.unique(on.answers[at])}
         for number in range(of.max(initial=-1) + 1):
             own = np.flatnonzero(of == number)
             if features is not None:
                 far = np.linalg.norm(features[own] - features[own].mean(0), axis=1)
                 own = own[np.argsort(far, kind="stable")]
             wrong = on.answers[at[own[0]]]
-            stable = math.nan if features is None else stability(features[on.answers[at] == wrong])
             said = Counter(captions[i] for i in at[own] if captions[i])
             found.append({
                 "label": label,
                 "wrong": str(wrong),
                 "failures": len(own),
-                "stability": None if math.isnan(stable) else stable,
+                "stability": None if math.isnan(stable.get(wrong, math.nan)) else stable[wrong],
                 "captions": dict(said.most_common(3)),
                 "shown": [list(places[i]) for i in at[own][:CLOSEST]],
             })  # fmt: skip
@@ -477,7 +483,7 @@ def counterfactuals(search: Search, findings: list[dict[str, Any]]) -> None:
 def scaled_up(search: Search, slices: list[Slice]) -> dict[str, Any]:
     """Further images of the slices, their failures as a dataset, and how many of them other classifiers fail on too."""
     config = search.config
-    stage = search.run("scale", shared(slices, config.scale_up), confirming=True)
+    stage = search.run("scale", shared(slices, config.scale_up), confirming=True, once=True)
     failures = np.flatnonzero(stage.failed[OWN])
     found: dict[str, Any] = {"images": len(stage.slices), "failures": len(failures)}
     if not len(failures):

@@ -56,7 +56,8 @@ class EvaluateConfig:
     captions: str = "prompt"  # the field with the texts
     # File with the secret of the synthetic images' watermark: what it survives, and how often real images seem to have it.
     watermark_key: str = ""
-    # Attributes of the test images: SkewSize of each classifier, and measures by group, over each and over pairs.
+    # Attributes of the test images: SkewSize of each classifier, and measures by group, over each and over the
+    # intersections of up to skewsize.together.
     groups: list[str] = field(default_factory=list)
     skewsize: SkewSizeConfig = field(default_factory=SkewSizeConfig)
     high_risk: list[str] = field(
@@ -173,7 +174,7 @@ def _measured(
 ) -> dict[str, Any]:
     """Of one test set, by classifier; each rank works out some of the measures by group."""
     confusion = {name: confusion_matrix(one.labels, one.predictions, len(classes)) for name, one in judged.items()}
-    by = variables(attributes)
+    by = variables(attributes, config.skewsize.together)
     mine: dict[tuple[str, str], Any] = {}
     pairs = [(name, variable) for name in judged for variable in by]
     for name, variable in pairs[world.rank :: world.world_size]:

@@ -61,13 +61,19 @@ class SkewSizeConfig:
     """How SkewSize is worked out."""
 
     plain: bool = False  # Cramér's V without the correction of its bias
+    together: int = 2  # grouping variables whose intersections are looked at too, at most
     min_examples: int = 10  # classes with fewer are left out
     permutations: int = 200  # of the groups within each class, for chance
     bootstraps: int = 200  # for intervals
 
     def problems(self) -> list[str]:
         names = ("min_examples", "permutations", "bootstraps")
-        return [f"skewsize.{name} must not be negative." for name in names if getattr(self, name) < 0]
+        found = [f"skewsize.{name} must not be negative." for name in names if getattr(self, name) < 0]
+        if self.together < 1:
+            found.append(
+                f"skewsize.together must be positive, not {self.together}; 1: each grouping variable by itself."
+            )
+        return found
 
 
 class _Layout:
@@ -159,9 +165,11 @@ class SkewSize:
         self.corrected, self.min_examples, self.rare, self.vocabulary = corrected, min_examples, rare, vocabulary
         self.counts: Counter[tuple[Any, Any, Any]] = Counter()
         self.dropped = 0  # examples without a group
+        self.incomplete = 0  # without a class or a prediction
 
     def update(self, labels: Iterable[Any], predictions: Iterable[Any], groups: Iterable[Any]) -> None:
-        """Add examples: of each its class, what was predicted, and its group, None or NaN where that is not known.
+        """Add examples: of each its class, what was predicted, and its group; those that lack one, None or NaN, are counted
+        and left out.
 
         Tensors of whole numbers [n] are counted where they are, on a GPU too.
         """
@@ -174,7 +182,9 @@ class SkewSize:
             of.tolist() if isinstance(of, torch.Tensor) else of for of in (labels, predictions, groups)
         )
         for label, prediction, group in zip(labels, predictions, groups, strict=True):
-            if group is None or group != group:
+            if _missing(label) or _missing(prediction):
+                self.incomplete += 1
+            elif _missing(group):
                 self.dropped += 1
             else:
                 self.counts[_plain(label), _plain(prediction), _plain(group)] += 1
@@ -183,6 +193,7 @@ class SkewSize:
         """Add what another rank counted."""
         self.counts.update(other.counts)
         self.dropped += other.dropped
+        self.incomplete += other.incomplete
 
     def compute(
         self,
@@ -215,7 +226,7 @@ class SkewSize:
         shown = names or {}
         cells = self._cells()
         if not cells:
-            return _nothing(self.corrected, self._classes(), self.dropped)
+            return _nothing(self.corrected, self._classes(), self.dropped, self.incomplete)
         layout, counts, keys = cells
         own = list(dict.fromkeys(label for label, _, _ in keys))
         classes, gaps = [str(shown.get(c, c)) for c in own], self._class_gaps()
@@ -262,6 +273,7 @@ class SkewSize:
             "classes_thin": int(thin.sum()),
             "examples": int(counts.sum()),
             "dropped": self.dropped,
+            "incomplete": self.incomplete,
         }
 
     def _classes(self) -> int:
@@ -422,7 +434,7 @@ def _thin(layout: _Layout, counts: np.ndarray) -> np.ndarray:
     return thin
 
 
-def _nothing(corrected: bool, skipped: int, dropped: int) -> dict[str, Any]:
+def _nothing(corrected: bool, skipped: int, dropped: int, incomplete: int) -> dict[str, Any]:
     empty: dict[str, Any] = dict.fromkeys(
         ("value", "interval", "z", "mean", "mean_interval", "median", "q90", "max", "null_mean", "null_std",
          "null_share_at_or_above", "null_mean_effect", "null_band", "accuracy",
@@ -437,7 +449,7 @@ def _nothing(corrected: bool, skipped: int, dropped: int) -> dict[str, Any]:
         "p_values": {},
     }
     rest = {"significant": [], "drivers": [], "classes_skipped": skipped, "classes_thin": 0, "examples": 0}
-    return {**empty, **said, **rest, "accuracy_by_group": {}, "dropped": dropped}
+    return {**empty, **said, **rest, "accuracy_by_group": {}, "dropped": dropped, "incomplete": incomplete}
 
 
 def _interval(value: float, drawn: Sequence[float], level: float) -> list[float] | None:
@@ -453,6 +465,10 @@ def _finite(values: Sequence[float]) -> list[float]:
     return [v for v in values if math.isfinite(v)]
 
 
+def _missing(value: Any) -> bool:
+    return value is None or value != value
+
+
 def _plain(value: Any) -> Any:
     """A numpy scalar as Python's own, so that counts of both kinds are one."""
     return value.item() if isinstance(value, np.generic) else value
@@ -466,11 +482,7 @@ def variables(attributes: Mapping[str, Iterable[Any]], together: int = 2) -> dic
         for names in combinations(attributes, size):
             rows = zip(*(attributes[name] for name in names), strict=True)
             found[" × ".join(names)] = [
-                None
-                if any(v is None or v != v for v in row)
-                else _plain(row[0])
-                if size == 1
-                else " × ".join(map(str, row))
+                None if any(map(_missing, row)) else _plain(row[0]) if size == 1 else " × ".join(map(str, row))
                 for row in rows
             ]
     return found

@@ -36,20 +36,39 @@ def mapped(
     embed: Embed | None = None,
     least: float = 0.5,
 ) -> list[str]:
-    """Each text as a word of the vocabulary where it is one, by `plain` or as a synonym; else, with `embed`, the nearest by
-    cosine similarity if that is `least` or more; else in its plain form."""
-    words = {plain(word): word for word in vocabulary}
-    same = {plain(text): word for text, word in (synonyms or {}).items()}
-    known = frozenset({*words, *same})
-    forms = [plain(text, known) for text in texts]
-    found = [words.get(same.get(form, form), same.get(form, form)) for form in forms]
-    unknown = sorted({form for form, word in zip(forms, found, strict=True) if word not in words.values()} - {""})
-    if embed is None or not unknown or not vocabulary:
-        return found
-    similar = _unit(embed(unknown)) @ _unit(embed(list(vocabulary))).T
-    best = similar.argmax(1)
-    nearest = {form: vocabulary[k] for form, k, row in zip(unknown, best, similar, strict=True) if row[k] >= least}
-    return [nearest.get(form, word) for form, word in zip(forms, found, strict=True)]
+    """Each text as a word of the vocabulary where it is one, or a synonym of one: as it is written, else but for its case,
+    else by `plain`; else, with `embed`, the nearest by cosine similarity if that is `least` or more; else in its plain form.
+
+    A form that several words share, as "C", "C++" and "C#" do by `plain`, tells none of them.
+    """
+    own, same = list(zip(vocabulary, vocabulary, strict=True)), list((synonyms or {}).items())
+    rules: list[Callable[[str], str]] = [str, lambda text: text.strip().lower(), plain]
+    tables = [{**_meant(rule, same), **_meant(rule, own)} for rule in rules]
+    forms_of = [plain(text) for text, _ in own + same]
+    known, shared = frozenset(forms_of), frozenset(forms_of) - tables[-1].keys()
+    rules[-1] = lambda text: plain(text, known)
+
+    def of(text: str) -> str | None:
+        return next((table[rule(text)] for rule, table in zip(rules, tables, strict=True) if rule(text) in table), None)
+
+    found = {text: of(text) for text in set(texts)}
+    forms = {text: rules[-1](text) for text in found}
+    # What the plain form leaves out is what tells words apart that share it.
+    asked = {text: text.strip() if form in shared else form for text, form in forms.items() if found[text] is None}
+    unknown, nearest = sorted(set(asked.values()) - {""}), dict[str, str]()
+    if embed is not None and unknown and vocabulary:
+        similar = _unit(embed(unknown)) @ _unit(embed(list(vocabulary))).T
+        best = similar.argmax(1)
+        nearest = {form: vocabulary[k] for form, k, row in zip(unknown, best, similar, strict=True) if row[k] >= least}
+    return [found[text] or nearest.get(asked[text], forms[text]) for text in texts]
+
+
+def _meant(rule: Callable[[str], str], pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The word that each text means by its form under a rule, but for forms of which texts mean several."""
+    words: dict[str, set[str]] = {}
+    for text, word in pairs:
+        words.setdefault(rule(text), set()).add(word)
+    return {form: min(meant) for form, meant in words.items() if form and len(meant) == 1}
 
 
 def read_synonyms(path: str) -> dict[str, str]:

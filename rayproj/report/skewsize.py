@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rayproj.report import figures
 
 
 def read_table(path: str, columns: Sequence[str]) -> dict[str, list[Any]]:
-    """Columns of a Parquet, CSV or JSON-lines file.
+    """Columns of a Parquet, CSV or JSON-lines file; an empty cell of a CSV file, or NA and its like, is None.
 
     Raises:
         UserError: there is no such file or column, or it cannot be read.
@@ -22,7 +23,10 @@ def read_table(path: str, columns: Sequence[str]) -> dict[str, list[Any]]:
     import pyarrow as pa
     from pyarrow import csv, json, parquet
 
-    readers = {".parquet": parquet.read_table, ".csv": csv.read_csv, ".jsonl": json.read_json}
+    # Else an empty text would be a group, or a class, of its own.
+    empty = csv.ConvertOptions(strings_can_be_null=True)
+    read_csv = partial(csv.read_csv, convert_options=empty)
+    readers = {".parquet": parquet.read_table, ".csv": read_csv, ".jsonl": json.read_json}
     if Path(path).suffix not in readers:
         raise UserError(f"'{path}' is to be a .parquet, .csv or .jsonl file.")
     try:
@@ -39,9 +43,9 @@ def read_table(path: str, columns: Sequence[str]) -> dict[str, list[Any]]:
 def of_table(
     path: str, prediction: str, label: str, groups: Sequence[str], *, plain: bool = False, words: bool = False,
     synonyms: str = "", embedder: str = "", rare: int = 0, vocabulary: int = 0, min_examples: int = 10,
-    permutations: int = 200, bootstraps: int = 200, top: int = 5, by: str = "",
+    permutations: int = 200, bootstraps: int = 200, top: int = 5, by: str = "", together: int = 2,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """SkewSize by grouping variable, and by pairs of them.
+    """SkewSize by grouping variable, and by intersections of up to `together` of them.
 
     Args:
         words: predictions are free texts, which become a class where they are one (`mapped`).
@@ -57,18 +61,19 @@ def of_table(
         raise UserError(f"'{path}' holds no row.")
     predictions = table[prediction]
     if words or synonyms or embedder:
-        classes = sorted({str(c) for c in table[label]})
+        table[label] = [None if c is None else str(c) for c in table[label]]
+        classes = sorted({c for c in table[label] if c is not None})
         texts = ["" if p is None else str(p) for p in predictions]
         meant = read_synonyms(synonyms) if synonyms else None
         if unknown := [word for word in (meant or {}).values() if word not in classes]:
             raise UserError(f"'{synonyms}' has '{unknown[0]}', which is no class; they are {', '.join(classes)}.")
-        predictions = mapped(texts, classes, meant, text_embedder(embedder) if embedder else None)
-        table[label] = [str(c) for c in table[label]]
+        words_of = mapped(texts, classes, meant, text_embedder(embedder) if embedder else None)
+        predictions = [None if p is None else word for p, word in zip(predictions, words_of, strict=True)]
     found = {}
     owner = table[by] if by else [""] * len(predictions)
     for of in dict.fromkeys(owner):
         rows = [k for k, one in enumerate(owner) if one == of]
-        for name, values in variables({group: [table[group][k] for k in rows] for group in groups}).items():
+        for name, values in variables({g: [table[g][k] for k in rows] for g in groups}, together).items():
             metric = SkewSize(not plain, min_examples, rare, vocabulary)
             metric.update([table[label][k] for k in rows], [predictions[k] for k in rows], values)
             found[f"{of}, {name}" if by else name] = metric.compute(permutations, bootstraps, top=top)
@@ -81,8 +86,10 @@ def text_of(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _text(name: str, s: dict[str, Any]) -> str:
+    missing = {"a class or a prediction": s["incomplete"], "a group": s["dropped"]}
+    left_out = [f"  {n:,} rows without {what} were left out" for what, n in missing.items() if n]
     if s["mean"] is None:
-        return f"{name}: {s['reason']}."
+        return "\n".join([f"{name}: {s['reason']}.", *left_out])
     value = s["reason"] if s["value"] is None else f"{s['value']:.2f}{_between(s['interval'])}"
     chance = "" if s["null_std"] is None else f"; by chance {s['null_mean']:.2f} ± {s['null_std']:.2f}"
     kind = "bias-corrected" if s["corrected"] else "plain"
@@ -98,8 +105,7 @@ def _text(name: str, s: dict[str, Any]) -> str:
     ]
     if 2 * s["classes_thin"] > len(s["effects"]):
         lines.append("  most tables are too thin for their V to mean much: give more examples, or fewer groups")
-    if s["dropped"]:
-        lines.append(f"  {s['dropped']:,} rows without a group were left out")
+    lines += left_out
     for driver in s["drivers"]:
         moved = "; ".join(
             f"{c['prediction']} for {c['group']} {c['count']} times, not {c['expected']:.1f}" for c in driver["shifted"]
@@ -114,11 +120,13 @@ def _between(interval: list[float] | None) -> str:
 
 def run(arguments: Any) -> int:
     """The command."""
+    if arguments.together < 1:
+        raise UserError(f"--together is a number of columns from 1 on, not {arguments.together}.")
     found = of_table(
         arguments.table, arguments.prediction, arguments.label, arguments.group, plain=arguments.plain,
         words=arguments.words, synonyms=arguments.synonyms, embedder=arguments.embedder, rare=arguments.rare,
         vocabulary=arguments.vocabulary, min_examples=arguments.min_examples, permutations=arguments.permutations,
-        bootstraps=arguments.bootstraps, top=arguments.top, by=arguments.by,
+        bootstraps=arguments.bootstraps, top=arguments.top, by=arguments.by, together=arguments.together,
     )  # fmt: skip
     print(text_of(found))
     if arguments.out:

@@ -1,9 +1,11 @@
 """Failures in clusters: by answer first, then by features."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
-from rayproj.discovery.clusters import agreement, clusters, stability
+from rayproj.discovery.clusters import SAMPLE, agreement, clusters, stability
 
 
 def test_clusters_are_of_one_answer_and_of_what_looks_alike() -> None:
@@ -38,3 +40,15 @@ def test_clusters_that_are_there_are_stable_and_others_are_not() -> None:
     noise = rng.normal(size=(36, 8))
     assert stability(5 * np.eye(8)[np.arange(36) % 3] + 0.1 * noise) == 1 and stability(noise) < 0.6
     assert np.isnan(stability(noise[:20])), "one cluster"
+
+
+def test_many_failures_of_one_answer_take_bounded_memory_and_all_get_their_cluster() -> None:
+    """Six groups, of which the largest cluster number makes one each; all pairs of so many would be 144 MB."""
+    rng, kind = np.random.default_rng(3), np.arange(3 * SAMPLE) % 6
+    features = (5 * np.eye(8)[kind] + 0.1 * rng.normal(size=(len(kind), 8))).astype(np.float32)
+    tracemalloc.start()
+    found = clusters(np.zeros(len(kind), int), features)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert agreement(found, kind) == 1 and peak < 80e6
+    np.testing.assert_array_equal(found, clusters(np.zeros(len(kind), int), features))

@@ -1,5 +1,8 @@
 """What draws images: a model of ours, a pipeline of diffusers, real images. An image depends on its number and its slice."""
 
+import dataclasses
+import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from rayproj import keyed
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.writer import commit_shard
 from rayproj.diffusion.sampling import SamplerConfig
@@ -14,6 +18,7 @@ from rayproj.discovery.generators import Asked, Generator, GeneratorConfig, in_t
 from rayproj.discovery.slices import Slice, Term
 from rayproj.engine.world import World
 from rayproj.errors import UserError
+from rayproj.export import pipeline as export
 from tests.support import pipelines, runs
 from tests.support.ranks import run_ranks
 
@@ -63,6 +68,8 @@ def test_real_images_are_taken_once_and_confirmed_by_others(tmp_path: Path) -> N
     for rows in confirmed:
         assert not {row // 4 for row in rows} & {row // 4 for row in everything}, "owners are not torn apart"
     assert everything | {row for rows in confirmed for row in rows} <= {i for i in range(96) if i % 2 == 0}
+    shared, apart = (generator.choose([(flat, 5), (grass, 100)], True, set(used), once) for once in (False, True))
+    assert shared[0] == apart[0] and set(shared[0]) & set(shared[1]) and not set(apart[0]) & set(apart[1])
     columns = draw(generator, [flat] * 2, [0, 1], first[1])
     assert columns["image"][:, 0, 0, 0].tolist() == first[1] and set(columns["style"]) == {"flat"}
     found = generator.terms(columns, [flat] * 2)
@@ -96,6 +103,57 @@ def test_a_pipeline_draws_by_prompt_whatever_is_beside_it(tmp_path: Path) -> Non
     assert drawn.shape == (1, 3, 8, 8), "a pipeline that takes a size draws it"
     with pytest.raises(UserError, match="is no folder of a diffusers pipeline"):
         open_generator(GeneratorConfig(pipeline=str(tmp_path), size=[8, 8]), LABELS, {}, 0, "cpu")
+
+
+def test_a_pipeline_of_class_labels_draws_their_numbers_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "dit"
+    theirs = pipelines.write_dit(folder, {207: "dog, hound", 3: "cat"})
+    config = GeneratorConfig(pipeline=str(folder), size=[8, 8], sampler=FEW)
+    generator = open_generator(config, LABELS, {}, 0, "cpu")
+    assert not generator.takes_words
+    found = draw(generator, [CAT, DOG, CAT], [5, 5, 6])
+    assert found["image"].shape == (3, 3, 8, 8) and list(found["prompt"]) == ["cat", "dog", "cat"]
+    row = torch.tensor([[5, 0, 0]])
+    seed = int((keyed.uniform(0, "pipeline", row).double() * 2**52).long())
+    for number, image in ((3, found["image"][0]), (207, found["image"][1])):
+        direct = theirs([number], 2.0, torch.Generator().manual_seed(seed), 2).images[0]
+        assert np.abs(np.moveaxis(np.asarray(direct).astype(int), -1, 0) - image).max() <= 1
+    assert open_generator(config, {"hound": "a hound"}, {}, 0, "cpu").numbers["hound"] == 207  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"knows no class 'eel'; name the labels .*: dog, hound, cat"):
+        open_generator(config, {"eel": "an eel"}, {}, 0, "cpu")
+    with pytest.raises(UserError, match=r"discover.attributes.style: the pipeline '.*' takes class labels alone; give"):
+        open_generator(config, LABELS, {"style": ["flat"]}, 0, "cpu")
+
+
+def test_a_pipelines_class_is_known_before_it_is_loaded(tmp_path: Path) -> None:
+    index = tmp_path / "model_index.json"
+    config = GeneratorConfig(pipeline=str(tmp_path), size=[8, 8])
+    for name, says in (
+        ("NoSuchPipeline", "is a NoSuchPipeline, which this diffusers lacks"),
+        ("DanceDiffusionPipeline", "takes neither a prompt nor class labels"),
+        (["pipeline", "Own"], "say discover.generator.trust_code=true"),
+    ):
+        index.write_text(json.dumps({"_class_name": name}))
+        with pytest.raises(UserError, match=says):
+            open_generator(config, LABELS, {}, 0, "cpu")
+    (tmp_path / "pipeline.py").write_text(inspect.getsource(export))
+    index.write_text(json.dumps({
+        "_class_name": ["pipeline", "ClassToImagePipeline"], "id2label": {"0": "cat", "1": "dog"}
+    }))  # fmt: skip
+    trusted = dataclasses.replace(config, trust_code=True)
+    assert not open_generator(trusted, LABELS, {}, 0, "cpu").takes_words
+    with pytest.raises(UserError, match=r"say discover\.generator\.trust_code=true"):
+        open_generator(config, LABELS, {}, 0, "cpu")
+
+
+def test_weights_of_either_kind_are_in_the_digest_of_a_pipeline(tmp_path: Path) -> None:
+    pipelines.write_dit(tmp_path, {3: "cat", 4: "dog"})
+    config, digests = GeneratorConfig(pipeline=str(tmp_path), size=[8, 8]), set[str]()
+    for name in ("", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        if name:
+            (tmp_path / "transformer" / name).write_bytes(b"other weights")
+        digests.add(open_generator(config, LABELS, {}, 0, "cpu").said["pipeline_digest"])
+    assert len(digests) == 3
 
 
 def train_models(world: World, folder: str) -> None:

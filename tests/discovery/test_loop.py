@@ -18,11 +18,12 @@ from torch import nn
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
+from rayproj.discovery import loop
 from rayproj.discovery.examine import OWN, Results
 from rayproj.discovery.generators import Asked, GeneratorConfig, open_generator
-from rayproj.discovery.loop import DiscoverConfig, confirmed, counterfactuals, discover, prepared
+from rayproj.discovery.loop import DiscoverConfig, alike, confirmed, counterfactuals, discover, prepared, scaled_up
 from rayproj.discovery.propose import Proposal
-from rayproj.discovery.slices import Slice
+from rayproj.discovery.slices import Slice, Term
 from rayproj.errors import UserError
 from rayproj.evaluation.skewsize import skewsize
 from rayproj.report.failures import issues, page, predictions
@@ -41,6 +42,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for bug in ("", "background"):
         planted.train(path / f"{bug or 'clean'}.pt", bug)
     return path
+
+
+def test_a_picture_is_in_the_adversarial_dataset_once_though_two_slices_cover_it(folder: Path, tmp_path: Path) -> None:
+    given = config(folder, "background", tmp_path / "out", scale_up=200)
+    search = prepared(given, 0, planted.make)
+    green = Slice.of("female", [Term("background", "green")])
+    light = Slice.of("female", [Term("background", "green"), Term("tone", search.bench.attributes["tone"][0])])
+    more = scaled_up(search, [green, light])
+    rows = [int(row) for row in search.done[-1].rows]
+    assert len(set(rows)) == len(rows) == more["images"] and more["slices"].keys() == {green.name, light.name}
+    failures = Dataset.open(more["dataset"])
+    kept = Reader(failures, ["row"]).gather(np.arange(more["failures"]))["row"].tolist()
+    assert len(set(kept)) == len(kept) == more["failures"] > 0
+
+
+def test_the_stability_of_an_answers_clusters_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty failures of one label and answer, in five clusters, of which each tells the same stability."""
+    features = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    shown = Results(
+        SimpleNamespace(header=SimpleNamespace(provenance={"stage": "look-1"})),  # type: ignore[arg-type]
+        [Slice("cat")] * 60, {OWN: np.full(60, "dog", object)}, {OWN: np.ones(60, bool)}, [frozenset()] * 60,
+        np.full(60, "", object), features, np.full(60, -1), np.ones(60), [("a", i) for i in range(60)],
+    )  # fmt: skip
+    sizes, real = list[int](), loop.stability
+
+    def counted(of: np.ndarray) -> float:
+        sizes.append(len(of))
+        return real(of)
+
+    monkeypatch.setattr(loop, "stability", counted)
+    found = alike([shown])
+    assert len(found) == 5 and sizes == [60] and {one["stability"] for one in found} == {real(features)}
 
 
 def config(folder: Path, name: str, out: Path, **changes: Any) -> DiscoverConfig:

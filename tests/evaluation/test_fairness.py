@@ -76,6 +76,43 @@ def test_equalized_odds_written_out() -> None:
     assert equalized_odds(one.labels, one.predictions, np.array(groups)) == pytest.approx(found)
 
 
+def test_groups_without_examples_have_no_say_in_equalized_odds() -> None:
+    """Group a has no example of class 0, group b nothing but class 1, and class 2 is in group c alone."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(list("abcd"), 60)
+    labels = rng.integers(0, 3, 240)
+    labels[:60], labels[60:120], labels[180:] = 1 + (np.arange(60) % 2), 1, np.arange(60) % 2
+    labels[:60] = np.where(labels[:60] == 2, 1, labels[:60])
+    for wrong in (0.0, 0.3):
+        predictions = np.where(rng.random(240) < wrong, rng.integers(0, 3, 240), labels)
+        found = []
+        for c in range(3):
+            for truth in (True, False):
+                rates = []
+                for g in "abcd":
+                    inside = [i for i in range(240) if groups[i] == g and (labels[i] == c) == truth]
+                    if inside:
+                        rates.append(sum(predictions[i] == c for i in inside) / len(inside))
+                if len(rates) >= 2:
+                    found.append(max(rates) - min(rates))
+        assert equalized_odds(labels, predictions, groups) == pytest.approx(max(found))
+    assert equalized_odds(labels, labels, groups) == 0, "who is always right treats all alike"
+    assert math.isnan(equalized_odds(np.array([0, 1]), np.array([0, 0]), np.array(["a", "b"])))
+
+
+def test_the_interval_of_equalized_odds_is_a_bootstrap_of_examples() -> None:
+    one, groups = judged()
+    found = fairness(one, groups, bootstraps=200)
+    low, high = found["equalized_odds_interval"]
+    assert low < found["equalized_odds"] < high
+    rng, drawn = np.random.default_rng(9), list[float]()
+    for _ in range(300):
+        rows = rng.integers(0, 600, 600)
+        drawn.append(equalized_odds(one.labels[rows], one.predictions[rows], np.array(groups)[rows]))
+    assert [low, high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.04)
+    assert fairness(one, groups, bootstraps=0)["equalized_odds_interval"] is None
+
+
 def test_each_group_is_as_if_it_were_alone() -> None:
     one, groups = judged()
     found = fairness(one, groups, bootstraps=40)

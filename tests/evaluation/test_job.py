@@ -28,7 +28,7 @@ from rayproj.engine.training import Recipe, TrainConfig, train
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.fairness import Judged
-from rayproj.evaluation.job import EvaluateConfig, _table, evaluate
+from rayproj.evaluation.job import EvaluateConfig, _measured, _table, evaluate
 from rayproj.evaluation.skewsize import SkewSizeConfig
 from rayproj.evaluation.watermark import key_name, mark
 from rayproj.storage.store import Store
@@ -144,6 +144,29 @@ def test_the_table_of_predictions_holds_sets_of_which_no_group_is_known() -> Non
     )
     table = parquet.read_table(io.BytesIO(data)).to_pydict()
     assert table["tone"] == ["dark", None, None, None] and table["prediction"] == ["x"] * 4
+
+
+def measured_in_threes(world: World, together: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    labels, draws = np.arange(240) % 3, rng.integers(0, 2, (3, 240))
+    judged = {"a": Judged(labels, rng.dirichlet(np.ones(3), 240))}
+    attributes = {name: column.astype(object) for name, column in zip("xyz", draws, strict=True)}
+    told = SkewSizeConfig(together=together, permutations=0, bootstraps=0)
+    given = EvaluateConfig(groups=list("xyz"), skewsize=told, group_examples=5, bootstraps=0)
+    found = _measured(given, tuple("abc"), judged, attributes, world)
+    return {"found": found, "predictions": judged["a"].predictions, "labels": labels, "draws": draws}
+
+
+def test_intersections_of_as_many_groups_as_asked_for() -> None:
+    assert list(run_ranks(measured_in_threes, 1, 1)[0]["found"]["skewsize"]["a"]) == ["x", "y", "z"]
+    by = run_ranks(measured_in_threes, 1, 3)[0]
+    for part in ("skewsize", "fairness"):
+        assert list(by["found"][part]["a"])[-1] == "x × y × z" and len(by["found"][part]["a"]) == 7
+    rates: dict[str, list[bool]] = {}
+    for i, right in enumerate(by["predictions"] == by["labels"]):
+        rates.setdefault(" × ".join(str(column[i]) for column in by["draws"]), []).append(bool(right))
+    expected = {name: sum(of) / len(of) for name, of in rates.items()}
+    assert by["found"]["skewsize"]["a"]["x × y × z"]["accuracy_by_group"] == pytest.approx(expected)
 
 
 def test_ranks_share_the_work_and_the_planted_bias_is_found(tmp_path: Path) -> None:

@@ -77,6 +77,9 @@ def test_what_is_said_of_groups(root: Path) -> None:
     assert report["skewsize"] == done["skewsize"] and report["fairness"] == done["fairness"]
     worst = done["fairness"]["one"]["tone"]["measures"]["high-risk sensitivity"]
     assert f"{worst['worst_group']}: {worst['worst']:.3f}" in html and "fewer than two groups of 999" in html
+    odds = done["fairness"]["one"]["tone"]
+    said = f"{odds['equalized_odds']:.3f} ({'–'.join(f'{v:.3f}' for v in odds['equalized_odds_interval'])})"
+    assert "<td>equalised odds</td>" in html and said in html
     assert f"{done['skewsize']['one']['tone']['value']:.2f}" in html and "times, not" in html
 
 

@@ -1,7 +1,9 @@
-"""A Stable Diffusion pipeline in small: random weights, and the tokenizer of the text encoder that ships in a package."""
+"""Pipelines in small, with random weights: Stable Diffusion, with the tokenizer of the text encoder that ships in a package,
+and a DiT of class labels."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,4 +43,25 @@ def write(folder: Path) -> Any:
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def write_dit(folder: Path, names: dict[int, str]) -> Any:
+    """A `DiTPipeline` of 8x8 pixels on disk, with the names of its classes in the index as its published ones have them."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    network = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=4,
+        norm_num_groups=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    pipeline = DiTPipeline(network.eval(), vae.eval(), DDIMScheduler(), id2label=names)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": names}))
     return pipeline
