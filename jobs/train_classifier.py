@@ -69,8 +69,9 @@ class Config:
 
 
 def task_of(config: Config, header: Header, cells: Cells | None = None) -> ClassificationTask:
-    # Without cells, as for a plan, the objective is one that needs none.
-    objective = Objective(config.objective if cells else ObjectiveConfig(), cells)
+    # Where cells are needed and not counted, as for a plan, the objective is one that needs none.
+    known = cells is not None or not config.objective.needs_cells
+    objective = Objective(config.objective if known else ObjectiveConfig(), cells)
     common = (config.classifier, header, config.run.seed, config.augment)
     return ClassificationTask(*common, objective, config.start, config.trainable, config.adversary)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from rayproj.jobs.train_classifier import Config, worker  # type: ignore[attr-defined]
+from rayproj.jobs.train_classifier import Config, task_of, worker  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from rayproj import config as configuration
@@ -43,6 +43,17 @@ def test_the_focal_loss_is_its_formula_and_at_zero_cross_entropy() -> None:
     torch.testing.assert_close(found, -((1 - p) ** 2) * p.log())
     plain = Objective(ObjectiveConfig(Loss.focal, gamma=0.0))(nn.Module(), logits, label, row)
     torch.testing.assert_close(plain, F.cross_entropy(logits, label, reduction="none"))
+
+
+@pytest.mark.parametrize("wanted", [{"loss": "focal", "gamma": 3.0}, {"label_smoothing": 0.2}])
+def test_a_job_learns_by_the_loss_that_it_was_told(wanted: dict[str, Any]) -> None:
+    """Also where no cells are asked for."""
+    images = Header("images", {"image": Field("png", (1, 8, 8)), "label": Field("int")}, 10, 10, ("a", "b", "c", "d"))
+    task = task_of(configuration.from_dict(Config, {"data": "there", "objective": wanted}), images)
+    logits, label, row = batch()
+    expected = Objective(configuration.from_dict(ObjectiveConfig, wanted))(nn.Module(), logits, label, row)
+    torch.testing.assert_close(task.objective(nn.Module(), logits, label, row), expected)
+    assert not torch.allclose(expected, F.cross_entropy(logits, label, reduction="none"))
 
 
 def test_reweighting_makes_every_cell_weigh_the_same() -> None:
