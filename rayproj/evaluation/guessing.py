@@ -45,6 +45,10 @@ class GuessConfig:
         )
         if self.groups and self.conflict_stimuli:
             found.append("evaluate.groups and evaluate.conflict_stimuli are both groups of classes; choose one.")
+        if self.predictions and (self.groups or self.conflict_stimuli):
+            found.append(
+                "evaluate.predictions are guesses among all classes: leave out the groups, or give the models."
+            )
         if both := sorted(self.models.keys() & self.predictions.keys()):
             found.append(f"evaluate.predictions: '{both[0]}' is the name of a model too; give it another.")
         return found
@@ -179,10 +183,12 @@ def result_of(config: GuessConfig) -> dict[str, Any]:
     """What is measured of all models; writes their CSV files where they are not of others.
 
     Returns:
-        By model the metrics, their intervals, and the obfuscations that it was trained with; "models" is their order.
+        By model the metrics, their intervals, and the obfuscations that it was trained with; "models" is their order, and
+        "apart" what not all have, which is in no mean.
     """
     names = [*config.models, *config.predictions]
     found: dict[str, Any] = {"models": names, "metrics": {}, "intervals": {}, "images": {}, "seen": {}}
+    everything: dict[str, dict[str, measured.Predictions]] = {}
     for name in names:
         if name in config.predictions:
             predictions = measured.read_csvs(config.predictions[name], list(OBFUSCATIONS))
@@ -191,9 +197,13 @@ def result_of(config: GuessConfig) -> dict[str, Any]:
             predictions = predictions_of(dataset)
             for obfuscation, p in predictions.items():
                 dataset.store.write(f"csv/{obfuscation}.csv", measured.csv_of(p))
-        found["metrics"][name] = measured.metrics(predictions, config.label_weighted)
-        draws = config.intervals
-        found["intervals"][name] = measured.intervals(predictions, config.label_weighted, draws) if draws else {}
+        everything[name] = predictions
+    shared = set.intersection(*(set(predictions) for predictions in everything.values()))
+    found["apart"] = [n for n in OBFUSCATIONS if n not in shared and any(n in p for p in everything.values())]
+    for name, predictions in everything.items():
+        weighted, draws = config.label_weighted, config.intervals
+        found["metrics"][name] = measured.metrics(predictions, weighted, among=shared)
+        found["intervals"][name] = measured.intervals(predictions, weighted, draws, among=shared) if draws else {}
         found["images"][name] = len(next(iter(predictions.values())).label)
         found["seen"][name] = trained_with(config.models[name].model) if name in config.models else []
     found["label_weighted"] = config.label_weighted

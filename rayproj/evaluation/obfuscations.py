@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,10 @@ def in_groups(label: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def metrics(
-    predictions: Mapping[str, Predictions], label_weighted: bool = True, top: Sequence[int] = TOP
+    predictions: Mapping[str, Predictions],
+    label_weighted: bool = True,
+    top: Sequence[int] = TOP,
+    among: Collection[str] = tuple(OBFUSCATIONS),
 ) -> dict[str, float]:
     """The benchmark's metrics under its names: `<obfuscation>-top-<n>`, `mean-` and `worst-` of training, hold-out, all.
 
@@ -101,6 +104,7 @@ def metrics(
         predictions: of each obfuscation, and of the clean images, of the same images.
         label_weighted: every label counts as much as every other, however many images it has.
         top: numbers of guesses.
+        among: obfuscations that means and worst cases are of, where several models do not have the same ones.
 
     Raises:
         UserError: the obfuscations are of other images, or there are none.
@@ -124,7 +128,7 @@ def metrics(
         accuracy = {name: float(np.average(r, weights=weight)) for name, r in right.items()}
         found |= {f"{name}-top-{n}": value for name, value in accuracy.items()}
         for title, names in SETS.items():
-            there = [name for name in names if name in right]
+            there = [name for name in names if name in right and name in among]
             if there:
                 found[f"mean-{title}-top-{n}"] = float(np.mean([accuracy[name] for name in there]))
                 every = np.logical_and.reduce([right[name] for name in there])
@@ -133,7 +137,11 @@ def metrics(
 
 
 def intervals(
-    predictions: Mapping[str, Predictions], label_weighted: bool = True, draws: int = 200, seed: int = 0
+    predictions: Mapping[str, Predictions],
+    label_weighted: bool = True,
+    draws: int = 200,
+    seed: int = 0,
+    among: Collection[str] = tuple(OBFUSCATIONS),
 ) -> dict[str, tuple[float, float]]:
     """95 % intervals of the metrics for one guess, by a bootstrap over images: all obfuscations of an image go together, and
     all draws of it, `<image>#<draw>`."""
@@ -145,7 +153,7 @@ def intervals(
         chosen = np.concatenate([drawn[k] for k in rng.integers(0, len(drawn), len(drawn))])
         number = np.arange(len(chosen)).astype(str)
         again = {name: Predictions(number, p.label[chosen], p.top[chosen]) for name, p in ordered.items()}
-        found.append(metrics(again, label_weighted, top=(1,)))
+        found.append(metrics(again, label_weighted, (1,), among))
     return {
         key: (float(low), float(high))
         for key in found[0]
@@ -154,10 +162,14 @@ def intervals(
 
 
 def csv_of(predictions: Predictions) -> bytes:
-    """The benchmark's file of one obfuscation: lines of `image, label, [guesses]`, by image."""
+    """The benchmark's file of one obfuscation: lines of `image, label, [guesses]`, by image; a comma in a name is quoted."""
     p = predictions.ordered()
     rows = zip(p.image, p.label, p.top, strict=True)
-    return "".join(f"{image}, {label}, [{' '.join(map(str, top))}]\n" for image, label, top in rows).encode()
+    return "".join(f"{_quoted(image)}, {label}, [{' '.join(map(str, top))}]\n" for image, label, top in rows).encode()
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if set(text) & {",", '"', "\n"} else text
 
 
 def read_csv(path: Path) -> Predictions:

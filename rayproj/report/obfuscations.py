@@ -22,7 +22,8 @@ LEAST = 160  # pixels of a picture's side on the page; smaller images are drawn 
 
 
 def write_gallery(uri: str, file: str, draws: int = 6, photos: str = "", learned: str = "", seed: int = 0) -> str:
-    """Write an HTML page: each obfuscation in words, with its ranges, and so many images under parameters drawn for each.
+    """Write an HTML page: each obfuscation in words, with its ranges, and so many draws of its parameters, of an image each
+    as far as there are as many.
 
     Raises:
         UserError: the images or assets are not there.
@@ -30,9 +31,10 @@ def write_gallery(uri: str, file: str, draws: int = 6, photos: str = "", learned
     images = open_images(uri, 224)
     if "image" not in images.header.fields:
         raise UserError(f"'{uri}' has no images; give a dataset that has.")
-    index = np.arange(min(draws, images.header.num_samples))
+    view = np.arange(draws)
+    index = view % images.header.num_samples
     shown = torch.from_numpy(images.gather(index)["image"])
-    row = torch.from_numpy(np.stack([index, np.zeros_like(index), np.zeros_like(index)], 1))
+    row = torch.from_numpy(np.stack([index, np.zeros_like(index), view], 1))
     config = AssetsConfig(photos=photos, learned=learned)
     assets = Assets.load(config)
     sections: list[dict[str, Any]] = [
@@ -85,14 +87,14 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
         found, intervals = result["metrics"][name], result["intervals"][name]
         rows[name] = [(found.get(f"{c}-top-1"), intervals.get(f"{c}-top-1")) for c in columns]
         top[name] = {n: [found.get(f"{c}-top-{n}") for c in columns] for n in TOP[1:]}
-    kept = {key: result[key] for key in ("images", "seen", "label_weighted")}
+    kept = {key: result[key] for key in ("images", "seen", "label_weighted", "apart")}
     return {"columns": columns, "rows": rows, "top": top, **kept}
 
 
 def heat_map(result: dict[str, Any]) -> bytes:
     """SVG: top 1 by obfuscation and model; what a model was trained with is marked."""
-    any_model = next(iter(result["metrics"].values()))
-    names = [name for name in (CLEAN, *OBFUSCATIONS) if f"{name}-top-1" in any_model]
+    measured = result["metrics"].values()
+    names = [name for name in (CLEAN, *OBFUSCATIONS) if any(f"{name}-top-1" in metrics for metrics in measured)]
     values = np.array([[result["metrics"][m].get(f"{n}-top-1", np.nan) for n in names] for m in result["models"]])
     marks = np.array([[n in result["seen"][model] for n in names] for model in result["models"]])
     lines = [names.index(n) for n in names[1:] if OBFUSCATIONS[n].held_out][:1]

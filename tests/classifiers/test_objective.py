@@ -49,7 +49,9 @@ def test_the_focal_loss_is_its_formula_and_at_zero_cross_entropy() -> None:
 def test_a_job_learns_by_the_loss_that_it_was_told(wanted: dict[str, Any]) -> None:
     """Also where no cells are asked for."""
     images = Header("images", {"image": Field("png", (1, 8, 8)), "label": Field("int")}, 10, 10, ("a", "b", "c", "d"))
-    task = task_of(configuration.from_dict(Config, {"data": "there", "run": {"dir": "there"}, "objective": wanted}), images)
+    task = task_of(
+        configuration.from_dict(Config, {"data": "there", "run": {"dir": "there"}, "objective": wanted}), images
+    )
     logits, label, row = batch()
     expected = Objective(configuration.from_dict(ObjectiveConfig, wanted))(nn.Module(), logits, label, row)
     torch.testing.assert_close(task.objective(nn.Module(), logits, label, row), expected)

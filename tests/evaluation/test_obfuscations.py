@@ -143,6 +143,26 @@ def test_predictions_of_other_images_are_refused() -> None:
         metrics({})
 
 
+def test_means_are_of_what_all_models_have() -> None:
+    found = drawn(["Halftoning", "SwirlWarp"])
+    alone, both = metrics(found, among=["SwirlWarp"]), metrics(found)
+    assert (
+        alone["mean-training-top-1"] == both["SwirlWarp-top-1"]
+        and alone["Halftoning-top-1"] == both["Halftoning-top-1"]
+    )
+    assert both["mean-training-top-1"] == pytest.approx((both["Halftoning-top-1"] + both["SwirlWarp-top-1"]) / 2)
+    assert (
+        intervals(found, draws=20, among=["SwirlWarp"])["mean-training-top-1"]
+        == intervals(found, draws=20)["SwirlWarp-top-1"]
+    )
+
+
+def test_a_comma_in_a_name_goes_and_comes(tmp_path: Path) -> None:
+    names = np.array(["n01/a,b.JPEG", 'c"d', "plain"])
+    (tmp_path / "it.csv").write_bytes(csv_of(Predictions(names, np.arange(3), np.array([[1], [2], [3]]))))
+    assert read_csv(tmp_path / "it.csv").image.tolist() == sorted(names.tolist())
+
+
 def test_files_go_and_come(tmp_path: Path) -> None:
     predictions = drawn([CLEAN, "Halftoning"])
     for name, p in predictions.items():
