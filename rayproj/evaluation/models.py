@@ -187,14 +187,21 @@ class _Onnx:
             raise UserError(f"The classifier '{path}' cannot be loaded ({str(error).splitlines()[0]}).") from error
         given = self.session.get_inputs()[0]
         self.name, self.raw = given.name, given.type == "tensor(uint8)"
+        self.batch = given.shape[0] if isinstance(given.shape[0], int) else 0  # which a file may have been written for
         self.classes = _names(config, config.model)
         _require_names(self.classes, config.model)
         self.digest = _of_file(path)
 
     def __call__(self, images: Tensor) -> Tensor:
         x = resized(images, self.config.size).to(torch.uint8) if self.raw else prepared(images, self.config)
-        out = torch.from_numpy(np.asarray(self.session.run(None, {self.name: x.cpu().numpy()})[0], np.float32))
+        parts = [self._run(part) for part in x.cpu().split(self.batch or len(x))]
+        out = torch.from_numpy(np.concatenate(parts).astype(np.float32))
         return _checked(out if self.config.probabilities else out.softmax(1), self.classes, self.config.model)
+
+    def _run(self, x: Tensor) -> np.ndarray:
+        """Of so many images as a batch takes, or fewer, which are filled up."""
+        whole = torch.cat([x, x[:1].expand(max(0, self.batch - len(x)), *x.shape[1:])])
+        return np.asarray(self.session.run(None, {self.name: whole.numpy()})[0])[: len(x)]
 
 
 def _names(config: ExaminedConfig, model: str) -> tuple[str, ...]:

@@ -66,13 +66,16 @@ def test_programs_and_onnx_files(tmp_path: Path) -> None:
         ir_version=9,
     )
     onnx.save(graph, str(tmp_path / "a.onnx"))
+    for batch in (1, len(IMAGES) - 1):  # files that take so many images and no others
+        graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+        onnx.save(graph, str(tmp_path / f"fixed_{batch}.onnx"))
     digests = set()
-    for name in ("a.pt", "a.pt2", "a.onnx"):
+    for name in ("fixed_1.onnx", f"fixed_{len(IMAGES) - 1}.onnx", "a.pt", "a.pt2", "a.onnx"):
         examined = open_classifier(ExaminedConfig(str(tmp_path / name), classes=NAMES, mean=MEAN, std=STD), "cpu")
         assert examined.classes == tuple(NAMES)
         np.testing.assert_allclose(examined(IMAGES).numpy(), expected(model, IMAGES), atol=1e-5)
         digests.add(examined.digest)
-    assert len(digests) == 3
+    assert len(digests) == 5
     assert np.ptp(expected(model, IMAGES), axis=0).max() > 0.01, "it can tell these images apart"
     grey = IMAGES[:, :1]
     assert examined(grey).numpy() == pytest.approx(expected(model, grey.expand(-1, 3, -1, -1)), abs=1e-5)
