@@ -32,6 +32,7 @@ from rayproj.evaluation.watermark import mark
 from rayproj.judging import records
 from rayproj.judging.records import ServedConfig
 from rayproj.responsibility import provenance
+from rayproj.responsibility.load import PICTURES, Load, LoadConfig, carry_out
 from rayproj.responsibility.provenance import check_manifest
 from rayproj.storage.store import Store, from_json
 from tests.support.commands import ROOT, environment
@@ -204,6 +205,31 @@ def test_a_page_of_another_site_can_have_nothing_drawn(served: Served, headers: 
 
     got, answer = asyncio.run(run())
     assert got == status and answer["error"]
+
+
+def test_it_measures_itself_and_keeps_pictures(served: Served, tmp_path: Path) -> None:
+    to, pictures = tmp_path / "new" / "load.json", tmp_path / "pictures"
+    load = carry_out(LoadConfig(2, 60.0, 20, "a red square", str(to), str(pictures)), served.url)
+    assert Load.read(str(to)) == load and load.answers == {"200": 20}
+    files = records.images_of(str(pictures))
+    assert len(files) == min(load.images, PICTURES) and decode_image(files[0].read_bytes()).shape[0] == 3
+    told = records.verified({}, str(pictures), str(served.keys / "authority.pem"))
+    assert told["wrong"] == [] and sum(of["sound"] for of in told["files"].values()) == len(files)
+    with pytest.raises(UserError, match=r"No request of the load test .* answers 403: 1; look into"):
+        carry_out(LoadConfig(1, 60.0, 1, "a nude person", str(to)), served.url)
+    with pytest.raises(UserError, match=r"There can be no folder .*; give another place"):
+        carry_out(LoadConfig(1, 60.0, 1, "", f"{to}/below/load.json"), served.url)
+
+
+def test_a_load_test_that_could_not_be_made_is_refused() -> None:
+    for words, says in (
+        (["load.users=2"], "load.users needs load.to"),
+        (["load.to=x"], "need load.users"),
+        (["load.seconds=0"], "load.seconds must be above 0"),
+        (["load={users: 2, to: x}", "playground.host=10.0.0.1"], "a playground.host that this machine is"),
+    ):
+        with pytest.raises(UserError, match=says):
+            configuration.load(Config, f"{ROOT}/configs/serve_playground.yaml", words)
 
 
 def test_who_comes_when_the_queue_is_full_is_told_when_to_come_back(served: Served) -> None:
