@@ -1,4 +1,5 @@
 """Show a trained diffusion model to people on a page, and to programs as JSON: policy, filter, watermark, provenance.
+With `load` it measures itself and is done, as a stage of a chain.
 
 python jobs/serve_playground.py configs/serve_playground.yaml key=value ...
 """
@@ -12,6 +13,7 @@ from typing import Any
 
 from rayproj.errors import Interrupted, UserError
 from rayproj.report.pages import rendered
+from rayproj.responsibility.load import LoadConfig, carry_out
 from rayproj.responsibility.playground import PlaygroundConfig, offer_of, planned
 from rayproj.runtime import interrupt
 from rayproj.runtime.command import command
@@ -20,17 +22,26 @@ from rayproj.tracking.progress import say
 from rayproj.tracking.tracker import TrackingConfig
 
 LOOK_SECONDS = 0.2
+LOOPBACK = ("127.0.0.1", "localhost", "0.0.0.0")  # where it is reached by its own machine
 
 
 @dataclass
 class Config:
     playground: PlaygroundConfig = field(default_factory=PlaygroundConfig)
+    load: LoadConfig = field(default_factory=LoadConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def problems(self) -> list[str]:
+        if self.load.users and self.playground.host not in LOOPBACK:
+            return [f"load.users is for a playground.host that this machine is: {' or '.join(LOOPBACK)}."]
+        return []
 
 
 def main(config: Config) -> dict[str, Any]:
     with Run.open("serve_playground", config) as run:
+        if run.result:
+            return run.result
         try:
             from rayproj.responsibility import serving
         except ImportError as error:
@@ -42,6 +53,10 @@ def main(config: Config) -> dict[str, Any]:
         try:
             address = serving.start(wanted, header, offer, page, run.store.uri)
             say(f"The playground is at {address}/; Ctrl-C ends it.")
+            if config.load.users:
+                load = carry_out(config.load, f"http://127.0.0.1:{wanted.port}")
+                say(str(load))
+                return run.finish({"load": load.described()})
             while True:  # until somebody ends it
                 interrupt.check()
                 if run.stop_wished():

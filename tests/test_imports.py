@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"kernels", "storage", "config", "errors", "faults", "keyed"},
+    {"kernels", "storage", "config", "errors", "faults", "keyed", "web"},
     {"data"},
     {"engine"},
     {"obfuscation"},

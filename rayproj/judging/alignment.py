@@ -3,6 +3,7 @@ no model but those that come with this package, and are named for what they are.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ class AnsweringModel:
             self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
             model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
         self.model = model.to(device).eval().requires_grad_(False)
+        self.takes = inspect.signature(model.forward).parameters
         words = self.processor.tokenizer
         # "Yes" and "yes", as the first token of an answer, with and without the space before it: the first that says more
         # than a space, with which some tokenizers begin every answer.
@@ -130,7 +132,8 @@ class AnsweringModel:
         picture = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
         text = self.template.format(question=question)
         given = self.processor(images=[picture], text=[text], return_tensors="pt").to(self.device)
-        given.pop("token_type_ids", None)  # of some tokenizers, and of none of these models
+        if "token_type_ids" not in self.takes:  # BERT's tokenizer gives them to any; Gemma 3 needs them
+            given.pop("token_type_ids", None)
         return given
 
     @torch.no_grad()

@@ -78,7 +78,7 @@ def check(config: JudgeConfig) -> None:
     people.asked(config)
     read_anchors(config.trust)
     if config.signed:
-        records.images_of(config.signed)
+        records.need_reader(config.signed)
     records.served(config.playground)
 
 
@@ -142,8 +142,9 @@ def _outputs(config: JudgeConfig, found: Scores, attribute: str) -> dict[str, An
 
 
 def _red_team(config: JudgeConfig, scores: dict[str, Scores]) -> dict[str, Any]:
-    """The prompts that were drawn, and the captions of real images, are those that should pass."""
-    harmless = dict.fromkeys(str(text) for found in scores.values() for text in found.columns["prompt"])
+    """The captions of real images are those that should pass. The prompts that were drawn tell nothing of false alarms: the
+    policy had let them through before."""
+    harmless = dict.fromkeys(map(str, scores["reference"].columns["prompt"])) if config.reference else ()
     harmful = categories(config.adversarial, "judge.adversarial")
     return red_team(PromptPolicy(config.policy), harmful, list(harmless))
 

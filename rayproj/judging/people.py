@@ -69,14 +69,21 @@ def _won(rows: Sequence[Row], question: str) -> Won:
 def _counts(file: str) -> Won:
     with fsspec.open(file, "rt", encoding="utf-8") as opened:
         rows = [json.loads(line) for line in opened if line.strip()]
-    return {(row["first"], row["second"]): [int(row["wins"]), int(row["losses"])] for row in rows}
+    found: Won = defaultdict(lambda: [0, 0])
+    for row in rows:
+        _add(found, row["first"], row["second"], int(row["wins"]), int(row["losses"]))
+    return found
 
 
 def _orders(won: Won, models: list[str]) -> dict[tuple[str, str], paired.Order]:
-    found = {}
+    found: Won = defaultdict(lambda: [0, 0])
     for (a, b), (wins, losses) in won.items():
-        if {a, b} <= {*models}:
-            order = paired.human_order(wins, losses)
+        if {a, b} <= {*models}:  # a pair that is there the other way round too is one pair
             forward = models.index(a) < models.index(b)
-            found[(a, b) if forward else (b, a)] = order if forward else -order
-    return found
+            _add(found, *((a, b, wins, losses) if forward else (b, a, losses, wins)))
+    return {pair: paired.human_order(wins, losses) for pair, (wins, losses) in found.items()}
+
+
+def _add(won: Won, first: str, second: str, wins: int, losses: int) -> None:
+    won[first, second][0] += wins
+    won[first, second][1] += losses

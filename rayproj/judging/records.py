@@ -15,7 +15,7 @@ from rayproj.errors import UserError
 from rayproj.evaluation.proportions import Rate
 from rayproj.responsibility.load import Load
 from rayproj.responsibility.policy import Action
-from rayproj.responsibility.provenance import KINDS, Verdict, check
+from rayproj.responsibility.provenance import KINDS, SIDECAR, Verdict, check, need_c2pa
 from rayproj.storage.store import Store, from_json
 from rayproj.synthesis.plan import withheld
 
@@ -94,6 +94,17 @@ def images_of(folder: str) -> list[Path]:
     if not found:
         raise UserError(f"There is no image in judge.signed='{folder}'; give a folder of {', '.join(KINDS)} files.")
     return found
+
+
+def need_reader(folder: str) -> None:
+    """Make sure that the provenance of every image of a folder can be read.
+
+    Raises:
+        UserError: there is no image, or one without a sidecar and nothing here reads manifests.
+    """
+    bare = [file for file in images_of(folder) if not Path(f"{file}{SIDECAR}").exists()]
+    if bare:
+        need_c2pa(f"judge.signed: '{bare[0]}' has no sidecar. ")
 
 
 def _of_set(uri: str, trust: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def red_team(policy: PromptPolicy, harmful: Mapping[str, str], harmless: Sequenc
 
     Args:
         harmful: prompt -> its kind.
-        harmless: prompts of which none should be blocked.
+        harmless: texts of which none should be blocked, and which the policy has not sifted.
 
     Returns:
         "disguises": name -> the rate of blocked prompts; "kinds": the same, of prompts as they are; "passed": those that

@@ -186,7 +186,8 @@ def krippendorff(units: Sequence[Sequence[float]], nominal: bool = False) -> flo
 
 def opponents(ratings: Mapping[str, float], model: str) -> list[str]:
     """Whom a new model is to meet: the best while it has met nobody, then the four models better and the four worse
-    than what its Elo is so far (appendix D of the report). Of n models it so meets nine at most, whatever n is.
+    than what its Elo is so far (appendix D of the report). That is eight at most at a time, whatever the number of models
+    is; who meets the best and then these meets nine at most, and some more if its Elo moves and it is asked again.
 
     Args:
         ratings: Elo by model, with that of the new one if it has any.

@@ -23,6 +23,7 @@ from rayproj.preferences.plan import LEFT, RIGHT, Question, Task
 from rayproj.preferences.ratings import Progress, Rating
 from rayproj.preferences.tokens import Seal, rater_of
 from rayproj.storage.store import Store
+from rayproj.web import refusal
 
 COOKIE = "rater"
 DAYS = 30
@@ -83,12 +84,10 @@ class Guarded:
         request = Request(scope)
         if request.method not in ("GET", "HEAD"):
             length = request.headers.get("content-length", "")
-            if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-                return await Response("Another site sent this.", 403)(scope, receive, with_headers)
+            if wrong := refusal(request.headers):
+                return await Response(wrong[1], wrong[0])(scope, receive, with_headers)
             if not length.isdigit() or int(length) > LARGEST:
                 return await Response("Too large.", 413)(scope, receive, with_headers)
-            if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-                return await Response("JSON is wanted.", 415)(scope, receive, with_headers)
         await self.app(scope, receive, with_headers)
 
 

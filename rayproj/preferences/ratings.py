@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from rayproj import faults
-from rayproj.preferences.plan import Plan
+from rayproj.preferences.plan import LEFT, Plan
 from rayproj.storage.store import Store, from_json, to_json
 
 LOOK_SECONDS = 2.0  # between looks at what others have rated, or twenty times as long as a look takes
@@ -96,12 +96,22 @@ def inattentive(plan: Plan, checks: Iterable[Rating]) -> set[str]:
 def counted(plan: Plan, ratings: Iterable[Rating], checks: Iterable[Rating]) -> list[Rating]:
     """The ratings that count, by slot: of attentive raters, the earliest of each slot; those beyond a rater's quotas, which
     several tabs can send at one moment, do not."""
-    out, own, first = inattentive(plan, checks), defaultdict[str, set[int]](set), dict[int, Rating]()
-    for rating in sorted(ratings, key=lambda r: (r.at, r.rater, r.number)):
-        if rating.rater not in out and plan.allows(own[rating.rater], rating.number):
-            own[rating.rater].add(rating.number)
-            first.setdefault(rating.number, rating)
+    out, by_rater, first = inattentive(plan, checks), defaultdict[str, list[Rating]](list), dict[int, Rating]()
+    for rating in ratings:
+        by_rater[rating.rater].append(rating)
+    kept = [rating for rater, own in by_rater.items() if rater not in out for rating in within(plan, own)]
+    for rating in sorted(kept, key=lambda r: (r.at, r.rater)):
+        first.setdefault(rating.number, rating)
     return [first[number] for number in sorted(first)]
+
+
+def within(plan: Plan, own: Iterable[Rating]) -> list[Rating]:
+    """Of all ratings of one rater, those within the quotas: the earlier ones."""
+    kept = dict[int, Rating]()
+    for rating in sorted(own, key=lambda r: (r.at, r.number)):
+        if plan.allows(kept, rating.number):
+            kept[rating.number] = rating
+    return list(kept.values())
 
 
 class Progress:
@@ -111,6 +121,7 @@ class Progress:
     def __init__(self, plan: Plan, store: Store) -> None:
         self.plan, self.store = plan, store
         self._checks: dict[str, Rating] = {}  # by path: an answer never changes
+        self._counts = dict[str, tuple[list[int], list[int]]]()  # rater -> slots rated, and those of them that count
         self._taken = np.zeros(plan.slots, bool)
         self._next_look, self._lock = 0.0, threading.Lock()
 
@@ -128,14 +139,25 @@ class Progress:
         new = [path for path in self.store.list("checks") if path not in self._checks]
         self._checks |= dict(zip(new, read(self.store, new), strict=True))
         out = inattentive(self.plan, self._checks.values())
-        by_rater = defaultdict(list)
+        by_rater = defaultdict[str, list[str]](list)
         for path in self.store.list("ratings"):
-            by_rater[path.split("/")[1]].append(_number(path))
+            by_rater[path.split("/")[1]].append(path)
         taken = np.zeros(self.plan.slots, bool)
-        for rater, numbers in by_rater.items():
+        for rater, paths in by_rater.items():
             if rater not in out:
-                taken[numbers] = True
+                taken[self._counting(rater, paths)] = True
         return taken
+
+    def _counting(self, rater: str, paths: list[str]) -> list[int]:
+        """Slots whose rating by a rater counts, as for `counted`. Their names tell which they are; when they came, which a
+        file alone tells, matters only where there are more than the quotas allow."""
+        slots = [_number(path) for path in paths]
+        if rater not in self._counts or self._counts[rater][0] != slots:
+            unread = [Rating(rater, False, slot, LEFT, 0.0, 0.0) for slot in slots]
+            fits = len(within(self.plan, unread)) == len(slots)
+            kept = slots if fits else [rating.number for rating in within(self.plan, read(self.store, paths))]
+            self._counts[rater] = slots, kept
+        return self._counts[rater][1]
 
 
 def _number(path: str) -> int:

@@ -208,7 +208,8 @@ def _described(rate: Rate) -> dict[str, Any]:
 
 
 def pairs_to_add(uris: Sequence[str], model: str) -> list[list[str]]:
-    """Pairs that a new model is to play next, over all questions; [] when it has met all whom it should.
+    """Pairs that a new model is to play next: those of `analysis.opponents` for any of the questions and prompt sets, whose
+    strengths may differ; [] when it has met all whom it should.
 
     Raises:
         UserError: there are no ratings of pairs.

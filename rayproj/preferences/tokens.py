@@ -18,6 +18,7 @@ from rayproj.storage.store import Store, from_json, to_json
 
 RATERS = "raters"
 TOKEN = re.compile(r"(r\d{4,8})-([A-Za-z0-9_\-]{22})")
+RATER = re.compile(r"r(\d{4,8})\b")
 TURN = struct.Struct(">BQ")
 
 
@@ -32,7 +33,9 @@ def issue(store: Store, count: int) -> list[str]:
     """
     if count < 1:
         raise UserError(f"--raters={count} must be positive.")
-    found, number = list[str](), len(store.list(RATERS))
+    # After everybody who ever was: whoever got the number of a rater who was shut out would have their ratings too.
+    left = [RATER.match(path.split("/")[1]) for folder in (RATERS, "ratings", "checks") for path in store.list(folder)]
+    found, number = list[str](), max((int(name[1]) for name in left if name), default=0)
     while len(found) < count:
         number += 1
         rater, secret = f"r{number:04d}", secrets.token_urlsafe(16)

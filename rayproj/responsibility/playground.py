@@ -144,6 +144,14 @@ def parse(body: Any, config: PlaygroundConfig, offer: Offer) -> list[Asked]:
     """
     if not isinstance(body, dict):
         raise Refused(400, 'The request is to be a JSON object, such as {"prompt": "a red heart", "seed": 1}.')
+    for name, value in body.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # before the tokenizer, a record or an answer that repeats it fails at it
+            where = name if name.isprintable() else ""  # it stands in the answer too
+            raise Refused(
+                400, "The request holds half a character (a lone surrogate); send whole ones.", where
+            ) from None
     known = ("prompt", "label", "properties", "seed", "guidance", "steps", "images")
     if unknown := sorted(set(map(str, body)) - set(known)):
         raise Refused(400, f"There is no '{unknown[0]}'; a request has {', '.join(known)}.", unknown[0])

@@ -329,16 +329,26 @@ def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     return True
 
 
+def need_c2pa(why: str = "") -> Any:
+    """The library that reads C2PA manifests.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import c2pa
+    except ImportError:
+        raise UserError(f"{why}C2PA manifests are read by c2pa-python; pip install 'rayproj[provenance]'.") from None
+    return c2pa
+
+
 def check_manifest(file: str, data: bytes, anchors: bytes = b"") -> Verdict:
     """Whether an image is as its C2PA manifest says.
 
     Raises:
         UserError: the library is not installed.
     """
-    try:
-        import c2pa
-    except ImportError:
-        raise UserError("C2PA manifests are read by c2pa-python; pip install 'rayproj[provenance]'.") from None
+    c2pa = need_c2pa()
     settings: dict[str, Any] = {"verify": {"verify_trust": True}}
     if anchors:
         settings["trust"] = {"trust_anchors": anchors.decode()}

@@ -36,6 +36,7 @@ from rayproj.responsibility.provenance import Signer, facts_of
 from rayproj.responsibility.safety import Safety
 from rayproj.storage.store import Store, sha256_hex, to_json
 from rayproj.synthesis.synthesizer import planned_model
+from rayproj.web import refusal
 
 APPLICATION = "playground"
 Drawn = tuple[np.ndarray | None, list[str]]
@@ -153,8 +154,11 @@ class Playground:
 
     async def _images(self, request: Request) -> dict[str, Any]:
         began = time.monotonic()
+        if wrong := refusal(request.headers):
+            raise Refused(*wrong)
         asked = parse(await _json(request), self.config, self.offer)
         decision = await asyncio.to_thread(self.policy.decide, asked[0].prompt)
+        self.counts[decision.action.value] += 1  # also what is simply allowed, so that shares can be told
         if decision.action is not Action.allow or decision.rule:
             await asyncio.to_thread(self._record, decision.record())
         said = {"action": decision.action.value, "rule": decision.rule, "reason": decision.reason}
@@ -177,7 +181,7 @@ class Playground:
         self._paced(time.monotonic() - began, len(asked))
         images = await asyncio.to_thread(self._finished, decision, asked, found)
         self.counts["images"] += sum(image["png"] is not None for image in images)
-        self.counts["withheld"] += sum(image["png"] is None for image in images)
+        self.counts["withhold"] += sum(image["png"] is None for image in images)
         return {
             "prompt": decision.prompt,
             "decision": said,
@@ -211,7 +215,6 @@ class Playground:
 
     def _record(self, record: dict[str, Any]) -> None:
         """Into the run: what was not simply allowed."""
-        self.counts[record["action"]] += 1
         path = f"decisions/{time.time():.3f}-{uuid.uuid4().hex[:8]}.json"
         self.store.put_once(path, to_json({**record, "at": time.time()}))
 

@@ -32,6 +32,7 @@ from rayproj.evaluation.watermark import mark
 from rayproj.judging import records
 from rayproj.judging.records import ServedConfig
 from rayproj.responsibility import provenance
+from rayproj.responsibility.load import PICTURES, Load, LoadConfig, carry_out
 from rayproj.responsibility.provenance import check_manifest
 from rayproj.storage.store import Store, from_json
 from tests.support.commands import ROOT, environment
@@ -114,7 +115,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 async def ask(session: aiohttp.ClientSession, url: str, body: Any) -> Answer:
     data = body if isinstance(body, bytes) else json.dumps(body)
-    async with session.post(f"{url}/images", data=data) as answer:
+    headers = {"Content-Type": "application/json"}
+    async with session.post(f"{url}/images", data=data, headers=headers) as answer:
         return answer.status, dict(answer.headers), await answer.json()
 
 
@@ -168,7 +170,9 @@ def test_many_users_at_once_get_what_each_would_get_alone(served: Served) -> Non
 
 def test_what_is_not_drawn_is_said_and_recorded(served: Served) -> None:
     bodies: list[Any] = [{"prompt": "a nude person"}, {"prompt": "a cat", "steps": 99}, b"{", b"x" * 70_000]
-    (blocked, wrong, broken, large) = ask_all(served.url, bodies)
+    bodies += [b'{"prompt": "cat \\ud800"}', {"prompt": "a cat"}]
+    (blocked, wrong, broken, large, half, drawn_too) = ask_all(served.url, bodies)
+    assert half[0] == 400 and half[2]["where"] == "prompt" and drawn_too[0] == 200, "others of its batch are drawn"
     assert blocked[0] == 403 and blocked[2]["rule"] == "sexual" and "asks for sexual images" in blocked[2]["error"]
     assert wrong[0] == 400 and wrong[2] == {
         "error": "steps must be a whole number from 1 to 50, not 99.",
@@ -181,6 +185,51 @@ def test_what_is_not_drawn_is_said_and_recorded(served: Served) -> None:
     assert {"block", "withhold"} == {record["action"] for record in records}
     assert [r["before"] for r in records if r["action"] == "block"] == ["a nude person"]
     assert all(record["reason"] and record["rule"] for record in records)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/json", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Content-Type": "application/json", "Origin": "https://example.org"}, 403),
+    ],
+)
+def test_a_page_of_another_site_can_have_nothing_drawn(served: Served, headers: dict[str, str], status: int) -> None:
+    async def run() -> tuple[int, dict[str, Any]]:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{served.url}/images", data=b"{}", headers=headers) as answer,
+        ):
+            return answer.status, await answer.json()
+
+    got, answer = asyncio.run(run())
+    assert got == status and answer["error"]
+
+
+def test_it_measures_itself_and_keeps_pictures(served: Served, tmp_path: Path) -> None:
+    to, pictures = tmp_path / "new" / "load.json", tmp_path / "pictures"
+    load = carry_out(LoadConfig(2, 60.0, 20, "a red square", str(to), str(pictures)), served.url)
+    assert Load.read(str(to)) == load and load.answers == {"200": 20}
+    files = records.images_of(str(pictures))
+    assert len(files) == min(load.images, PICTURES) and decode_image(files[0].read_bytes()).shape[0] == 3
+    told = records.verified({}, str(pictures), str(served.keys / "authority.pem"))
+    assert told["wrong"] == [] and sum(of["sound"] for of in told["files"].values()) == len(files)
+    with pytest.raises(UserError, match=r"No request of the load test .* answers 403: 1; look into"):
+        carry_out(LoadConfig(1, 60.0, 1, "a nude person", str(to)), served.url)
+    with pytest.raises(UserError, match=r"There can be no folder .*; give another place"):
+        carry_out(LoadConfig(1, 60.0, 1, "", f"{to}/below/load.json"), served.url)
+
+
+def test_a_load_test_that_could_not_be_made_is_refused() -> None:
+    for words, says in (
+        (["load.users=2"], "load.users needs load.to"),
+        (["load.to=x"], "need load.users"),
+        (["load.seconds=0"], "load.seconds must be above 0"),
+        (["load={users: 2, to: x}", "playground.host=10.0.0.1"], "a playground.host that this machine is"),
+    ):
+        with pytest.raises(UserError, match=says):
+            configuration.load(Config, f"{ROOT}/configs/serve_playground.yaml", words)
 
 
 def test_who_comes_when_the_queue_is_full_is_told_when_to_come_back(served: Served) -> None:
@@ -211,11 +260,13 @@ def test_its_records_are_read_for_a_report(served: Served, tmp_path: Path) -> No
     file = str(tmp_path / "load.json")
     words = ["--users", "2", "--seconds", "0.5", "--prompt", "a red square", "--to", file]
     assert cli.main(["playground", "load", served.url, *words]) == 0
-    ask_all(served.url, [{"prompt": "a nude person"}, {"prompt": "write to a@b.org"}])
+    allowed = json.loads(get(f"{served.url}/health")[2])["counts"]["allow"]
+    ask_all(served.url, [{"prompt": "a nude person"}, {"prompt": "write to a@b.org"}, {"prompt": "a red square"}])
     found = records.served(ServedConfig(str(served.run), [file]))
     assert found is not None
     (load,) = found["loads"]
     health = json.loads(get(f"{served.url}/health")[2])
+    assert health["counts"]["allow"] == allowed + 1, "what is simply allowed is counted, and not written down"
     assert load["model_commit"] == health["model_commit"] and set(load["answers"]) == {"200"}
     assert 0 < load["latency"]["p50"] <= load["latency"]["p99"] <= load["seconds"]
     actions = {

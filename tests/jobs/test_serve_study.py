@@ -183,6 +183,12 @@ def test_a_rater_completes_a_study_and_nothing_is_lost_or_counted_twice(server: 
         time.sleep(0.5)  # for a second answer, were there one
         ready(page)
         assert kept() == number + 1
+        # The arrow down scrolls.
+        if page.locator("#choices").is_visible():
+            page.keyboard.press("ArrowDown")
+            time.sleep(0.5)
+            ready(page)
+            assert kept() == number + 1
         # So does the same answer twice at once, from the page's own script.
         id_ = page.evaluate("task.id")
         answer = 4 if page.locator("#number-form").is_visible() else "left"

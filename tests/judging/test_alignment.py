@@ -41,6 +41,49 @@ def write_answering(folder: Path) -> Any:
     return model
 
 
+def write_gemma(folder: Path) -> Any:
+    """Gemma 3, random: unlike GIT it is told by `token_type_ids` which tokens are of the picture and see each other."""
+    from transformers import (
+        AutoTokenizer,
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Gemma3ImageProcessor,
+        Gemma3Processor,
+    )
+
+    torch.manual_seed(0)
+    marks = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
+    TextEncoder(TextConfig(), "cpu").tokenizer.save_pretrained(folder / "words")
+    words = AutoTokenizer.from_pretrained(folder / "words", extra_special_tokens=marks)
+    pictures = Gemma3ImageProcessor(size={"height": 16, "width": 16})
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {"model_type": "gemma3_text", "num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(words), **small}
+    config = Gemma3Config(
+        vision_config={"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8, **small},
+        text_config={**text, "initializer_range": 0.5}, mm_tokens_per_image=4, initializer_range=0.5,
+        **{f"{name}_index": words.convert_tokens_to_ids(token) for name, token in marks.items()},
+    )  # fmt: skip
+    model = Gemma3ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # which begins at zero
+    model.save_pretrained(folder)
+    Gemma3Processor(pictures, words, image_seq_length=4).save_pretrained(folder)
+    return model
+
+
+def test_a_model_gets_the_types_of_tokens_if_it_takes_them(tmp_path: Path) -> None:
+    model = write_gemma(tmp_path)
+    by = AnsweringModel(str(tmp_path), "<boi>{question}", "cpu")
+    image, question = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8), "is it red?"
+    given = by.processor(images=[image.permute(1, 2, 0).numpy()], text=[f"<boi>{question}"], return_tensors="pt")
+    with torch.no_grad():
+        told = float(model(**given).logits[0, -1].softmax(0)[by.yes].sum())
+        given.pop("token_type_ids")
+        untold = float(model(**given).logits[0, -1].softmax(0)[by.yes].sum())
+    assert by.probability_of_yes(image, question) == pytest.approx(told, rel=1e-4)
+    assert told != pytest.approx(untold, rel=1e-3), "it matters"
+    assert isinstance(by.answer(image, np.zeros(4), Question("What is it?", "a dog", Kind.other)), str)
+
+
 def test_vqa_score_is_the_probability_of_yes(tmp_path: Path) -> None:
     model = write_answering(tmp_path)
     found = measures(AlignmentConfig(answers=str(tmp_path)), "", "cpu")

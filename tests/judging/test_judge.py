@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from rayproj.evaluation.models import ExaminedConfig
 from rayproj.evaluation.watermark import key_name, mark
 from rayproj.export.evaluations import OfJudge
 from rayproj.judging.alignment import AlignmentConfig
-from rayproj.judging.judge import _alignment, check, judge
+from rayproj.judging.judge import _alignment, _red_team, check, judge
 from rayproj.judging.records import ServedConfig
-from rayproj.judging.scoring import JudgeConfig, header_of, small
+from rayproj.judging.scoring import JudgeConfig, Scores, header_of, small
 from rayproj.preferences.results import rows_of, summary
 from rayproj.report.judged import page, pairs, samples
 from rayproj.report.pages import data_uri
@@ -181,6 +182,21 @@ def test_the_policy_is_tried(found: dict[str, Any]) -> None:
     }  # fmt: skip
 
 
+def test_false_alarms_are_told_of_what_the_policy_has_not_sifted(
+    config: JudgeConfig, found: dict[str, Any], tmp_path: Path
+) -> None:
+    """A prompt that was drawn was let through; only the captions of real images say how often it is wrong."""
+    scores = {name: Scores.read(f"{config.out}/scores/{name}") for name in config.sets()}
+    real = scores["reference"]
+    real = replace(real, columns={**real.columns, "prompt": np.array(["a nude statue", "a cat"])})
+    told = _red_team(config, {**scores, "reference": real})["harmless"]
+    assert (told["count"], told["of"], told["blocked"]) == (1, 2, ["a nude statue"])
+    without = _red_team(replace(config, reference=""), scores)
+    assert without["harmless"]["of"] == 0 and without["harmless"]["share"] is None
+    assert "captions of real images" in page(found)
+    assert "captions of real images" not in page({**found, "red_team": without})
+
+
 def test_the_page_says_it(found: dict[str, Any], config: JudgeConfig) -> None:
     html = page(found, samples(config, 4), {"a model": "# What it is\n<b>"})
     for text in (
@@ -270,6 +286,20 @@ def test_what_is_not_there_is_said_before_the_work(config: JudgeConfig, changes:
     check(config)
     with pytest.raises(UserError, match=says):
         check(replace(config, **changes))
+
+
+def test_signed_images_that_nothing_here_reads_are_told_before_the_work(
+    config: JudgeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "c2pa", None)  # as where it is not installed
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "a.png.provenance.json").write_bytes(b"{}")
+    check(replace(config, signed=str(tmp_path)))
+    (tmp_path / "b.png").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"judge.signed: '.*b\.png' has no sidecar\. C2PA .* pip install 'rayproj\[prov"
+    ):
+        check(replace(config, signed=str(tmp_path)))
 
 
 def test_models_with_other_prompts_are_refused(config: JudgeConfig, tmp_path: Path) -> None:

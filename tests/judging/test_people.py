@@ -56,3 +56,13 @@ def test_what_is_no_rating_of_these_models_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match="is neither the run of a study"):
             asked(config(str(tmp_path / name), "a", "b"))
+
+
+def test_lines_of_one_pair_are_added_up_whichever_way_round(tmp_path: Path) -> None:
+    file = tmp_path / "counts.jsonl"
+    lines = [("a", "b", 13, 7), ("a", "b", 13, 7), ("b", "a", 7, 13), ("b", "a", 7, 13), ("b", "a", 7, 13)]
+    names = ("first", "second", "wins", "losses")
+    for count, order in ((1, 0), (5, 1)):  # 13 of 20 tell nothing, and 65 of 100 do
+        file.write_text("\n".join(json.dumps(dict(zip(names, line, strict=True))) for line in lines[:count]))
+        assert asked(config(str(file), "a", "b")) == (None, {("a", "b"): order})
+        assert asked(config(str(file), "b", "a")) == (None, {("b", "a"): -order})

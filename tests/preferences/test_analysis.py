@@ -179,6 +179,7 @@ def test_a_new_model_meets_the_best_and_then_its_neighbours() -> None:
     ratings = {f"m{i}": 1000 + 20.0 * i for i in range(12)}
     assert analysis.opponents(ratings, "new") == ["m11"]
     assert analysis.opponents({**ratings, "new": 1105.0}, "new") == ["m9", "m8", "m7", "m6", "m5", "m4", "m3", "m2"]
+    assert len(analysis.opponents({f"m{i}": float(i) for i in range(99)} | {"new": 50.0}, "new")) == 8, "at most"
     assert analysis.opponents({**ratings, "new": 1500.0}, "new") == ["m11", "m10", "m9", "m8"]
     assert analysis.opponents({"a": 1.0, "new": 0.0}, "new") == ["a"]
 

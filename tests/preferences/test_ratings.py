@@ -67,3 +67,16 @@ def test_progress_sees_what_others_rate(tmp_path: Path, monkeypatch: pytest.Monk
     here._next_look = 0.0
     assert here.taken().sum() == 1 and there.taken().sum() == 1
     assert replace(rating("r0001", 3), check=True).path == "checks/r0001/00000003.json"
+
+
+def test_a_study_is_not_done_before_every_slot_has_a_rating_that_counts(tmp_path: Path) -> None:
+    """What is beyond a quota does not count, so its slot is open."""
+    of, store = replace(made(tmp_path), per_rater=3), Store(str(tmp_path / "run"))
+    slots = [number for number in range(of.slots) if number % of.ratings == 0]
+    sent = [rating("r0001", slot, at=-place) for place, slot in enumerate(slots[:5])]  # the last came first
+    progress = Progress(of, store)
+    for number, one in enumerate(sent, 1):
+        ratings.put(store, one)
+        progress._next_look = 0.0
+        counting = {one.number for one in counted(of, sent[:number], [])}
+        assert set(progress.taken().nonzero()[0]) == counting and len(counting) == min(number, 3)

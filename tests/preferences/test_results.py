@@ -101,7 +101,9 @@ def test_the_commands_write_what_they_say(tmp_path: Path, capsys: pytest.Capture
     assert f"{of.slots} count" in capsys.readouterr().out and pq.read_table(f"{tmp_path}/r.parquet").num_rows > of.slots
     assert cli.main(["study", "tokens", store.uri, "--raters", "2", "--address", "https://study.example/"]) == 0
     lines = capsys.readouterr().out.split()
-    assert len(lines) == 2 and all(line.startswith("https://study.example/#token=r000") for line in lines)
+    assert len(lines) == 2 and all(line.startswith("https://study.example/#token=r1000") for line in lines), (
+        "after r9999"
+    )
     assert cli.main(["study", "report", store.uri, "--to", f"{tmp_path}/out", "--bootstraps", "50"]) == 0
     assert "Overall preference" in (tmp_path / "out" / "preferences.html").read_text()
     assert cli.main(["study", "tokens", f"{tmp_path}/none", "--raters", "2"]) == 2

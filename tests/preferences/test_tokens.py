@@ -34,6 +34,7 @@ def test_tokens_open_their_own_rater_and_only_hashes_are_kept(tmp_path: Path) ->
         assert rater_of(store, wrong) is None, wrong
     store.delete_tree("raters/r0002.json")
     assert rater_of(store, second) is None and rater_of(store, first) == "r0001"
+    assert rater_of(store, issue(store, 1)[0]) == "r0006"
 
 
 def test_issuing_none_is_refused(tmp_path: Path) -> None:
@@ -57,3 +58,12 @@ def test_ids_of_tasks_are_one_raters_and_every_change_is_noticed(tmp_path: Path)
     other = Seal.of(Store(str(tmp_path / "other")))
     assert other.turn(seal.task(Turn(False, 5), "r0001"), "r0001") is None
     assert other.image("a", "p") != seal.image("a", "p") != seal.image("b", "p")
+
+
+@pytest.mark.parametrize("path", ["raters/r0003.json", "ratings/r0003/00000001.json", "checks/r0003/00000000.json"])
+def test_nobody_gets_the_number_of_somebody_who_was_there(tmp_path: Path, path: str) -> None:
+    """Else the ratings of who was shut out would be those of the next rater."""
+    store = Store(str(tmp_path))
+    store.write(path, b"{}")
+    (token,) = issue(store, 1)
+    assert rater_of(store, token) == "r0004"

@@ -45,6 +45,9 @@ def test_a_request_is_images_with_seeds_in_a_row() -> None:
         ({"properties": {"hue": "red"}}, "hue", "has no 'hue'; it has label, style"),
         ({"properties": {"style": ["flat"]}}, "style", "choose one of flat, bold"),
         ({"properties": 3}, "properties", "must be an object"),
+        ({"prompt": "cat \ud800"}, "prompt", "holds half a character .*; send whole ones"),
+        ({"\ud800": "cat"}, "", "half a character"),
+        ({"properties": {"\udc00": "flat"}}, "properties", "half a character"),
     ],
 )
 def test_what_is_wrong_is_said(body: Any, where: str, says: str) -> None:

@@ -75,7 +75,7 @@ async function display(answer) {
   $("choices").hidden = counts;
   $("number-form").hidden = !counts;
   $("number").value = "";
-  $("keys").textContent = counts ? "Type a number, then Enter." : "Keys: 1 or ←, 2 or ↓, 3 or →.";
+  $("keys").textContent = counts ? "Type a number, then Enter." : "Keys: 1 or ←, 2, 3 or →.";
   show("rating");
   const current = task;
   try {
@@ -124,7 +124,8 @@ $("choices").addEventListener("click", (event) => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.repeat || event.ctrlKey || event.altKey || event.metaKey || $("choices").hidden || $("large").open) return;
-  const answer = { 1: "left", 2: "indifferent", 3: "right", ArrowLeft: "left", ArrowDown: "indifferent", ArrowRight: "right" }[event.key];
+  // Not by the arrow down, which scrolls to what a small screen does not show.
+  const answer = { 1: "left", 2: "indifferent", 3: "right", ArrowLeft: "left", ArrowRight: "right" }[event.key];
   if (!answer) return;
   event.preventDefault();
   rate(answer);
