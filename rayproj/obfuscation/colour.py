@@ -90,7 +90,7 @@ class InvertLines(Obfuscation):
     """Rows or columns in bands, every other of them inverted."""
 
     group = "colour"
-    width: Annotated[Tensor, between(1 / 28, 1 / 9, harder="more")]
+    width: Annotated[Tensor, between(1 / 28, 1 / 9, harder="less")]
     across: Annotated[Tensor, whole(0, 1)]  # bands of columns
     first: Annotated[Tensor, whole(0, 1)]  # whether the first band is inverted
 

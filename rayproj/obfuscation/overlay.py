@@ -79,7 +79,7 @@ class Interleave(Obfuscation):
     """Rows or columns in bands, every other of them those of another picture."""
 
     group = "overlay"
-    width: Annotated[Tensor, between(1 / 32, 1 / 12, harder="more")]
+    width: Annotated[Tensor, between(1 / 32, 1 / 12, harder="less")]
     across: Annotated[Tensor, whole(0, 1)]  # bands of columns
     photo: Annotated[Tensor, whole(0, ANY)]
 
