@@ -6,16 +6,19 @@ import torch
 import torch.nn.functional as F
 from rayproj.jobs.train_classifier import Config, worker
 
+from rayproj import classifiers
 from rayproj import config as configuration
 from rayproj.classifiers.adapters import Adapted
 from rayproj.classifiers.adversary import AdversaryConfig, Several, ThreatConfig, Training, drawn, losses
 from rayproj.classifiers.model import weights_of
 from rayproj.classifiers.networks import ClassifierConfig, Network, build
-from rayproj.robustness.oracle import Oracle
+from rayproj.robustness.autoattack import AttackConfig, autoattack
+from rayproj.robustness.oracle import OfUnit, Oracle
 from rayproj.robustness.pgd import pgd, steepest
 from rayproj.robustness.threats import Norm, Threat
 from rayproj.storage.store import Store
 from tests.robustness.test_job import write
+from tests.support.linear import digits
 from tests.support.ranks import run_ranks
 from tests.support.regression import Recorder
 
@@ -173,3 +176,34 @@ def test_it_is_the_same_at_every_zero_stage(tmp_path: Path) -> None:
     for stage in (1, 2, 3):
         for name, tensor in found[stage].items():
             torch.testing.assert_close(tensor, found[0][name], rtol=0, atol=2e-4)
+
+
+def train_wide(world, folder: str) -> None:  # type: ignore[no-untyped-def]
+    for training in ("none", "adversarial", "trades"):
+        values = {
+            "data": f"{folder}/data",
+            "augment": {"shift": 0, "flip": False},
+            "classifier": {"network": "wide_resnet", "depth": 10, "width": 1, "dropout": 0.0},
+            "adversary": {"training": training, "threats": [{"norm": "linf", "eps": 0.15}], "steps": 3},
+            "train": {"steps": 60, "batch": 64, "engine": {"ema": 0.9, "optimizer": {"lr": 1e-2}}},
+            "run": {"dir": f"{folder}/{training}"},
+        }
+        config = configuration.from_dict(Config, values)
+        Store(config.run.dir).write("config.yaml", configuration.to_yaml(config).encode())
+        worker(configuration.to_dict(config), world, Recorder("a"))
+
+
+def test_a_wide_resnet_learns_to_stand_what_one_that_was_not_told_of_does_not(tmp_path: Path) -> None:
+    """Attacked by the whole ensemble, trained by adversarial training and by TRADES."""
+    write(f"{tmp_path}/data", slice(0, 900))
+    run_ranks(train_wide, 1, str(tmp_path))
+    x, label = (part[900:1000] for part in digits())
+    clean, robust = {}, {}
+    for training in ("none", "adversarial", "trades"):
+        network = OfUnit(classifiers.load(f"{tmp_path}/{training}", "cpu"))
+        clean[training] = float((network(x).argmax(1) == label).float().mean())
+        attack = AttackConfig(steps=20, queries=200)
+        found = autoattack(network, x, label, torch.arange(100), Threat(Norm.linf, 0.15), attack)
+        robust[training] = float(found.robust.float().mean())
+    assert min(clean.values()) > 0.8
+    assert min(robust["adversarial"], robust["trades"]) > robust["none"] + 0.15

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from rayproj.robustness.apgd import apgd
 from rayproj.robustness.losses import cross_entropy
 from rayproj.robustness.oracle import Oracle
 from rayproj.robustness.threats import Norm, Threat
-from tests.support.linear import digits, small_network
+from tests.support.linear import digits, small_network, trained
 
 
 def states(count: int = 3) -> list[dict[str, torch.Tensor]]:
@@ -85,6 +86,30 @@ def test_candidates_together_are_those_one_by_one_attacked_too(at_once: int) -> 
         torch.testing.assert_close(logits[k], one(x), rtol=1e-4, atol=1e-4)
         alone = apgd(Oracle(one), x, label, row, threat, cross_entropy, 10, go_on=True)
         assert (alone.broken != attacked.broken.view(len(weights), 40)[k]).sum() <= 1  # but for rounding
+
+
+def test_networks_that_began_apart_have_a_barrier_between_them_and_such_of_one_start_none() -> None:
+    """Frankle et al. 2020: what makes weights mix is a start that they share."""
+    x, label = digits()
+    x, label, test, truth = x[:600], label[:600], x[600:900], label[600:900]
+    first = small_network(x, label)
+    ends = {}
+    for name, seed in (("apart", 7), ("shared", None)):
+        torch.manual_seed(seed or 0)
+        other = copy.deepcopy(first).requires_grad_(True)
+        if seed is not None:
+            for layer in other:
+                if hasattr(layer, "reset_parameters"):
+                    layer.reset_parameters()
+        ends[name] = trained(other, x + 0.1 * torch.randn_like(x), label, 120).state_dict()
+    found = {}
+    for name, end in ends.items():
+        stack = Stack(first, [first.state_dict(), end], np.array([[1 - w, w] for w in np.linspace(0, 1, 11)]))
+        with torch.no_grad():
+            error = (stack(test).argmax(2) != truth).float().mean(1)
+        assert max(error[0], error[-1]) < 0.2, "both ends are good"
+        found[name] = barrier(error.tolist())
+    assert found["apart"] > 0.1 and found["shared"] < 0.03
 
 
 def test_the_greedy_soup_takes_what_does_not_hurt() -> None:
