@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class Scorer(Enum):
 
 
 NEAREST = (Scorer.similarity, Scorer.pixels)
+NUDENET = "nudenet"
+UNCOVERED = (6, 7, 8, 10, 18)  # of its outputs, the first four of which are a box: buttocks, breast, genitalia, anus
 
 
 @dataclass
@@ -53,11 +56,12 @@ class RuleConfig:
     at_most: float | None = None
     text: str = "caption"  # field that words, pii and blocked read
     words: list[str] = field(default_factory=list)  # of blocked: whole words, in any case
-    # Of model: an ONNX file that takes fp32 [n, 3, size, size] in [0, 1] and gives [n] or [n, k], of which `output` counts;
-    # or, as detectors do, [n, k, places], of which the greatest counts.
+    # Of model: an ONNX file that takes fp32 [n, 3, size, size] in [0, 1] and gives [n] or [n, k], of which the greatest of
+    # `outputs` counts; or, as detectors do, [n, k, places], of which the greatest counts. "nudenet": the detector of that
+    # package, and of what it knows what no clothes cover.
     model: str = ""
     size: int = 224
-    output: int = -1
+    outputs: list[int] = field(default_factory=lambda: [-1])
     classifier: str = ""  # of confidence: a run dir of jobs/train_classifier.py
     against: str = ""  # of similarity and pixels: a dataset
 
@@ -74,9 +78,11 @@ class RuleConfig:
             return ["A rule with scorer=blocked needs words."]
         if self.scorer is Scorer.model and not self.model:
             return [
-                "A rule with scorer=model needs the path of an ONNX file in model: no classifier of unsafe, AI-made or "
-                "low-quality images comes with this package. Give one, or take the rule out."
+                "A rule with scorer=model needs the path of an ONNX file in model, or nudenet: no classifier of unsafe, "
+                "AI-made or low-quality images comes with this package. Give one, or take the rule out."
             ]
+        if not self.outputs:
+            return ["A rule's outputs are empty; [-1] is the last one."]
         if self.scorer is Scorer.confidence and not self.classifier:
             return ["A rule with scorer=confidence needs the run dir of a classifier in classifier."]
         if self.scorer in NEAREST and not self.against:
@@ -165,6 +171,8 @@ class Nearest:
 
 
 def _model(rule: RuleConfig) -> Score:
+    if rule.model == NUDENET:
+        rule = replace(rule, model=_nudenet(), size=320, outputs=list(UNCOVERED))
     if not Path(rule.model).is_file():
         raise UserError(f"The model '{rule.model}' of a rule is not there; check the path.")
     try:
@@ -181,9 +189,17 @@ def _model(rule: RuleConfig) -> Score:
         out: Any = session.run(None, {name: resized(columns["image"], rule.size)})[0]
         found = np.asarray(out, np.float64)
         found = found[:, None] if found.ndim == 1 else found
-        return found[:, rule.output].reshape(len(found), -1).max(1)
+        return found[:, rule.outputs].reshape(len(found), -1).max(1)
 
     return score
+
+
+def _nudenet() -> str:
+    """The file in its package, which is not imported: it would need OpenCV."""
+    spec = find_spec(NUDENET)
+    if spec is None or spec.origin is None:
+        raise UserError("A rule with model=nudenet needs that package; pip install 'rayproj[safety]'.")
+    return str(Path(spec.origin).with_name("320n.onnx"))
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:

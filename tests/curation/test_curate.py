@@ -3,9 +3,11 @@ are one cluster, and drawing follows the weights."""
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from PIL import Image
 
 from rayproj.curation.curate import CurateConfig, DuplicatesConfig, curate
 from rayproj.curation.duplicates import clusters, difference_hash, weights
-from rayproj.curation.scorers import RuleConfig, Scorer, resized, scorer
+from rayproj.curation.scorers import RuleConfig, Scorer, _nudenet, resized, scorer
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.order import Weighted
 from rayproj.data.reader import Reader
@@ -222,9 +224,32 @@ def test_of_a_detector_the_greatest_score_counts(tmp_path: Path) -> None:
     graph = helper.make_graph([node], "rows", [given], [helper.make_tensor_value_info("y", kind, ["n", 3, 16])])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)]), str(tmp_path / "rows.onnx"))
     images = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
-    rule = RuleConfig(Scorer.model, at_most=0.5, model=str(tmp_path / "rows.onnx"), size=16, output=1)
+    rule = RuleConfig(Scorer.model, at_most=0.5, model=str(tmp_path / "rows.onnx"), size=16, outputs=[1])
     expected = [max(row.mean() for row in image[1]) for image in resized(images, 16)]
     np.testing.assert_allclose(scorer(rule)({"image": images}), expected, rtol=1e-5)
+    both = [max(row.mean() for channel in (0, 2) for row in image[channel]) for image in resized(images, 16)]
+    np.testing.assert_allclose(scorer(replace(rule, outputs=[0, 2]))({"image": images}), both, rtol=1e-5)
+
+
+def test_a_detector_that_ships_in_a_package_finds_what_its_own_code_does() -> None:
+    """A portrait, matplotlib's, and photographs, foolbox's: there is a face, and nothing is uncovered."""
+    nudenet = pytest.importorskip("nudenet")
+    foolbox = pytest.importorskip("foolbox")
+    files = [Path(matplotlib.get_data_path(), "sample_data", "grace_hopper.jpg")]
+    files += sorted(Path(foolbox.__file__).parent.glob("data/imagenet_*.jpg"))[:6]
+    pictures = [Image.open(file).convert("RGB").resize((320, 320)) for file in files]
+    images = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures])
+    nothing = RuleConfig(Scorer.model, at_most=0.3, model="nudenet")
+    assert not nothing.outside(scorer(nothing)({"image": images})).any()
+    face = RuleConfig(Scorer.model, at_most=1, model=_nudenet(), size=320, outputs=[5])
+    found, theirs = scorer(face)({"image": images}), []
+    for picture in pictures:  # as an array in the order that it takes for a file's: of a file it swaps red and blue twice
+        seen = nudenet.NudeDetector().detect(np.asarray(picture))
+        theirs.append(max((one["score"] for one in seen if one["class"] == "FACE_FEMALE"), default=0.0))
+    assert theirs[0] > 0.4
+    told = np.array(theirs) > 0  # theirs leaves out what is below 0.2
+    np.testing.assert_allclose(found[told], np.array(theirs)[told], atol=0.02)
+    assert found[~told].max() < 0.25
 
 
 @pytest.mark.parametrize(
