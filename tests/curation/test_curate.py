@@ -243,7 +243,8 @@ def test_a_detector_that_ships_in_a_package_finds_what_its_own_code_does() -> No
     assert not nothing.outside(scorer(nothing)({"image": images})).any()
     face = RuleConfig(Scorer.model, at_most=1, model=_nudenet(), size=320, outputs=[5])
     found, theirs = scorer(face)({"image": images}), []
-    for picture in pictures:  # as an array in the order that it takes for a file's: of a file it swaps red and blue twice
+    # As an array of red, green and blue: of a file it swaps the first and the last twice.
+    for picture in pictures:
         seen = nudenet.NudeDetector().detect(np.asarray(picture))
         theirs.append(max((one["score"] for one in seen if one["class"] == "FACE_FEMALE"), default=0.0))
     assert theirs[0] > 0.4
