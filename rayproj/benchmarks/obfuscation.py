@@ -1,8 +1,8 @@
 """Obfuscations: images a second, against straightforward PIL, NumPy and SciPy; and what they cost a training.
 
 On a CPU both sides have one thread, and the processor's time is what counts, which others on the machine change less. On a
-machine with a GPU ours run there, and the peer on one core of its CPU. What needs a network has no such peer, and is not
-measured.
+machine with a GPU ours run there, and the peer on one core of its CPU. What repaints does it by the same network on both
+sides, whose weights, and the patches, are random here: that is no matter of speed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from copy import deepcopy
 
 import numpy as np
 import torch
 
-from rayproj.benchmarks.obfuscation_plain import PLAIN
+from rayproj.benchmarks.obfuscation_plain import PLAIN, learned
 from rayproj.benchmarks.runtime import Row, row
 from rayproj.classifiers.augment import AugmentConfig
 from rayproj.classifiers.networks import ClassifierConfig
@@ -22,6 +23,7 @@ from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.dataset import Field, Header
 from rayproj.obfuscation import OBFUSCATIONS, Assets, AssetsConfig, ObfuscateConfig, scenes
 from rayproj.obfuscation.assets import fitted
+from rayproj.obfuscation.styles import StyleNetwork
 
 SIDE, BATCH, ROUNDS = 224, 32, 5
 SLOW = 5e-3  # seconds an image from which on the peer is slow
@@ -34,7 +36,7 @@ def measure() -> list[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [*(_obfuscation(name) for name in PLAIN), _training(32, 1), _training(32, 3)]
+        return [*(_obfuscation(name) for name in OBFUSCATIONS), _training(32, 1), _training(32, 3)]
     finally:
         torch.set_num_threads(threads)
 
@@ -70,14 +72,18 @@ def _rows(step: int, size: int) -> torch.Tensor:
 def _obfuscation(name: str) -> Row:
     images = fitted(scenes.pictures(BATCH), (3, SIDE, SIDE))
     plain = [np.ascontiguousarray(x) for x in images.permute(0, 2, 3, 1).numpy()]
-    assets, row_of = Assets.load(AssetsConfig(), DEVICE), _rows(0, BATCH)
+    patches, styles = fitted(scenes.pictures(4), (3, 48, 48)), StyleNetwork(6, 6).eval().requires_grad_(False)
+    peers = PLAIN | learned([np.ascontiguousarray(x) for x in patches.permute(0, 2, 3, 1).numpy()], styles)
+    known, row_of = Assets.load(AssetsConfig(), DEVICE), _rows(0, BATCH)
+    if OBFUSCATIONS[name].needs:
+        known = Assets(scenes.pictures(4).to(DEVICE), patches.to(DEVICE), deepcopy(styles).to(DEVICE))
     photos = list(fitted(scenes.pictures(16), (3, SIDE, SIDE)).permute(0, 2, 3, 1).contiguous().numpy())
     there, kind = images.to(DEVICE), OBFUSCATIONS[name]
     records = kind.draw(row_of, 0).records()
     # Ours with the drawing of the parameters; the peer is given them.
     ours, peer = _medians(
-        lambda: kind.draw(row_of, 0)(there, assets),
-        lambda: [PLAIN[name](image, p, photos) for image, p in zip(plain, records, strict=True)],
+        lambda: kind.draw(row_of, 0)(there, known),
+        lambda: [peers[name](image, p, photos) for image, p in zip(plain, records, strict=True)],
     )
     what = "PIL, NumPy, SciPy" if peer / BATCH < SLOW else "PIL, NumPy, SciPy: slow"
     goal = 3.0 if peer / BATCH >= SLOW else None

@@ -11,10 +11,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
 from rayproj.obfuscation.assets import GLYPH, ICONS, TEXTS, dejavu
+from rayproj.obfuscation.styles import StyleNetwork
 
 Params = dict[str, Any]
 Plain = Callable[[np.ndarray, Params, Sequence[np.ndarray]], np.ndarray]
@@ -267,6 +269,45 @@ def text_overlay(image: np.ndarray, p: Params, photos: Sequence[np.ndarray]) -> 
     canvas = Image.fromarray(image)
     canvas.paste(tuple(_colour(p["hue"] % 1).round().astype(int).tolist()), (0, 0, width, height), mask)
     return np.asarray(canvas)
+
+
+def adversarial_patches(patches: Sequence[np.ndarray]) -> Plain:
+    def changed(image: np.ndarray, p: Params, photos: Sequence[np.ndarray]) -> np.ndarray:
+        height, width = image.shape[:2]
+        around = _blurred(image, min(4 / min(height, width), 0.1))
+        canvas = Image.fromarray(_pasted(image, p["size"], 0.5, 0.5, around))
+        side = _length(p["patch_size"], image)
+        patch = Image.fromarray(patches[p["patch"] % len(patches)]).resize((side, side), Image.Resampling.BILINEAR)
+        for place in ((0, 0), (width - side, 0), (0, height - side), (width - side, height - side)):
+            canvas.paste(patch, place)
+        return np.asarray(canvas)
+
+    return changed
+
+
+def repainted(network: StyleNetwork, first: int, count: int) -> Plain:
+    """By the same network, an image at a time, and mixed by NumPy."""
+
+    def changed(image: np.ndarray, p: Params, photos: Sequence[np.ndarray]) -> np.ndarray:
+        with torch.no_grad():
+            x = torch.from_numpy(image).permute(2, 0, 1).float()[None]
+            painted = network(x, torch.tensor([first + p["style"] % count]))[0].permute(1, 2, 0).numpy()
+        mixed = image + p["strength"] * (painted - image)
+        if "colour" in p:
+            grey = (mixed @ [0.299, 0.587, 0.114])[..., None]
+            mixed = grey + p["colour"] * (mixed - grey)
+        return _bytes(mixed)
+
+    return changed
+
+
+def learned(patches: Sequence[np.ndarray], styles: StyleNetwork) -> dict[str, Plain]:
+    """Of those that need something learned, by what was."""
+    return {
+        "AdversarialPatches": adversarial_patches(patches),
+        "StyleTransfer": repainted(styles, 0, styles.pictures),
+        "Texturize": repainted(styles, styles.pictures, styles.textures),
+    }
 
 
 PLAIN: dict[str, Plain] = {

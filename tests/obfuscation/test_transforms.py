@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from rayproj.benchmarks.obfuscation_plain import PLAIN
+from rayproj.benchmarks.obfuscation_plain import PLAIN, learned
 from rayproj.errors import UserError
 from rayproj.obfuscation import (
     CLEAN,
@@ -456,6 +456,7 @@ ALIKE = {
     "BackgroundBlurComposition": 8, "Halftoning": 1, "ImageOverlay": 1, "Interleave": 0, "InvertLines": 0, "LineShift": 0,
     "PerspectiveTransform": 3, "PhotoComposition": 8, "RotateImage": 3, "SwirlWarp": 1, "WavyColorWarp": 1,
     "ColorPatternOverlay": 1, "LowContrastTriangles": 1, "PerspectiveComposition": 5,
+    "AdversarialPatches": 8, "StyleTransfer": 1, "Texturize": 1,
 }  # fmt: skip
 
 
@@ -465,9 +466,12 @@ def test_the_benchmark_measures_against_the_same_thing(name: str, assets: Assets
     photos = [
         np.ascontiguousarray(x.permute(1, 2, 0).numpy()) for x in assets.photos(torch.arange(5), images.shape[1:])
     ]
+    assert assets.patches is not None and assets.styles is not None
+    patches = [np.ascontiguousarray(x) for x in assets.patches.permute(0, 2, 3, 1).numpy()]
+    peers = PLAIN | learned(patches, assets.styles)
     ours = regenerate(name, images, records, assets).permute(0, 2, 3, 1).numpy().astype(float)
     for i, record in enumerate(records):
-        plain = PLAIN[name](np.ascontiguousarray(images[i].permute(1, 2, 0).numpy()), record, photos)
+        plain = peers[name](np.ascontiguousarray(images[i].permute(1, 2, 0).numpy()), record, photos)
         assert np.abs(ours[i] - plain).mean() <= ALIKE[name] + 0.05
 
 

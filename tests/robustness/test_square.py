@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from pyautoattack import AutoAttack
 
 from rayproj.robustness.oracle import Oracle
 from rayproj.robustness.square import bump, pair_of_bumps, share_at, square
@@ -52,3 +53,19 @@ def test_a_change_is_a_bump_up_and_one_down_of_norm_one(norm: Norm, power: int) 
     assert (shape[:2] > 0).all() and (shape[2:] < 0).all()
     peak = np.unravel_index(bump(5, 5, power).argmax(), (5, 5))
     assert peak == (2, 2) and bump(5, 5, power)[2, 2] == pytest.approx(1 + 1 / 2**power + 1 / 3**power, abs=1e-6)
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=lambda threat: threat.norm.value)
+def test_it_finds_as_many_as_the_published_one(threat: Threat) -> None:
+    """Both by as many queries; they draw other squares."""
+    x, label = digits()
+    model = small_network(x[:600], label[:600])
+    x, label = x[600:700], label[600:700]
+    names = {Norm.linf: "Linf", Norm.l2: "L2", Norm.l1: "L1"}
+    theirs = AutoAttack(model, norm=names[threat.norm], eps=threat.eps, version="custom", attacks=["square"], seed=0)
+    theirs.square.n_queries = 300
+    with torch.no_grad():
+        found = model(theirs.run_standard_evaluation(x, label, batch_size=100)[0]).argmax(1) != label
+    ours = square(Oracle(model), x, label, rows(100), threat, queries=300).broken
+    assert 10 < found.sum() < 95, "neither none nor all"
+    assert ours.sum() >= found.sum() - 8, "two standard deviations of what luck makes of either"
