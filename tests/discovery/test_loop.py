@@ -25,6 +25,7 @@ from rayproj.discovery.loop import DiscoverConfig, alike, confirmed, counterfact
 from rayproj.discovery.propose import Proposal
 from rayproj.discovery.slices import Slice, Term
 from rayproj.errors import UserError
+from rayproj.evaluation.proportions import Rate
 from rayproj.evaluation.skewsize import skewsize
 from rayproj.report.failures import issues, page, predictions
 from rayproj.storage.store import to_json
@@ -420,3 +421,27 @@ def test_open_ended_with_a_pipeline_and_retrieved_captions(tmp_path: Path) -> No
     asked = [Slice.from_json(cell) for cell, _ in second.header.provenance["slices"]]
     prompts = set(Reader(second, ["prompt"]).gather(np.arange(second.header.num_samples))["prompt"])
     assert prompts == {", ".join(["a dark thing", *of.phrases]) for of in asked}
+
+
+def test_where_all_others_see_the_same_wrong_class_the_picture_is_doubted() -> None:
+    """Of ten images of a slice the classifier gets six wrong, and on two of them both others say the very same."""
+    wrong = np.array(["dog"] * 6 + ["cat"] * 14)
+    elder = np.array(["dog", "dog", "dog", "cat", "cat", "cat"] + ["cat"] * 14)
+    other = np.array(["dog", "dog", "cow", "cow", "cat", "cat"] + ["cat"] * 14)
+    answers = {OWN: wrong, "elder": elder, "other": other}
+    failed = {name: said != "cat" for name, said in answers.items()}
+    place = [("there", i) for i in range(20)]
+    on = Results(
+        None, [Slice("cat")] * 20, answers, failed, [frozenset()] * 20, np.full(20, "", object), None, np.full(20, -1),
+        np.ones(20, np.float32), place,
+    )  # fmt: skip
+    search = SimpleNamespace(
+        config=SimpleNamespace(others=["elder", "other"]), bench=SimpleNamespace(labels={"cat": ""})
+    )
+    own, base = np.arange(10), np.arange(10, 20)
+    rates = [Rate(6, 10), Rate(0, 10)]
+    found = loop._row(search, Proposal(Slice("cat"), "dog", 0.01), on, own, base, rates, rates)
+    assert (found["label_doubted"]["failures"], found["label_doubted"]["images"]) == (2, 6)
+    assert (found["rate_undoubted"]["failures"], found["rate_undoubted"]["images"]) == (4, 8)
+    assert found["rate"]["rate"] == 0.6 and found["rate_undoubted"]["rate"] == 0.5
+    assert found["others"]["elder"]["slice"]["failures"] == 3 and found["others"]["other"]["base"]["failures"] == 0
