@@ -39,7 +39,7 @@ class EpistemicConfig:
 
     kind: Kind = Kind.none
     index: int = 20  # of an epinet: dimensions of z ~ N(0, I)
-    hidden: tuple[int, ...] = (50,)  # of an epinet: widths of its layers; (): linear in z
+    hidden: tuple[int, ...] = (50,)  # of an epinet: widths of its layers; (): a linear hypermodel of the head
     prior: float = 1.0  # of an epinet and an ensemble: scale of the fixed random part; 0: none
     conv_prior: float = 0.0  # of an epinet: scale of a fixed random network of the image itself; 0: none
     members: int = 10  # of an ensemble and a batch ensemble
