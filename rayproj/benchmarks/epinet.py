@@ -5,15 +5,13 @@ All ways give the same log-probabilities, which is checked before anything is ti
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rayproj.benchmarks.runtime import Row
+from rayproj.benchmarks.runtime import Row, in_turns
 from rayproj.classifiers.epinet import EpistemicConfig, EpistemicNetwork, Kind
 from rayproj.classifiers.networks import ClassifierConfig, build
 from rayproj.evaluation.epistemic import logits_of
@@ -73,21 +71,7 @@ def measure() -> list[Row]:
         if not name.startswith("an ensemble"):
             found = way()
             torch.testing.assert_close(found, expected[: len(found)], rtol=1e-3, atol=1e-3, msg=f"{name}: it differs")
-    return [_row(what, lambda: at_once(epinet, images, z), name, *peer) for name, peer in peers.items()]
-
-
-def _row(what: str, ours: Callable[[], Any], name: str, times_over: int, peer: Callable[[], Any]) -> Row:
-    """Both in turns, after one round that is not counted; the peer's time counts so many times over."""
-    found: list[list[float]] = [[], []]
-    for number in range(ROUNDS + 1):
-        for k in (0, 1) if number % 2 else (1, 0):
-            began = time.perf_counter()
-            (ours, peer)[k]()
-            found[k].append((time.perf_counter() - began) * (1, times_over)[k])
-    times = [values[1:] for values in found]
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    return {
-        "metric": what, "unit": "s", "peer": name, "better": "lower", "goal": 1.0,
-        "ours": statistics.median(times[0]), "peer_value": statistics.median(times[1]), "ratios": ratios,
-        "ratio": statistics.median(ratios),
-    }  # fmt: skip
+    return [
+        in_turns(what, lambda: at_once(epinet, images, z), name, way, ROUNDS, part)
+        for name, (part, way) in peers.items()
+    ]

@@ -64,6 +64,29 @@ def row(metric: str, unit: str, ours: float, peer: str, value: float, better: st
     return found | {"ratio": ours / value, "better": better, "goal": goal}
 
 
+def in_turns(
+    metric: str, ours: Callable[[], Any], peer: str, theirs: Callable[[], Any], rounds: int, times_over: int = 1
+) -> Row:
+    """Seconds of two ways that take turns in this process, after one round that is not counted.
+
+    Args:
+        times_over: how often the peer's time counts, which does but a part of the work.
+    """
+    found: list[list[float]] = [[], []]
+    for number in range(rounds + 1):
+        for k in (0, 1) if number % 2 else (1, 0):
+            began = time.perf_counter()
+            (ours, theirs)[k]()
+            found[k].append((time.perf_counter() - began) * (1, times_over)[k])
+    times = [values[1:] for values in found]
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    return {
+        "metric": metric, "unit": "s", "peer": peer, "better": "lower", "goal": 1.0,
+        "ours": statistics.median(times[0]), "peer_value": statistics.median(times[1]), "ratios": ratios,
+        "ratio": statistics.median(ratios),
+    }  # fmt: skip
+
+
 class Training(ABC):
     """A training in processes of its own.
 

@@ -7,17 +7,13 @@ without and once with a null by permutation. Ours gives p-values, gaps and the t
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from scipy import stats
 
-from rayproj.benchmarks.runtime import Row
+from rayproj.benchmarks.runtime import Row, in_turns
 from rayproj.evaluation.skewsize import skewsize
 
 ROUNDS, THREADS = 5, 1
@@ -73,23 +69,6 @@ def measure() -> list[Row]:
     what = f"SkewSize of {CLASSES:,} classes, {EXAMPLES:,} predictions, {GROUPS} groups"
     peer = "loop over the classes, scipy.stats"
     return [
-        _row(f"{what}{more}", partial(ours, columns, n), peer, partial(by_class, columns, n))
+        in_turns(f"{what}{more}", partial(ours, columns, n), peer, partial(by_class, columns, n), ROUNDS)
         for n, more in ((0, ""), (PERMUTATIONS, f", {PERMUTATIONS} permutations"))
     ]
-
-
-def _row(what: str, mine: Callable[[], Any], name: str, peer: Callable[[], Any]) -> Row:
-    """Both in turns, after one round that is not counted."""
-    found: list[list[float]] = [[], []]
-    for number in range(ROUNDS + 1):
-        for k in (0, 1) if number % 2 else (1, 0):
-            began = time.perf_counter()
-            (mine, peer)[k]()
-            found[k].append(time.perf_counter() - began)
-    times = [values[1:] for values in found]
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    return {
-        "metric": what, "unit": "s", "peer": name, "better": "lower", "goal": 1.0,
-        "ours": statistics.median(times[0]), "peer_value": statistics.median(times[1]), "ratios": ratios,
-        "ratio": statistics.median(ratios),
-    }  # fmt: skip

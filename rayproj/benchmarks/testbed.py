@@ -29,6 +29,10 @@ TAU, TESTS, INDICES = 10, 1000, 200
 STEPS, RATE, DECAY = 500, 5e-3, 1.0
 
 
+Gaps = dict[int, list[tuple[float, float]]]
+"""By how many labels, of each problem the divergence, and the share of labels that the agent thought possible."""
+
+
 class Perceptron(nn.Module):
     """Two hidden layers of 50 (ibid., section 3), as the base of an epistemic network."""
 
@@ -118,8 +122,9 @@ def drawn(log_p: Tensor, u: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gap(network: EpistemicNetwork, problem: Problem, tau: int) -> float:
-    """KL(network of the problem ‖ agent) of `tau` labels of two inputs, of one if tau is 1, per draw of them all."""
+def gap(network: EpistemicNetwork, problem: Problem, tau: int) -> tuple[float, float]:
+    """KL(network of the problem ‖ agent) of `tau` labels of two inputs, or of one if tau is 1, and the share of the draws
+    that the agent thinks possible."""
     kappa = min(tau, 2)
     anchors, true = problem.examples(kappa * TESTS, "test")
     place = keyed.uniform(problem.seed, "anchors", keyed.places(TESTS), (tau,)).double()
@@ -128,7 +133,7 @@ def gap(network: EpistemicNetwork, problem: Problem, tau: int) -> float:
     log = network(anchors, network.indices(INDICES)).double().log_softmax(2)[:, at]
     chosen = log.gather(2, y.expand(len(log), -1)[..., None])[..., 0].unflatten(1, (TESTS, tau))
     theirs = true[at].gather(1, y[:, None])[:, 0].view(TESTS, tau).sum(1)
-    return divergence(theirs.numpy(), log_mean_exp(chosen.sum(2).numpy()))[0]
+    return divergence(theirs.numpy(), log_mean_exp(chosen.sum(2).numpy()))
 
 
 def measure() -> list[Row]:
@@ -137,7 +142,7 @@ def measure() -> list[Row]:
     problems = [
         Problem(d, d * k, t, seed) for d, k, t, seed in itertools.product(DIMENSIONS, EXAMPLES, TEMPERATURES, SEEDS)
     ]
-    found: dict[str, dict[int, list[float]]] = {name: {1: [], TAU: []} for name in AGENTS}
+    found: dict[str, Gaps] = {name: {1: [], TAU: []} for name in AGENTS}
     for problem in problems:
         for name in AGENTS:
             network = trained(name, problem)
@@ -146,11 +151,12 @@ def measure() -> list[Row]:
     return [_row(name, tau, found) for tau in (1, TAU) for name in AGENTS[1:]]
 
 
-def _row(name: str, tau: int, found: dict[str, dict[int, list[float]]]) -> Row:
-    ours, base = (found[who][tau] for who in (name, "base"))
+def _row(name: str, tau: int, found: dict[str, Gaps]) -> Row:
+    ours, base = ([value for value, _ in found[who][tau]] for who in (name, "base"))
     return {
         "metric": f"KL from the truth, labels together: {tau}, {name}", "unit": "nats", "peer": "the base alone",
         "better": "lower", "goal": None, "ours": statistics.mean(ours), "peer_value": statistics.mean(base),
         "ratio": statistics.mean(ours) / statistics.mean(base),
+        "possible": statistics.mean(share for _, share in found[name][tau]),
         "ratios": [a / b for a, b in zip(ours, base, strict=True)],
     }  # fmt: skip

@@ -126,8 +126,8 @@ def fairness(
 
     Returns:
         "measures": by name, "overall", "by_group", "worst_group", "worst" (the least, of the calibration error the most),
-        "gap" and "interval"; "equalized_odds" and its interval; "examples" by
-        group; the groups left out, and how many examples have none.
+        "gap" and "interval"; "equalized_odds" and its interval; "examples" by group; the groups left out, and
+        how many examples have none.
 
     Raises:
         UserError: fairlearn is not there.

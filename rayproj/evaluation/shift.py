@@ -45,7 +45,9 @@ class ShiftConfig:
     corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))  # of the test images
     severities: list[int] = field(default_factory=lambda: list(SEVERITIES))
     obfuscations: list[str] = field(default_factory=list)  # of the test images: names, or sets such as held_out
-    strengths: list[int] = field(default_factory=list)  # of obfuscations, 1 to 5; []: over their whole ranges
+    obfuscation_severities: list[int] = field(
+        default_factory=list
+    )  # of obfuscations, 1 to 5; []: over their whole ranges
     assets: AssetsConfig = field(default_factory=AssetsConfig)  # that these take
     baseline: str = ""  # the network by whose errors those of corrupted images are divided; "": the first
     # Numbers of indices with which each network is judged: as far as it has them, or as `most` says (name -> number).
@@ -65,8 +67,8 @@ class ShiftConfig:
         found += [f"shift.corruptions has '{name}'; there are {', '.join(CORRUPTIONS)}." for name in unknown]
         if not set(self.severities) <= set(SEVERITIES):
             found.append("shift.severities lie in 1 to 5.")
-        if not set(self.strengths) <= set(SEVERITIES):
-            found.append("shift.strengths lie in 1 to 5.")
+        if not set(self.obfuscation_severities) <= set(SEVERITIES):
+            found.append("shift.obfuscation_severities lie in 1 to 5.")
         try:
             chosen(self.obfuscations, self.assets)
         except UserError as error:
@@ -109,7 +111,7 @@ def conditions(config: ShiftConfig) -> Iterator[Condition]:
 
             yield Condition(f"{name} {severity}", "corrupted", config.test, change, severity)
     for name in chosen(config.obfuscations, config.assets):
-        for severity in config.strengths or [0]:
+        for severity in config.obfuscation_severities or [0]:
 
             def hide(images: Tensor, row: Tensor, name: str = name, severity: int = severity) -> Tensor:
                 assets = Assets.load(config.assets, str(images.device))

@@ -9,9 +9,12 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from scipy.special import betaln, log_ndtr
 
+from rayproj.benchmarks import testbed
+from rayproj.classifiers.ensembles import Ensemble
 from rayproj.evaluation import joint
 from rayproj.evaluation.joint import exact_polyadic_nll, joint_nll, log_mean_exp, marginal_nll, polyadic_nll
 
@@ -168,6 +171,22 @@ def test_labels_that_are_thought_impossible_count_as_the_worst_that_is_not() -> 
     value, finite = joint.divergence(truth, found)
     assert finite == 0.75 and value == pytest.approx((0 + math.log(2) + 2 * math.log(3)) / 4)
     assert joint.divergence(truth, np.full(4, -np.inf)) == (math.inf, 0.0)
+
+
+def test_in_the_testbed_the_truth_is_no_way_from_itself_and_an_agent_is() -> None:
+    problem = testbed.Problem(2, 20, 0.1, 0)
+    torch.manual_seed(problem.seed)
+    truth = testbed.Perceptron(problem.dimensions)
+    truth.head.weight.data /= problem.temperature
+    truth.head.bias.data /= problem.temperature
+    for tau in (1, 10):
+        assert testbed.gap(Ensemble([truth]), problem, tau) == (pytest.approx(0, abs=1e-4), 1.0)
+        gap, possible = testbed.gap(testbed.trained("base", problem), problem, tau)
+        assert gap > 0.1 and possible == 1.0
+    x, log_p = problem.examples(4000, "training")
+    labels = testbed.drawn(log_p, torch.rand(4000, generator=torch.Generator().manual_seed(0)).double())
+    assert float((labels == 1).double().mean()) == pytest.approx(float(log_p.exp()[:, 1].mean()), abs=0.03)
+    assert x.std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_a_bernoulli_testbed_has_its_divergence() -> None:

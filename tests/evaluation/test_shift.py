@@ -110,15 +110,15 @@ def found(folder: Path) -> dict[str, Any]:
     return run_ranks(evaluate_on, 1, str(folder))[0]  # type: ignore[no-any-return]
 
 
-def test_obfuscations_of_several_strengths_are_conditions_each(folder: Path) -> None:
-    given = replace(config(str(folder)), corruptions=[], obfuscations=["LineShift"], strengths=[1, 5])
+def test_obfuscations_of_several_severities_are_conditions_each(folder: Path) -> None:
+    given = replace(config(str(folder)), corruptions=[], obfuscations=["LineShift"], obfuscation_severities=[1, 5])
     found = {c.name: c for c in conditions(given) if c.family == "obfuscated"}
     assert {name: c.severity for name, c in found.items()} == {"LineShift 1": 1, "LineShift 5": 5}
     images = torch.from_numpy(Reader(Dataset.open(f"{folder}/test")).gather(np.arange(20))["image"])
     expected = obfuscate("LineShift", images, places(20), 0, Assets.load(AssetsConfig()), 5)[0]
     assert torch.equal(found["LineShift 5"].change(images, places(20)), expected)
     assert not torch.equal(found["LineShift 1"].change(images, places(20)), expected)
-    assert replace(given, strengths=[0]).problems() == ["shift.strengths lie in 1 to 5."]
+    assert replace(given, obfuscation_severities=[0]).problems() == ["shift.obfuscation_severities lie in 1 to 5."]
 
 
 def test_other_classes_are_refused_and_not_taken_by_their_numbers(folder: Path) -> None:
