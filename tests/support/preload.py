@@ -8,5 +8,7 @@ from rayproj.engine.world import World
 
 import_deepspeed(World(0, 1, 0, "cpu"))
 del os.environ["LOCAL_RANK"]
+from diffusers import AutoencoderKL  # noqa: E402, F401  brings all of its models, which takes seconds
+
 import tests.support.private  # noqa: E402
 import tests.support.regression  # noqa: E402, F401
