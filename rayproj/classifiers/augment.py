@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -24,6 +25,10 @@ class AugmentConfig:
 
     shift: int = 2  # largest shift in pixels, along each axis; edges are repeated
     flip: bool = True  # mirror left and right
+    # Least and largest share of the area that is cut out and enlarged to the whole, such as [0.08, 1]; []: nothing is.
+    crop: list[float] = field(default_factory=list)
+    # Least and largest ratio of its width to its height.
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     colour: float = 0.0  # strength of changes of brightness, contrast, saturation and hue, up to 1
     rand_augment: int = 0  # operations on each image (Cubuk et al. 2020, "RandAugment"); 0: none
     magnitude: float = 9.0  # of them, up to 30
@@ -33,6 +38,10 @@ class AugmentConfig:
         found = [] if 0 <= self.colour <= 1 else [f"augment.colour must lie in [0, 1], not {self.colour:g}."]
         if not 0 <= self.magnitude <= 30:
             found.append(f"augment.magnitude must lie in [0, 30], not {self.magnitude:g}.")
+        if self.crop and not (len(self.crop) == 2 and 0 < self.crop[0] <= self.crop[1] <= 1):
+            found.append(f"augment.crop is [least, largest], shares of the area in (0, 1], not {self.crop}.")
+        if not (len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]):
+            found.append(f"augment.crop_ratio is [least, largest], both positive, not {self.crop_ratio}.")
         return found + [f"augment.{n} must not be negative." for n in ("shift", "rand_augment") if getattr(self, n) < 0]
 
 
@@ -41,6 +50,8 @@ def augmented(images: Tensor, row: Tensor, seed: int, config: AugmentConfig) -> 
     if isinstance(images, FakeTensor):
         return images  # in a plan, which counts memory: there are no values to change
     images = shifted_and_flipped(images, row, seed, config.shift, config.flip)
+    if config.crop:
+        images = cropped(images, row, seed, config.crop, config.crop_ratio)
     if config.colour:
         images = coloured(images, row, seed, config.colour)
     if config.rand_augment:
@@ -60,6 +71,47 @@ def shifted_and_flipped(images: Tensor, row: Tensor, seed: int, shift: int, flip
     example = torch.arange(len(images), device=images.device)[:, None, None]
     # Advanced indices around a slice put the channel axis last.
     return images[example, :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+
+
+CROPS = 10  # that are drawn at most, for one that is inside the image
+
+
+def crops(row: Tensor, seed: int, size: tuple[int, int], area: list[float], ratio: list[float]) -> Tensor:
+    """Parts of images of this height and width, int64 [B, 4]: top, left, height and width of each.
+
+    The share of the area is drawn evenly, and the logarithm of the ratio of width to height (Szegedy et al. 2015, "Going
+    deeper with convolutions", section 6); of ten, the first that is inside the image is taken, at an even place, and where
+    none is, the largest in the middle whose ratio is allowed: as by torchvision's RandomResizedCrop.
+    """
+    side_y, side_x = size
+    share, shape, *place = keyed.uniform(seed, "crop", row, (CROPS, 4)).double().unbind(2)
+    pixels = side_y * side_x * (area[0] + (area[1] - area[0]) * share)
+    wide = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * shape)
+    height, width = (pixels / wide).sqrt().round().long(), (pixels * wide).sqrt().round().long()
+    inside = (height > 0) & (height <= side_y) & (width > 0) & (width <= side_x)
+    top, left = ((u * (whole - part + 1)).long() for u, whole, part in zip(place, size, (height, width), strict=True))
+    tall, broad = min(side_y, max(1, round(side_x / ratio[0]))), min(side_x, max(1, round(side_y * ratio[1])))
+    middle = torch.tensor([(side_y - tall) // 2, (side_x - broad) // 2, tall, broad], device=row.device)
+    first = inside.int().argmax(1)[:, None, None].expand(-1, 1, 4)
+    drawn = torch.stack([top, left, height, width], 2).gather(1, first)[:, 0]
+    return torch.where(inside.any(1)[:, None], drawn, middle)
+
+
+def cropped(images: Tensor, row: Tensor, seed: int, area: list[float], ratio: list[float]) -> Tensor:
+    """Of each image [B, C, H, W] one of its `crops`, enlarged to the whole by bilinear interpolation."""
+    size = images.shape[2:]
+    box = crops(row, seed, (size[0], size[1]), area, ratio).float()
+    ends = []
+    for axis, side in enumerate(size):
+        first, length = box[:, axis, None], box[:, 2 + axis, None]
+        at = (torch.arange(side, device=images.device) + 0.5) * length / side - 0.5
+        # Pixels of the whole image; beyond the middle of the outermost ones of the part these are repeated.
+        at = first + at.clamp(min=0).minimum(length - 1)
+        ends.append((2 * at + 1) / side - 1)
+    y, x = ends
+    grid = torch.stack([x[:, None, :].expand(-1, size[0], -1), y[:, :, None].expand(-1, -1, size[1])], 3)
+    found = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return found.round().clamp(0, 255).to(torch.uint8)
 
 
 # Luma and two chromas of red, green and blue (NTSC, 1953), in which a turn of hue and a gain of saturation are linear.

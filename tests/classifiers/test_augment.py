@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from scipy import stats
 from torch import Tensor
 
 from rayproj import keyed
@@ -16,6 +17,8 @@ from rayproj.classifiers.augment import (
     AugmentConfig,
     augmented,
     coloured,
+    cropped,
+    crops,
     rand_augmented,
     shifted_and_flipped,
 )
@@ -50,6 +53,7 @@ def test_shifts_and_flips_written_out() -> None:
         AugmentConfig(colour=0.8),
         AugmentConfig(rand_augment=2),
         AugmentConfig(1, False),
+        AugmentConfig(0, False, [0.08, 1.0]),
         AugmentConfig(0, False, obfuscate=ObfuscateConfig(["training"], share=0.9)),
     ],
 )
@@ -59,6 +63,49 @@ def test_an_image_is_changed_alike_whatever_its_mates(channels: int, config: Aug
     assert whole.shape == images.shape and whole.dtype is torch.uint8
     torch.testing.assert_close(augmented(images[5:9], rows(16)[5:9], 3, config), whole[5:9], rtol=0, atol=1)
     assert not torch.equal(augmented(images, rows(16, step=1), 3, config), whole), "another step, another change"
+
+
+@pytest.mark.parametrize(
+    ("size", "area", "ratio"),
+    [((20, 31), [0.08, 1.0], [3 / 4, 4 / 3]), ((31, 20), [1.0, 1.0], [2.0, 3.0]), ((9, 40), [0.9, 1.0], [0.5, 2.0])],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crops_are_pils_of_the_parts_that_torchvision_would_take(
+    size: tuple[int, int], area: list[float], ratio: list[float], channels: int
+) -> None:
+    (height, width), row, none = size, rows(60, step=4), 0
+    images = torch.randint(0, 256, (60, channels, *size), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    found = cropped(images, row, 5, area, ratio).numpy()
+    for i, tries in enumerate(keyed.uniform(5, "crop", row, (10, 4)).tolist()):
+        for share, shape, y, x in tries:
+            pixels = height * width * (area[0] + share * (area[1] - area[0]))
+            wide = np.exp(np.log(ratio[0]) + shape * np.log(ratio[1] / ratio[0]))
+            w, h = round(np.sqrt(pixels * wide)), round(np.sqrt(pixels / wide))
+            if 0 < w <= width and 0 < h <= height:
+                top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
+                break
+        else:
+            none, w, h = none + 1, width, height
+            if width / height < ratio[0]:
+                h = round(width / ratio[0])
+            elif width / height > ratio[1]:
+                w = round(height * ratio[1])
+            top, left = (height - h) // 2, (width - w) // 2
+        picture = Image.fromarray(images[i, 0].numpy() if channels == 1 else np.moveaxis(images[i].numpy(), 0, 2))
+        part = picture.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BILINEAR)
+        expected = np.asarray(part)[None] if channels == 1 else np.moveaxis(np.asarray(part), 2, 0)
+        assert np.abs(found[i].astype(int) - expected.astype(int)).max() <= 1, "PIL rounds after each axis"
+    assert (none > 0) == (area[0] > 0.5), "where no part has the ratio and the area, the middle is taken"
+
+
+def test_areas_ratios_and_places_of_crops_are_even() -> None:
+    side, n = 4096, 4000  # a part of at most 3/4 of the area is inside at the first try
+    top, left, height, width = (crops(rows(n), 9, (side, side), [0.1, 0.75], [3 / 4, 4 / 3]).double().numpy()).T
+    even = [(height * width / side**2 - 0.1) / 0.65, np.log(width / height * 4 / 3) / np.log(16 / 9)]
+    even += [top / (side - height + 1), left / (side - width + 1)]
+    assert all(stats.kstest(of, "uniform").pvalue > 0.01 for of in even)
+    whole = drawn(20)
+    assert torch.equal(cropped(whole, rows(20), 0, [1.0, 1.0], [1.0, 1.0]), whole)
 
 
 def test_colours_at_strength_zero_stay() -> None:
@@ -109,8 +156,14 @@ def test_the_magnitude_is_how_far_it_goes() -> None:
     assert far[0] < far[1]
 
 
-@pytest.mark.parametrize("wrong", [{"colour": 1.5}, {"magnitude": 31.0}, {"shift": -1}, {"rand_augment": -1}])
-def test_what_cannot_be_asked_for(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"colour": 1.5}, {"magnitude": 31.0}, {"shift": -1}, {"rand_augment": -1}, {"crop": [0.5]}, {"crop": [0.0, 1.0]},
+        {"crop": [0.5, 1.1]}, {"crop": [0.9, 0.5]}, {"crop_ratio": [0.0, 1.0]}, {"crop_ratio": [2.0, 1.0]},
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_for(wrong: dict[str, object]) -> None:
     assert AugmentConfig(**wrong).problems() and not AugmentConfig().problems()  # type: ignore[arg-type]
 
 

@@ -1,6 +1,7 @@
 """The search on real classifiers of real images: planted bugs are found by their names within a budget, a classifier without
 one yields nothing, and a search that is stopped and started again ends the same."""
 
+import dataclasses
 import io
 import json
 import re
@@ -21,7 +22,17 @@ from rayproj.data.reader import Reader
 from rayproj.discovery import loop
 from rayproj.discovery.examine import OWN, Results
 from rayproj.discovery.generators import Asked, GeneratorConfig, open_generator
-from rayproj.discovery.loop import DiscoverConfig, alike, confirmed, counterfactuals, discover, prepared, scaled_up
+from rayproj.discovery.loop import (
+    DiscoverConfig,
+    alike,
+    confirmed,
+    counterfactuals,
+    discover,
+    prepared,
+    scaled_up,
+    seen,
+    until_full,
+)
 from rayproj.discovery.propose import Proposal
 from rayproj.discovery.slices import Slice, Term
 from rayproj.errors import UserError
@@ -101,7 +112,7 @@ def test_a_background_is_found_by_name_with_a_page_issues_and_an_adversarial_dat
     folder: Path, tmp_path: Path
 ) -> None:
     labels = dict.fromkeys(reversed(planted.LABELS), "")  # another order than the classifier's
-    given = config(folder, "background", tmp_path / "out", others=["clean"], scale_up=60, labels=labels)
+    given = config(folder, "background", tmp_path / "out", others=["clean"], scale_up=60, quota=60, labels=labels)
     found = discover(given, 0, planted.make)
     first = found["findings"][0]
     assert first["slice"] == ["female", [["background", "green"]]] and first["wrong"] == "male"
@@ -143,6 +154,8 @@ def test_a_background_is_found_by_name_with_a_page_issues_and_an_adversarial_dat
     effects = skewsize(label, answer, np.array(table["background"], object), planted.LABELS)["effects"]
     assert effects["female"] > 0.3
     html = page(found)
+    missing = 60 * len(found["findings"]) - more["failures"]
+    assert missing == sum(map(int, re.findall(r"not filled: (\d+) are missing", html)))
     assert html.count("<section") == len(found["findings"]) and html.count("data:image/png;base64,") >= 12
     assert "<link" not in html and "<script" not in html and "src=\"http" not in html  # fmt: skip
 
@@ -327,6 +340,8 @@ def test_bad_input_is_said(folder: Path, tmp_path: Path) -> None:
         ({"counterfactuals": 5}, "real images cannot be drawn again"),
         ({"replications": {"b": {"generator": {"images": figures}}}}, "replications.b is what the search draws from"),
         ({"replications": {"b": {"generator": {"images": "c"}, "images": 0}}}, "images must be positive"),
+        ({"quota": 5, "scale_up": 4}, "so many failures are not among scale_up=4 images"),
+        ({"quota": -1}, "discover.quota must not be negative"),
         ({"words": False, "attributes": {}}, "needs attributes, words=true, or both"),
     ):
         given = config(folder, "clean", tmp_path / "out", **values)
@@ -348,6 +363,94 @@ class Brightness(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         bright = torch.sigmoid(400 * (images.mean((1, 2, 3)) - self.threshold))
         return torch.stack([1 - bright, bright], 1)
+
+
+@pytest.mark.parametrize("per", ["finding", "label"])
+def test_quotas_of_failures_are_exact_and_each_says_how_it_was_drawn(tmp_path: Path, per: str) -> None:
+    """Stopped after every other shard: from what each image says of itself it can be drawn and classified again."""
+    pipelines.write(tmp_path / "pipeline")
+    generator = {"pipeline": str(tmp_path / "pipeline"), "size": [16, 16], "sampler": {"steps": 1, "guidance": 1.5}}
+    draws = open_generator(configuration.from_dict(GeneratorConfig, generator), {"dark": "a thing"}, {}, 3, "cpu")
+    slices = [Slice.of("dark", [("", "red")]), Slice.of("dark", [("", "round")])]
+    some = draws.draw(Asked(slices * 20, np.arange(40), np.full(40, -1)))["image"]
+    module = Brightness(float(np.median(some.mean((1, 2, 3)) / 255)))
+    torch.jit.trace(module, torch.zeros(2, 3, 16, 16)).save(str(tmp_path / "brightness.pt"))
+    values = {
+        "generator": generator, "labels": {"dark": "a thing"}, "out": str(tmp_path / "out"), "words": False,
+        "scale_up": 80, "quota": 9, "quota_per": per, "shard_size": 16, "batch": 16,
+        "classifier": {"model": str(tmp_path / "brightness.pt"), "classes": ["dark", "bright"], "probabilities": True},
+    }  # fmt: skip
+    given = configuration.from_dict(DiscoverConfig, values)
+
+    def dies(dataset: Dataset, maker: str, values: dict[str, Any]) -> None:
+        planted.make(dataset, maker, values, limit=1)
+        if not dataset.complete:
+            raise KeyboardInterrupt
+
+    starts = 0
+    while True:
+        starts += 1
+        try:
+            found = scaled_up(prepared(given, 3, dies), slices)
+            break
+        except KeyboardInterrupt:
+            continue
+    whole = dataclasses.replace(given, out=str(tmp_path / "whole"))
+    parts, total = ({**f, "dataset": ""} for f in (found, scaled_up(prepared(whole, 3, planted.make), slices)))
+    assert parts == total and starts >= 2
+
+    names = [of.name for of in slices] if per == "finding" else ["dark"]
+    assert found["quotas"].keys() == set(names) and found["failures"] == 9 * len(names) <= found["failed"]
+    assert all(one["full"] and one["failures"] == 9 < one["images"] for one in found["quotas"].values())
+    assert sum(one["images"] for one in found["quotas"].values()) == found["images"] <= 80
+    failures = Dataset.open(found["dataset"])
+    rows = Reader(failures, list(failures.header.fields)).gather(np.arange(found["failures"]))
+    of = [Slice.from_json(failures.header.provenance["slices"][i]) for i in rows["slice"]]
+    counts = [of.count(one) for one in slices]
+    assert counts == [9, 9] if per == "finding" else max(counts) - min(counts) == 1, "the slices take turns"
+    assert len(set(rows["number"])) == len(of) and set(rows["seed"]) == {3}
+    again = draws.draw(Asked(of, rows["number"], np.full(len(of), -1)))
+    assert np.array_equal(again["image"], rows["image"]) and list(again["prompt"]) == list(rows["prompt"])
+    assert (again["image"].mean((1, 2, 3)) / 255 > module.threshold).all()
+    assert set(rows["drawn_by"]) == {draws.said["pipeline_digest"]}
+    assert set(rows["digest_classifier"]) == {failures.header.provenance["classifiers"]["classifier"]} != {""}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_can_hardly_be_filled_takes_nothing_from_the_other_quotas(seed: int) -> None:
+    """Four findings that fail always, often, hardly ever, and of which there are only six images."""
+    slices = [Slice.of("a", [("style", value)]) for value in "pqr"] + [Slice.of("b", [("style", "p")])]
+    rates, rng, done = (
+        dict(zip(slices, (1.0, 0.4, 0.01, 1.0), strict=True)),
+        np.random.default_rng(seed),
+        list[Results](),
+    )
+
+    def run(name: str, wanted: list[tuple[Slice, int]], confirming: bool, once: bool) -> Results:
+        there = {one: 6 - sum(stage.slices.count(one) for stage in done) for one in slices[3:]}
+        of = [one for one, count in wanted for _ in range(min(count, there.get(one, count)))]
+        failed = rng.random(len(of)) < [rates[one] for one in of]
+        none = np.full(len(of), "", object)
+        done.append(Results(SimpleNamespace(), of, {OWN: none}, {OWN: failed}, [], none, None, none, none, []))  # type: ignore[arg-type]
+        return done[-1]
+
+    def drawn(quota: int, budget: int, per: dict[str, list[Slice]]) -> dict[str, Rate]:
+        done.clear()
+        run("confirm", [(one, 40) for one in slices[:3]], True, True)
+        search = SimpleNamespace(config=SimpleNamespace(quota=quota, scale_up=budget), run=run, done=done)
+        stages = until_full(search, per)  # type: ignore[arg-type]
+        assert sum(len(stage.slices) for stage in stages) <= budget and len(stages) < 20
+        return {name: seen(stages, of) for name, of in per.items()}
+
+    often, half, hardly, few = drawn(20, 500, {of.name: [of] for of in slices}).values()
+    assert often.failures >= 20 and half.failures >= 20 > hardly.failures
+    assert often.images < 40 and half.images < 110, "no more than they need"
+    assert (few.failures, few.images) == (6, 6), "all there are"
+    assert often.images + half.images + hardly.images + few.images == 500, "the rest is spent on what is not full"
+    label, other = drawn(20, 500, {"a": slices[:3], "b": slices[3:]}).values()
+    assert label.failures >= 20 and label.images < 100 and (other.failures, other.images) == (6, 6)
+    one, *rest = drawn(1, 2, {of.name: [of] for of in slices}).values()
+    assert one == Rate(1, 1) and sum(r.images for r in rest) == 1, "less budget than quotas"
 
 
 def test_counterfactuals_are_the_same_images_without_a_term(tmp_path: Path) -> None:
