@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj.data.dataset import Dataset
-from rayproj.discovery.loop import DiscoverConfig, discover
+from rayproj.discovery.loop import discover
+from rayproj.discovery.search import DiscoverConfig
 from rayproj.report import failures
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import PoolConfig, produce

@@ -28,8 +28,9 @@ from rayproj.data.dataset import Dataset
 from rayproj.data.writer import commit_shard
 from rayproj.discovery.examine import OWN, Bench
 from rayproj.discovery.generators import Asked
-from rayproj.discovery.loop import DiscoverConfig, confirming, discover, prepared, shared, tested
+from rayproj.discovery.loop import confirming, discover, tested
 from rayproj.discovery.propose import Proposal
+from rayproj.discovery.search import DiscoverConfig, prepared, shared
 from rayproj.discovery.slices import Slice, Term
 from rayproj.jobs.discover_failures import Config
 from rayproj.runtime.cluster import connect

@@ -20,136 +20,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum, auto
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 
-from rayproj.data.dataset import Dataset, Field, Header
-from rayproj.data.importing import ImportConfig, import_dataset
-from rayproj.data.reader import Reader
-from rayproj.data.sources.base import SourceConfig, SourceKind
-from rayproj.data.writer import commit_shard
-from rayproj.discovery.captions import index_header, open_embedder
+from rayproj.data.dataset import Dataset
+from rayproj.discovery.adversarial import scaled_up
 from rayproj.discovery.clusters import clusters, stability
-from rayproj.discovery.examine import FEATURE, OWN, Bench, ExamineConfig, Results, Stage, ids_of, results
-from rayproj.discovery.generators import GeneratorConfig, in_turn, prompt_of
+from rayproj.discovery.examine import OWN, Bench, Results
+from rayproj.discovery.generators import prompt_of
 from rayproj.discovery.propose import Looked, Proposal, propose
+from rayproj.discovery.search import DiscoverConfig, Make, ReplicationConfig, Search, joined, prepared, shared
 from rayproj.discovery.slices import Slice, Term
 from rayproj.errors import UserError
 from rayproj.evaluation.proportions import Rate, adjusted, detectable, higher, ratio, sign_test
 
-EXAMINER, INDEXER = "rayproj.discovery.examine:Examiner", "rayproj.discovery.captions:Indexer"
 SHOWN, CLOSEST = 12, 6  # images of a finding, and of a cluster of failures, that are named
-
-Make = Callable[[Dataset, str, dict[str, Any]], Any]
-"""Makes the shards of a planned dataset that are not there yet, by the maker of that name, given those values."""
-
-
-class Per(StrEnum):
-    """Of what there is a quota."""
-
-    finding = auto()
-    label = auto()
-
-
-@dataclass
-class ReplicationConfig:
-    """Another generator, by which findings are tested again: they might be a weakness of the one that showed them."""
-
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    images: int = 200  # of each finding; of its label twice as many
-
-    def problems(self) -> list[str]:
-        return [] if self.images > 0 else ["discover.replications: images must be positive."]
-
-
-@dataclass
-class DiscoverConfig(ExamineConfig):
-    """What is examined, with how many images, and what counts as a finding."""
-
-    out: str = "???"  # a folder for the datasets of all stages, failures.json and .html, predictions.parquet
-    images: int = 4000  # that the search may look at
-    find: float = 0.5  # share of them by which slices are found; the others confirm
-    rounds: int = 2  # of finding
-    slices: int = 8  # that are tested, at most
-    longest: int = 2  # terms of a slice
-    level: float = 0.05  # of the false discovery rate
-    least_ratio: float = 1.25  # to be a finding, a slice also fails this many times as often as its label
-    # Further images of each finding, drawn with and without each of its terms from the same noise.
-    counterfactuals: int = 0
-    # Looks at the images that confirm, which share the level: a slice that is a finding after one needs no more of them.
-    looks: int = 1
-    replications: dict[str, ReplicationConfig] = field(default_factory=dict)  # by other generators or on real images
-    scale_up: int = 0  # further images of the slices that were found, of which the failures become a dataset
-    # Failures in that dataset of each finding or label, exactly; scale_up is then the most images that are drawn for them.
-    quota: int = 0  # 0: all there are
-    quota_per: Per = Per.finding
-    shard_size: int = 64
-
-    def problems(self) -> list[str]:
-        found = super().problems()
-        names = ("images", "rounds", "slices", "longest", "looks", "shard_size")
-        found += [f"discover.{name} must be positive." for name in names if getattr(self, name) <= 0]
-        if not 0 < self.find < 1:
-            found.append(f"discover.find is a share in (0, 1), not {self.find:g}.")
-        if not 0 < self.level < 1:
-            found.append(f"discover.level lies in (0, 1), not {self.level:g}.")
-        found += [
-            f"discover.{n} must not be negative."
-            for n in ("counterfactuals", "scale_up", "quota")
-            if getattr(self, n) < 0
-        ]
-        if self.quota > self.scale_up:
-            found.append(
-                f"discover.quota={self.quota}: so many failures are not among scale_up={self.scale_up} images; raise that."
-            )
-        if self.counterfactuals and self.generator.images:
-            found.append("discover.counterfactuals: real images cannot be drawn again; it needs a model or a pipeline.")
-        same = (self.generator.model, self.generator.pipeline, self.generator.images)
-        for name, other in self.replications.items():
-            if (other.generator.model, other.generator.pipeline, other.generator.images) == same:
-                found.append(f"discover.replications.{name} is what the search draws from; give another one.")
-        return found
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search under way."""
-
-    config: DiscoverConfig
-    bench: Bench
-    make: Make
-    index: str = ""
-    dimensions: int = 0
-    done: list[Results] = field(default_factory=list)
-
-    @property
-    def looked_at(self) -> int:
-        return sum(len(stage.slices) for stage in self.done)
-
-    def run(
-        self,
-        name: str,
-        wanted: list[tuple[Slice, int]],
-        confirming: bool = False,
-        paired: bool = False,
-        once: bool = False,
-    ) -> Results:
-        """Draw and classify images of slices, or read them if they are there."""
-        stage = Stage(name, wanted, self.looked_at, not confirming, confirming, paired, once)
-        taken = {int(row) for found in self.done for row in found.rows if row >= 0}
-        header = self.bench.header(stage, taken, self.config.shard_size, self.index, self.dimensions)
-        dataset = Dataset.create(f"{self.config.out}/{name}", header)
-        self.make(dataset, EXAMINER, {"out": dataset.uri})
-        self.done.append(results(self.bench, dataset))
-        return self.done[-1]
 
 
 def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
@@ -202,27 +91,6 @@ def discover(config: DiscoverConfig, seed: int, make: Make) -> dict[str, Any]:
     return found
 
 
-def prepared(config: DiscoverConfig, seed: int, make: Make) -> Search:
-    """The search before its first image; known images are embedded, where captions are retrieved from them."""
-    bench = Bench(config, seed, "cpu")
-    if not config.words:
-        return Search(config, bench, make)
-    width = int(
-        open_embedder(config.embedder, "cpu")(torch.zeros(1, *bench.generator.shape, dtype=torch.uint8)).shape[1]
-    )
-    if not bench.captions or config.captions.model:
-        return Search(config, bench, make, "", width)
-    uri = config.captions.images
-    if not uri:
-        source = SourceConfig(kind=SourceKind.emoji, attributes=["caption", "style"])
-        import_dataset(ImportConfig(source=source, out=f"{config.out}/known"), lambda event: None)
-        uri = f"{config.out}/known/train"
-    known = Dataset.open(uri)
-    index = Dataset.create(f"{config.out}/index", index_header(config.captions, config.embedder, known, width))
-    make(index, INDEXER, {"out": index.uri, "batch": config.batch})
-    return Search(config, bench, make, index.uri, width)
-
-
 def first(search: Search, images: int) -> list[tuple[Slice, int]]:
     """So many images over all labels and combinations of attributes alike; the first ones get what is left over."""
     named = search.bench.attributes
@@ -233,12 +101,6 @@ def first(search: Search, images: int) -> list[tuple[Slice, int]]:
         for label in search.bench.labels
     ]
     return shared(combined, images)
-
-
-def shared(slices: list[Slice], images: int) -> list[tuple[Slice, int]]:
-    """So many images over all slices alike, the first ones one more where they do not divide."""
-    each, more = divmod(images, len(slices))
-    return [(of, each + (k < more)) for k, of in enumerate(slices) if each + (k < more)]
 
 
 def suspected(search: Search) -> list[Slice]:
@@ -325,24 +187,6 @@ def tested(
         seen = Rate(row["base_rate"]["failures"], row["base_rate"]["images"])
         row["detectable"] = detectable(row["rate"]["images"], seen, strictest, config.least_ratio)
     return rows
-
-
-def joined(drawn: Sequence[Results]) -> Results:
-    """The images of several stages as one; the dataset is that of the first."""
-    first = drawn[0]
-    names = list(first.answers)
-    return Results(
-        first.dataset,
-        [of for stage in drawn for of in stage.slices],
-        {name: np.concatenate([stage.answers[name] for stage in drawn]) for name in names},
-        {name: np.concatenate([stage.failed[name] for stage in drawn]) for name in names},
-        [terms for stage in drawn for terms in stage.terms],
-        np.concatenate([stage.captions for stage in drawn]),
-        None,
-        np.concatenate([stage.rows for stage in drawn]),
-        np.concatenate([stage.confidence for stage in drawn]),
-        [place for stage in drawn for place in stage.places],
-    )
 
 
 def _row(
@@ -496,137 +340,6 @@ def counterfactuals(search: Search, findings: list[dict[str, Any]]) -> None:
                 "dataset": drawn.dataset.uri,
                 "pairs": [[every.index(of) * count + int(i) for of in (own, other)] for i in only[:SHOWN]],
             })  # fmt: skip
-
-
-def scaled_up(search: Search, slices: list[Slice]) -> dict[str, Any]:
-    """Further images of the slices, their failures as a dataset, and how many of them other classifiers fail on too; with a
-    quota also of each finding or label how many failures there are for it, and of how many images."""
-    config, per = search.config, dict[str, list[Slice]]()
-    for of in slices:
-        per.setdefault(of.label if config.quota_per is Per.label else of.name, []).append(of)
-    if config.quota:
-        drawn = until_full(search, per)
-    else:
-        drawn = [search.run("scale", shared(slices, config.scale_up), confirming=True, once=True)]
-    stage = joined(drawn)
-    failures = np.flatnonzero(stage.failed[OWN])
-    found: dict[str, Any] = {"images": len(stage.slices), "failed": len(failures)}
-    if config.quota:
-        taken = {name: _within(config.quota, own, stage) for name, own in per.items()}
-        failures = np.sort(np.concatenate(list(taken.values())))
-        found |= {"quota": config.quota, "quotas": {
-            name: {"failures": len(of), "images": seen(drawn, per[name]).images, "full": len(of) == config.quota}
-            for name, of in taken.items()
-        }}  # fmt: skip
-    found["failures"] = len(failures)
-    if not len(failures):
-        return found
-    found["dataset"] = _adversarial(search, drawn, failures, slices)
-    found["transfer"] = {
-        name: {
-            "drawn": Rate(int(failed.sum()), len(failed)).described(),
-            "adversarial": Rate(int(failed[failures].sum()), len(failures)).described(),
-        }
-        for name, failed in stage.failed.items()
-    }
-    found["slices"] = {
-        of.name: Rate(int(stage.failed[OWN][at].sum()), len(at)).described()
-        for of in slices
-        if len(at := np.flatnonzero([s == of for s in stage.slices]))
-    }
-    return found
-
-
-def until_full(search: Search, per: dict[str, list[Slice]]) -> list[Results]:
-    """Images of the slices of each quota, in stages, until it is full, none is left to draw, or `scale_up` is spent.
-
-    A stage draws for each as many as are likely to do by the failures seen so far, and no more than its even share of what
-    is left: one that can hardly be filled takes nothing from the others. The slices of a label get as many images each.
-
-    Args:
-        per: by what has a quota, its slices.
-    """
-    config, drawn, left, more = search.config, list[Results](), search.config.scale_up, dict(per)
-    while more and left:
-        wanted, asked = list[tuple[Slice, int]](), list(more)[:left]
-        for name in asked:
-            need, known = config.quota - seen(drawn, per[name]).failures, seen(search.done, per[name])
-            # The rate by Laplace's rule of succession; a deviation of Poisson's law more than the mean will mostly do.
-            likely = math.ceil((need + math.sqrt(need)) * (known.images + 2) / (known.failures + 1))
-            wanted += shared(more[name], min(likely, left // len(asked)))
-        drawn.append(search.run(f"scale-{len(drawn) + 1}", wanted, confirming=True, once=True))
-        left -= len(drawn[-1].slices)
-        none = {of for of, _ in wanted} - set(drawn[-1].slices)
-        more = {
-            name: rest
-            for name, own in more.items()
-            if seen(drawn, per[name]).failures < config.quota and (rest := [of for of in own if of not in none])
-        }
-    return drawn
-
-
-def _within(quota: int, slices: Sequence[Slice], stage: Results) -> np.ndarray:
-    """The first failures of these slices, int64, no more than the quota; the slices take turns, so that what is too much is
-    not of the last of them."""
-    at = [i for i in np.flatnonzero(stage.failed[OWN]).tolist() if stage.slices[i] in slices]
-    return np.array(in_turn([stage.slices[i].name for i in at], at)[:quota], np.int64)
-
-
-def seen(stages: Sequence[Results], slices: Sequence[Slice]) -> Rate:
-    """How many images of these slices there are in some stages, and how many the classifier fails on."""
-    at = [failed for on in stages for of, failed in zip(on.slices, on.failed[OWN], strict=True) if of in slices]
-    return Rate(int(sum(at)), len(at))
-
-
-def _adversarial(search: Search, drawn: list[Results], failures: np.ndarray, slices: list[Slice]) -> str:
-    """Write the failures among the images of some stages; returns the dataset's place. Each has the number and the seed that
-    key its randomness, the hash of what drew it ("drawn_by": a model's commit, a pipeline's digest or a dataset's manifest)
-    and those of the classifiers. Labels are numbered as the classifier's classes, if all of them are such, so that they can
-    be mixed with what it has learned from.
-
-    Args:
-        failures: sorted numbers among the images of all the stages together.
-    """
-    config, own, header = search.config, search.bench.classifiers[OWN], drawn[0].dataset.header
-    classes = own.classes if set(header.classes) <= set(own.classes) else header.classes
-    kept = {name: f for name, f in header.fields.items() if name != FEATURE}
-    said = {n: v for n, v in header.provenance.items() if n not in ("stage", "slices", "rows", "first")}
-    digests = {f"digest_{name}": one.digest for name, one in search.bench.classifiers.items()}
-    digests["drawn_by"] = next(said[name] for name in ("model_commit", "pipeline_digest", "manifest") if name in said)
-    planned = Header(
-        name=f"failures of {config.classifier.model}",
-        fields={**kept, "number": Field("int"), "seed": Field("int"), **dict.fromkeys(digests, Field("str"))},
-        num_samples=len(failures),
-        shard_size=config.shard_size,
-        classes=tuple(classes),
-        provenance={**said, "slices": [of.to_json() for of in slices],
-                    "scaled_from": {stage.dataset.uri: stage.dataset.manifest_hash() for stage in drawn}},
-    )  # fmt: skip
-    dataset = Dataset.create(f"{config.out}/adversarial", planned)
-    readers = [Reader(stage.dataset, list(kept)) for stage in drawn]
-    begins = np.cumsum([0, *(len(stage.slices) for stage in drawn)])
-    numbers, stage = np.concatenate([ids_of(of.dataset.header) for of in drawn]), joined(drawn)
-    for shard in range(planned.num_shards):
-        if dataset.record(shard) is not None:
-            continue
-        began, span = time.time(), planned.shard_range(shard)
-        chosen = failures[span.start : span.stop]
-        parts = []
-        for reader, start, end in zip(readers, begins, begins[1:], strict=False):
-            if len(here := chosen[(start <= chosen) & (chosen < end)] - start):
-                parts.append(reader.gather(here))
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in kept}
-        columns["label"] = np.array([classes.index(header.classes[i]) for i in columns["label"]])
-        columns["slice"] = np.array([slices.index(stage.slices[i]) for i in chosen])
-        columns["number"] = numbers[chosen]
-        values = {n: columns[n] if kept.get(n, Field("int")).array else columns[n].tolist() for n in columns}
-        alike = {"seed": search.bench.seed, **digests}
-        samples = [
-            {"key": f"{i:08d}", **{n: v[k] for n, v in values.items()}, **alike}
-            for k, i in enumerate(columns["number"])
-        ]
-        commit_shard(dataset, shard, samples, "discovery", time.time() - began)
-    return dataset.uri
 
 
 def _manifest(dataset: Dataset) -> dict[str, Any]:

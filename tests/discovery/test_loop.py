@@ -20,20 +20,12 @@ from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.discovery import loop
+from rayproj.discovery.adversarial import scaled_up, seen, until_full
 from rayproj.discovery.examine import OWN, Results
 from rayproj.discovery.generators import Asked, GeneratorConfig, open_generator
-from rayproj.discovery.loop import (
-    DiscoverConfig,
-    alike,
-    confirmed,
-    counterfactuals,
-    discover,
-    prepared,
-    scaled_up,
-    seen,
-    until_full,
-)
+from rayproj.discovery.loop import alike, confirmed, counterfactuals, discover
 from rayproj.discovery.propose import Proposal
+from rayproj.discovery.search import DiscoverConfig, prepared
 from rayproj.discovery.slices import Slice, Term
 from rayproj.errors import UserError
 from rayproj.evaluation.proportions import Rate
