@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayproj import keyed
 from rayproj.classifiers.adapters import ADVERSARIAL, CLEAN, Adapted
+from rayproj.classifiers.objective import bare
 from rayproj.robustness.losses import Loss, cross_entropy
 from rayproj.robustness.oracle import Oracle
 from rayproj.robustness.pgd import msd, pgd
@@ -33,6 +35,10 @@ class Several(Enum):
     drawn = "drawn"  # one a step, drawn evenly (SAT, Madaan et al. 2021)
     worst = "worst"  # of each image the attack of the highest loss (MAX, Tramèr and Boneh 2019)
     steepest = "steepest"  # one attack, each of whose steps is the worst among the threats' (MSD, Maini et al. 2020)
+    # One a step, drawn in proportion to the share of the images that it has broken so far (E-AT, Croce and Hein 2022,
+    # "Adversarial robustness against multiple and single lp-threat models via quick fine-tuning of robust classifiers",
+    # section 4; theirs are the extremes ℓ∞ and ℓ1 alone).
+    extreme = "extreme"
 
 
 @dataclass
@@ -57,6 +63,7 @@ class AdversaryConfig:
     training: Training = Training.none
     threats: list[ThreatConfig] = field(default_factory=lambda: [ThreatConfig()])
     several: Several = Several.drawn
+    targeted: bool = False  # towards another class, drawn for each image at each step; not up the loss of its own
     steps: int = 3  # of projected gradient ascent
     step: float = 0.5  # length of each, in radii
     random_start: bool = True
@@ -69,11 +76,26 @@ class AdversaryConfig:
         ]
         if not 0 <= self.alpha <= 1:
             found.append(f"adversary.alpha must lie in [0, 1], not {self.alpha:g}.")
+        if self.targeted and self.training is Training.trades:
+            found.append("adversary.targeted does not go with training=trades, whose attack knows no classes.")
         return found if self.threats else [*found, "adversary.threats is empty."]
 
 
 Losses = Callable[[Tensor], Tensor]
 """Losses [B] of logits [B, K]: the objective's, with the labels in it."""
+
+# Buffers of a model in which E-AT keeps what came of the attacks, whole numbers that no cast touches: int32 [threats, 2]
+# (misclassified, attacked) of the steps before, and int32 [4] (step, threat, misclassified, attacked) of the last one. They
+# are apart so that all micro-batches of a step draw the same threat.
+ERRORS, LATEST = "robust_errors", "robust_errors_latest"
+MOST = 2**23  # images that are counted: checkpoints are fp32
+
+
+def prepare(model: nn.Module, config: AdversaryConfig) -> None:
+    """Give a model what the adversary keeps in it."""
+    if config.training is not Training.none and config.several is Several.extreme:
+        model.register_buffer(ERRORS, torch.zeros(len(config.threats), 2, dtype=torch.int32))
+        model.register_buffer(LATEST, torch.zeros(4, dtype=torch.int32))
 
 
 def losses(
@@ -84,13 +106,13 @@ def losses(
 
     The attack draws by (seed, row): what it finds for an example depends on no other.
     """
-    adapted = isinstance(_bare(model), Adapted)
+    adapted = isinstance(bare(model), Adapted)
     branch = _branches(adapted, images)
     x = images.float() / 255
 
     def attacked_branch(z: Tensor) -> Tensor:
         # Not through DeepSpeed's engine, which takes every gradient for one of the parameters.
-        return _bare(model)(255 * z, **branch(ADVERSARIAL))  # type: ignore[no-any-return]
+        return bare(model)(255 * z, **branch(ADVERSARIAL))  # type: ignore[no-any-return]
 
     if config.training is Training.adversarial:
         z = _attacked(model, attacked_branch, x, label, row, config, seed)
@@ -112,27 +134,82 @@ def _attacked(
     model: nn.Module, logits: Callable[[Tensor], Tensor], x: Tensor, label: Tensor, row: Tensor, config: AdversaryConfig,
     seed: int, loss: Loss = cross_entropy,
 ) -> Tensor:  # fmt: skip
-    threats = [drawn(config, row, seed)] if config.several is Several.drawn else [t.threat for t in config.threats]
+    if config.targeted:
+        loss = _towards(keyed.uniform(seed, "target", row))
+    threats = [t.threat for t in config.threats]
+    if config.several in (Several.drawn, Several.extreme):
+        errors = _robust_errors(model, row) if config.several is Several.extreme else None
+        number = drawn(len(threats), row, seed, errors)
+        threats = [threats[number]]
     oracle, start = Oracle(logits), row if config.random_start else None
     told = (config.steps, config.step, loss, seed)
     with evaluating(model):
         if config.several is Several.steepest:
             return msd(oracle, x, label, start, threats, *told).images.detach()
-        found = [pgd(oracle, x, label, start, threat, *told).images.detach() for threat in threats]
-        if len(found) == 1:
-            return found[0]
-        with torch.no_grad():
-            reached = torch.stack([loss(logits(z), label, label) for z in found])
-    return torch.stack(found)[reached.argmax(0), torch.arange(len(x), device=x.device)]
+        attacks = [pgd(oracle, x, label, start, threat, *told) for threat in threats]
+        found = [attack.images.detach() for attack in attacks]
+        if len(found) > 1:
+            with torch.no_grad():
+                reached = torch.stack([loss(logits(z), label, label) for z in found])
+            return torch.stack(found)[reached.argmax(0), torch.arange(len(x), device=x.device)]
+    if config.several is Several.extreme:
+        _count(model, number, attacks[0].broken, row)
+    return found[0]
 
 
-def drawn(config: AdversaryConfig, row: Tensor, seed: int) -> Threat:
-    """The threat of a step of `Several.drawn`, by its number, which all rows of a batch share."""
-    if len(config.threats) == 1:
-        return config.threats[0].threat
+def drawn(threats: int, row: Tensor, seed: int, errors: Tensor | None = None) -> int:
+    """The number of a step's threat, by the number of the step, which all rows of a batch share.
+
+    Args:
+        errors: [threats], in proportion to which they are drawn; None: evenly.
+    """
     step = row[:1].clone()
     step[:, 0] = 0
-    return config.threats[int(keyed.uniform(seed, "threat", step) * len(config.threats))].threat
+    u = float(keyed.uniform(seed, "threat", step))
+    reached = (torch.ones(threats) if errors is None else errors).double().cumsum(0)
+    return min(int((reached <= u * reached[-1]).sum()), threats - 1)
+
+
+def _counts(model: nn.Module, row: Tensor) -> tuple[Tensor, Tensor]:
+    """(misclassified, attacked) of each threat in all steps before that of a batch, [threats, 2], and what there is of its
+    own step, [4], as the buffers have them."""
+    errors, latest = getattr(model, ERRORS), getattr(model, LATEST)
+    if int(latest[0]) == int(row[0, 1]):
+        return errors, latest
+    errors = errors.clone()
+    errors[latest[1]] += latest[2:]
+    errors[errors[:, 1] > MOST] //= 2  # their ratio is what counts
+    return errors, torch.zeros_like(latest)
+
+
+def _robust_errors(model: nn.Module, row: Tensor) -> Tensor | None:
+    """The share of the images that each threat broke so far, [threats]; None where one has none yet, or all are harmless."""
+    wrong, attacked = _counts(model, row)[0].T.cpu()
+    return wrong / attacked if attacked.all() and wrong.any() else None
+
+
+def _count(model: nn.Module, number: int, broken: Tensor, row: Tensor) -> None:
+    """Add what came of the attacks of a threat. Collective in training, and only then."""
+    if not bare(model).training:
+        return
+    errors, latest = _counts(model, row)
+    found = torch.stack([broken.sum(), torch.ones_like(broken).sum()])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(found)
+    getattr(model, ERRORS).copy_(errors)
+    own = torch.cat([torch.tensor([int(row[0, 1]), number], device=found.device), latest[2:] + found])
+    getattr(model, LATEST).copy_(own)
+
+
+def _towards(u: Tensor) -> Loss:
+    """Minus the cross-entropy with another class than the label, by uniform numbers [B]."""
+
+    def loss(logits: Tensor, label: Tensor, _: Tensor) -> Tensor:
+        others = logits.shape[1] - 1
+        target = (u * others).long().clamp(max=others - 1)
+        return -F.cross_entropy(logits, target + (target >= label), reduction="none")
+
+    return loss
 
 
 def _divergence(logits: Tensor, of: Tensor) -> Tensor:
@@ -151,13 +228,10 @@ def _branches(adapted: bool, images: Tensor) -> Callable[[int], dict[str, Tensor
     return told
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    return getattr(model, "module", model)  # inside DeepSpeed's engine
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout, as the attacked model will be."""
+    model = bare(model)  # DeepSpeed's engine itself is always in training
     training = model.training
     model.eval()
     try:

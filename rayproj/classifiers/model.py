@@ -9,6 +9,7 @@ from torch import nn
 
 from rayproj import config as configuration
 from rayproj.classifiers.adapters import Adapted
+from rayproj.classifiers.adversary import ERRORS, LATEST
 from rayproj.classifiers.epinet import EpistemicNetwork
 from rayproj.classifiers.networks import ClassifierConfig, build
 from rayproj.classifiers.objective import GROUP_WEIGHTS
@@ -19,9 +20,12 @@ from rayproj.engine.engine import load_flat
 from rayproj.errors import UserError
 from rayproj.storage.store import Store
 
+KEPT = (GROUP_WEIGHTS, ERRORS, LATEST)
+
 
 def weights_of(run_dir: str) -> dict[str, torch.Tensor]:
-    """The averaged weights of a classifier run's newest commit, flat fp32 by name, without what its objective kept there.
+    """The averaged weights of a classifier run's newest commit, flat fp32 by name, without what the training kept
+    there.
 
     Raises:
         UserError: the run has no commit.
@@ -29,7 +33,7 @@ def weights_of(run_dir: str) -> dict[str, torch.Tensor]:
     store = Store(run_dir)
     if not store.exists("config.yaml"):
         raise UserError(f"There is no run at '{run_dir}'; give the run dir of jobs/train_classifier.py.")
-    return {name: tensor for name, tensor in load_ema(store)[0].items() if name != GROUP_WEIGHTS}
+    return {name: tensor for name, tensor in load_ema(store)[0].items() if name not in KEPT}
 
 
 def network_for(config: ClassifierConfig, images: Header) -> nn.Module:
