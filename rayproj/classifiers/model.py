@@ -73,11 +73,13 @@ class StartConfig:
 
     run: str = ""  # run dir of a classifier of the same size
     soup: dict[str, float] = field(default_factory=dict)  # run dirs -> their weights in a mixture, which sum to 1
+    learned: str = ""  # a soup that jobs/soup.py learned: <soup.out>/<set>:<how>
     # Of a start with adapters: the weights of the clean and of the adversarial branch, which become one network.
     mix: list[float] = field(default_factory=list)
 
     def problems(self) -> list[str]:
-        found = ["start: give run or soup, not both."] if self.run and self.soup else []
+        several = sum(map(bool, (self.run, self.soup, self.learned))) > 1
+        found = ["start: give one of run, soup and learned."] if several else []
         if self.soup and abs(sum(self.soup.values()) - 1) > 1e-6:
             found.append(f"start.soup: the weights sum to {sum(self.soup.values()):g}, and should to 1.")
         if self.mix and len(self.mix) != 2:
@@ -85,7 +87,7 @@ class StartConfig:
         return found if self or not self.mix else [*found, "start.mix needs start.run or start.soup."]
 
     def __bool__(self) -> bool:
-        return bool(self.run or self.soup)
+        return bool(self.run or self.soup or self.learned)
 
     def network(self, config: ClassifierConfig, images: Header) -> nn.Module:
         """A network of this config with these weights; with adapters, if the start had none, its two branches are equal;
@@ -95,8 +97,13 @@ class StartConfig:
             UserError: the start is not there, or is another kind of network.
         """
         wanted = network_for(config, images)  # first, so that what it draws is what it would draw without a start
-        members = list(self.soup) or [self.run]
-        found = of_run(members[0], images)
+        members = list(self.soup) or [self.run or self.learned]
+        if self.learned:
+            from rayproj.robustness.mixing import learned_soup  # which reads classifiers by this module
+
+            found = learned_soup(self.learned, images)
+        else:
+            found = of_run(members[0], images)
         if self.soup:
             found.load_state_dict(soup([of_run(run, images).state_dict() for run in members], list(self.soup.values())))
         if self.mix:
