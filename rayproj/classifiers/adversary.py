@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ class Several(Enum):
     """What is made of several threats."""
 
     drawn = "drawn"  # one a step, drawn evenly (SAT, Madaan et al. 2021)
+    average = "average"  # all of them, and the mean of their losses (AVG, Tramèr and Boneh 2019)
     worst = "worst"  # of each image the attack of the highest loss (MAX, Tramèr and Boneh 2019)
     steepest = "steepest"  # one attack, each of whose steps is the worst among the threats' (MSD, Maini et al. 2020)
     # One a step, drawn in proportion to the share of the images that it has broken so far (E-AT, Croce and Hein 2022,
@@ -102,59 +104,75 @@ def losses(
     model: nn.Module, images: Tensor, label: Tensor, row: Tensor, objective: Losses, config: AdversaryConfig, seed: int
 ) -> Tensor:
     """Per-example losses [B] of uint8 images [B, C, H, W]. With adapters, clean images go through the clean branch, and the
-    attacked ones through the adversarial branch, which is also the one that is attacked; both in one pass.
+    attacked ones through the adversarial branch or that of their threat, which is also the one that is attacked; all in one
+    pass.
 
     The attack draws by (seed, row): what it finds for an example depends on no other.
     """
-    adapted = isinstance(bare(model), Adapted)
-    branch = _branches(adapted, images)
     x = images.float() / 255
-
-    def attacked_branch(z: Tensor) -> Tensor:
-        # Not through DeepSpeed's engine, which takes every gradient for one of the parameters.
-        return bare(model)(255 * z, **branch(ADVERSARIAL))  # type: ignore[no-any-return]
-
-    if config.training is Training.adversarial:
-        z = _attacked(model, attacked_branch, x, label, row, config, seed)
-        return objective(model(255 * z, **branch(ADVERSARIAL)))
+    clean = torch.full_like(label, CLEAN)
     if config.training is Training.trades:
-        clean = model(255 * x, **branch(CLEAN))
-        fixed = clean.detach().softmax(1)
-        z = _attacked(
-            model, attacked_branch, x, label, row, config, seed, lambda logits, *_: _divergence(logits, fixed)
-        )
-        return objective(clean) + config.beta * _divergence(model(255 * z, **branch(ADVERSARIAL)), clean.softmax(1))
-    z = _attacked(model, attacked_branch, x, label, row, config, seed)
-    both = {"mix": torch.cat([branch(CLEAN)["mix"], branch(ADVERSARIAL)["mix"]])} if adapted else {}
-    first, second = model(255 * torch.cat([x, z]), **both).chunk(2)
-    return config.alpha * objective(first) + (1 - config.alpha) * objective(second)
+        logits = _logits(model, x, clean)
+        fixed = logits.detach().softmax(1)
+        found = _attacked(model, x, label, row, config, seed, lambda moved, *_: _divergence(moved, fixed))
+        moved = _logits(model, *_joined(found)).chunk(len(found))
+        return objective(logits) + config.beta * _mean([_divergence(one, logits.softmax(1)) for one in moved])
+    found = _attacked(model, x, label, row, config, seed)
+    if config.training is Training.adversarial:
+        return _mean([objective(one) for one in _logits(model, *_joined(found)).chunk(len(found))])
+    first, *others = _logits(model, *_joined([(x, clean), *found])).chunk(1 + len(found))
+    return config.alpha * objective(first) + (1 - config.alpha) * _mean([objective(one) for one in others])
+
+
+def _logits(model: nn.Module, z: Tensor, branch: Tensor) -> Tensor:
+    """Of images in [0, 1], each through the branch of its number, if the model has some."""
+    own = bare(model)
+    told = {"mix": torch.eye(len(own.names), device=branch.device)[branch]} if isinstance(own, Adapted) else {}
+    return model(255 * z, **told)  # type: ignore[no-any-return]
+
+
+def _joined(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    images, branches = zip(*found, strict=True)
+    return torch.cat(images), torch.cat(branches)
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean(0)
 
 
 def _attacked(
-    model: nn.Module, logits: Callable[[Tensor], Tensor], x: Tensor, label: Tensor, row: Tensor, config: AdversaryConfig,
-    seed: int, loss: Loss = cross_entropy,
-) -> Tensor:  # fmt: skip
+    model: nn.Module, x: Tensor, label: Tensor, row: Tensor, config: AdversaryConfig, seed: int,
+    loss: Loss = cross_entropy,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Attacked images and the branches [B] through which they were attacked; several where all threats count."""
+    own = bare(model)  # not DeepSpeed's engine, which takes every gradient for one of the parameters
+    each = isinstance(own, Adapted) and len(own.names) > 2
+    numbers = list(range(len(config.threats)))
     if config.targeted:
         loss = _towards(keyed.uniform(seed, "target", row))
-    threats = [t.threat for t in config.threats]
     if config.several in (Several.drawn, Several.extreme):
         errors = _robust_errors(model, row) if config.several is Several.extreme else None
-        number = drawn(len(threats), row, seed, errors)
-        threats = [threats[number]]
-    oracle, start = Oracle(logits), row if config.random_start else None
-    told = (config.steps, config.step, loss, seed)
+        numbers = [drawn(len(numbers), row, seed, errors)]
+    start, told = row if config.random_start else None, (config.steps, config.step, loss, seed)
     with evaluating(model):
         if config.several is Several.steepest:
-            return msd(oracle, x, label, start, threats, *told).images.detach()
-        attacks = [pgd(oracle, x, label, start, threat, *told) for threat in threats]
-        found = [attack.images.detach() for attack in attacks]
-        if len(found) > 1:
-            with torch.no_grad():
-                reached = torch.stack([loss(logits(z), label, label) for z in found])
-            return torch.stack(found)[reached.argmax(0), torch.arange(len(x), device=x.device)]
+            branch, threats = torch.full_like(label, ADVERSARIAL), [t.threat for t in config.threats]
+            oracle = Oracle(partial(_logits, own, branch=branch))
+            return [(msd(oracle, x, label, start, threats, *told).images.detach(), branch)]
+        found, reached = list[tuple[Tensor, Tensor]](), list[Tensor]()
+        for number in numbers:
+            branch = torch.full_like(label, ADVERSARIAL + number * each)
+            oracle = Oracle(partial(_logits, own, branch=branch))
+            attack = pgd(oracle, x, label, start, config.threats[number].threat, *told)
+            found.append((attack.images.detach(), branch))
+            if config.several is Several.worst and len(numbers) > 1:
+                reached.append(loss(oracle.logits(found[-1][0]), label, label))
+    if reached:
+        worst, every = torch.stack(reached).argmax(0), torch.arange(len(x), device=x.device)
+        return [tuple(torch.stack(all_)[worst, every] for all_ in zip(*found, strict=True))]  # type: ignore[list-item]
     if config.several is Several.extreme:
-        _count(model, number, attacks[0].broken, row)
-    return found[0]
+        _count(model, numbers[0], attack.broken, row)
+    return found
 
 
 def drawn(threats: int, row: Tensor, seed: int, errors: Tensor | None = None) -> int:
@@ -215,17 +233,6 @@ def _towards(u: Tensor) -> Loss:
 def _divergence(logits: Tensor, of: Tensor) -> Tensor:
     """KL(of ‖ softmax(logits)), [B]."""
     return F.kl_div(logits.log_softmax(1), of, reduction="none").sum(1)
-
-
-def _branches(adapted: bool, images: Tensor) -> Callable[[int], dict[str, Tensor]]:
-    """Number of a branch to what the model is told of it."""
-
-    def told(number: int) -> dict[str, Tensor]:
-        mix = torch.zeros(len(images), 2, device=images.device)
-        mix[:, number] = 1
-        return {"mix": mix} if adapted else {}
-
-    return told
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class StartConfig:
     run: str = ""  # run dir of a classifier of the same size
     soup: dict[str, float] = field(default_factory=dict)  # run dirs -> their weights in a mixture, which sum to 1
     learned: str = ""  # a soup that jobs/soup.py learned: <soup.out>/<set>:<how>
-    # Of a start with adapters: the weights of the clean and of the adversarial branch, which become one network.
+    # Of a start with adapters: the weights of its branches (of the clean and the adversarial one), which become one network.
     mix: list[float] = field(default_factory=list)
 
     def problems(self) -> list[str]:
@@ -82,15 +82,13 @@ class StartConfig:
         found = ["start: give one of run, soup and learned."] if several else []
         if self.soup and abs(sum(self.soup.values()) - 1) > 1e-6:
             found.append(f"start.soup: the weights sum to {sum(self.soup.values()):g}, and should to 1.")
-        if self.mix and len(self.mix) != 2:
-            found.append("start.mix has two weights: of the clean and of the adversarial branch.")
         return found if self or not self.mix else [*found, "start.mix needs start.run or start.soup."]
 
     def __bool__(self) -> bool:
         return bool(self.run or self.soup or self.learned)
 
     def network(self, config: ClassifierConfig, images: Header) -> nn.Module:
-        """A network of this config with these weights; with adapters, if the start had none, its two branches are equal;
+        """A network of this config with these weights; with adapters, if the start had none, its branches are equal;
         of an epistemic network, if the start was none, they are its base's.
 
         Raises:
@@ -109,9 +107,11 @@ class StartConfig:
         if self.mix:
             if not isinstance(found, Adapted):
                 raise UserError(f"start.mix: '{members[0]}' has no adapters to mix.")
+            if len(self.mix) != len(found.names):
+                raise UserError(f"start.mix has {len(self.mix)} weights; the branches are {', '.join(found.names)}.")
             found = found.merged(torch.tensor(self.mix))
         if config.adapters and not isinstance(found, Adapted):
-            found = Adapted(found, config.adapters)
+            found = Adapted(found, config.adapters, config.branches)
         given = found.state_dict()
         inside = (
             isinstance(wanted, EpistemicNetwork) and hasattr(wanted, "base") and not isinstance(found, EpistemicNetwork)

@@ -56,7 +56,7 @@ class SoupConfig:
 
     members: dict[str, str] = field(
         default_factory=dict
-    )  # name -> run dir; one with adapters is two: name:clean, name:adversarial
+    )  # name -> run dir; one with adapters is its branches: name:clean, name:adversarial
     test: str = "???"  # images with labels
     out: str = "???"  # where what is found goes: <out>/<set>
     # For the choice by few images of a shifted set: other images of these classes, and corruptions of the test images.
@@ -103,8 +103,8 @@ def members_of(config: SoupConfig, images: Header) -> tuple[nn.Module, dict[str,
     for name, run in sorted(config.members.items()):
         one = of_run(run, images)
         if isinstance(one, Adapted):
-            ends = {"clean": [1.0, 0.0], "adversarial": [0.0, 1.0]}
-            parts = {f"{name}:{end}": one.merged(torch.tensor(mix)) for end, mix in ends.items()}
+            ends = zip(one.names, torch.eye(len(one.names)), strict=True)
+            parts = {f"{name}:{end}": one.merged(mix) for end, mix in ends}
         else:
             parts = {name: one}
         for part, module in parts.items():

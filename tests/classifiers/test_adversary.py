@@ -37,6 +37,7 @@ from tests.support.regression import Recorder
 
 PLAIN = ClassifierConfig(Network.vit, layers=1, dim=16, heads=2, patch=4, dropout=0.2)
 BRANCHED = ClassifierConfig(Network.vit, layers=1, dim=16, heads=2, patch=4, dropout=0.2, adapters=["token", "norms"])
+THREE = dataclasses.replace(BRANCHED, branches=["clean", "linf", "l2"])
 LINF = ThreatConfig(Norm.linf, 0.1)
 
 
@@ -178,6 +179,39 @@ def test_of_several_threats_each_image_gets_the_attack_of_the_highest_loss() -> 
     torch.testing.assert_close(together, alone.amax(0))
 
 
+def test_the_average_over_threats_is_the_mean_of_their_losses() -> None:
+    threats = [ThreatConfig(Norm.linf, 0.05), ThreatConfig(Norm.l2, 0.35), ThreatConfig(Norm.l1, 2)]
+    for training in (Training.adversarial, Training.co_training, Training.trades):
+        each = torch.stack([found(network(PLAIN), AdversaryConfig(training, [threat])) for threat in threats])
+        together = found(network(PLAIN), AdversaryConfig(training, threats, Several.average))
+        torch.testing.assert_close(together, each.mean(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("several", [Several.average, Several.worst, Several.drawn])
+def test_each_threat_attacks_its_own_branch_and_teaches_it(several: Several) -> None:
+    """Three branches in one batch, against passes of their own."""
+    model, (images, label, _) = network(THREE), batch()
+    threats = [ThreatConfig(Norm.linf, 0.05), ThreatConfig(Norm.l2, 0.45)]
+    config = AdversaryConfig(Training.co_training, threats, several, random_start=False)
+    hard = []
+    for k, threat in enumerate(threats):
+        mix = torch.eye(3)[1 + k].expand(6, 3)
+        oracle = Oracle(lambda z, mix=mix: model(255 * z, mix=mix))
+        z = pgd(oracle, images / 255, label, None, threat.threat, config.steps, config.step).images
+        hard.append(F.cross_entropy(model(255 * z, mix=mix), label, reduction="none"))
+    picked = torch.stack(hard)
+    if several is Several.worst:
+        assert len(set(picked.argmax(0).tolist())) == 2
+    number = drawn(2, batch()[2], 5)
+    chosen = {Several.average: picked.mean(0), Several.worst: picked.amax(0), Several.drawn: picked[number]}[several]
+    clean = F.cross_entropy(model(images, mix=torch.eye(3)[0].expand(6, 3)), label, reduction="none")
+    torch.testing.assert_close(found(model, config), 0.5 * clean + 0.5 * chosen, rtol=1e-4, atol=1e-5)
+    found(model, config).sum().backward()
+    assert [bool(g.any()) for g in model.tokens.grad] == (
+        [True, *(k == number for k in range(2))] if several is Several.drawn else [True] * 3
+    )
+
+
 def test_the_steepest_of_several_threats_is_followed_step_by_step_as_a_loop_does() -> None:
     """Against the algorithm written out for one example at a time, and it is PGD where there is one threat."""
     model, images, label = network(PLAIN), batch()[0], batch()[1]
@@ -280,6 +314,14 @@ def test_what_a_config_cannot_be() -> None:
     assert len(bad.problems()) == 3
     (problem,) = AdversaryConfig(Training.trades, targeted=True).problems()
     assert "knows no classes" in problem
+    four = dataclasses.replace(BRANCHED, branches=["clean", "linf", "l2", "l1"])
+    many = Config(data="x", classifier=four, adversary=AdversaryConfig(Training.co_training, [LINF, LINF]))
+    assert ["for each, not 3" in problem for problem in many.problems()] == [True]
+    many = dataclasses.replace(many, classifier=THREE)
+    assert not many.problems()
+    many.adversary.several = Several.steepest
+    assert ["of one branch" in problem for problem in many.problems()] == [True]
+    assert dataclasses.replace(BRANCHED, branches=["a", "a"]).problems()
 
 
 def train_by_stages(world, folder: str) -> dict[int, dict[str, torch.Tensor]]:  # type: ignore[no-untyped-def]

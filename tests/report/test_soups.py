@@ -96,6 +96,16 @@ def test_sets_of_which_fewer_images_choose_have_empty_cells(tmp_path: Path) -> N
     assert html.index("chosen by 10<") < html.index("chosen by 200<")
 
 
+def test_members_that_are_not_connected_are_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "result.json").write_text(
+        json.dumps({**outcome(), "barriers": {"a - b": 0.012, "a - c": 0.31}})
+    )
+    (tmp_path / "mixed" / "config.yaml").write_text(yaml.safe_dump({"soup": {}}))
+    _, html = build(str(tmp_path), {})
+    assert "by at most 31.0 points. They do not share what makes weights mix" in html
+
+
 def test_the_report_has_table_and_plot(tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
@@ -105,7 +115,7 @@ def test_the_report_has_table_and_plot(tmp_path: Path) -> None:
     assert "images that somebody has changed on purpose?" in html and "synthetic" not in html
     assert "Soups: mixed" in html and "80.0 % (70.8–87.3)" in html, "Clopper and Pearson's interval of 80 of 100"
     assert "linf: 60.0 % (weights 0.50, 0.50) against 70.0 % of b, p 0.45" in html
-    assert "by at most 1.2 points" in html
+    assert "by at most 1.2 points" in html and "judge no soup by its members" not in html
     row = re.search(r"<tr><td>sketches</td>.*?</tr>", html)
     assert row and re.findall(r"[\d.]+(?: ± [\d.]+)? %", row[0]) == [
         "40.0 %",

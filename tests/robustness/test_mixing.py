@@ -207,6 +207,8 @@ def test_a_start_that_cannot_be(folder: str) -> None:
         ClassificationTask(vit, header, 0, start=StartConfig(f"{folder}/base", mix=[1.0, 0.0])).build()
     with pytest.raises(UserError, match="another network than `classifier` describes"):
         ClassificationTask(ClassifierConfig(), header, 0, start=StartConfig(f"{folder}/base")).build()
+    with pytest.raises(UserError, match="mix has 3 weights; the branches are clean, adversarial"):
+        ClassificationTask(vit, header, 0, start=StartConfig(f"{folder}/both", mix=[1.0, 0.0, 0.0])).build()
     with pytest.raises(UserError, match="learned there: none"):
         ClassificationTask(vit, header, 0, start=StartConfig(learned=f"{folder}/test:affine")).build()
     assert StartConfig("a", {"b": 1.0}).problems() and StartConfig(soup={"a": 0.5, "b": 0.6}).problems()
