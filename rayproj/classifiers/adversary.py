@@ -181,6 +181,8 @@ def drawn(threats: int, row: Tensor, seed: int, errors: Tensor | None = None) ->
     Args:
         errors: [threats], in proportion to which they are drawn; None: evenly.
     """
+    if threats == 1:
+        return 0
     step = row[:1].clone()
     step[:, 0] = 0
     u = float(keyed.uniform(seed, "threat", step))

@@ -238,6 +238,18 @@ def test_the_steepest_of_several_threats_is_followed_step_by_step_as_a_loop_does
     torch.testing.assert_close(found(model, alone), found(model, AdversaryConfig(Training.adversarial, [LINF])))
 
 
+def test_counts_stay_what_a_checkpoint_keeps_to_the_last_one() -> None:
+    """Which has fp32 of them; their ratio stays."""
+    config = AdversaryConfig(Training.adversarial, [LINF, ThreatConfig(Norm.l1, 3.0)], Several.extreme, steps=1)
+    model = network(dataclasses.replace(PLAIN, dropout=0.0)).train()
+    prepare(model, config)
+    getattr(model, ERRORS).copy_(torch.tensor([[2**22 - 2, 2**23], [30, 100]]))
+    getattr(model, LATEST).copy_(torch.tensor([2, 0, 4, 8]))  # of the step before that of the batch
+    found(model, config)
+    assert getattr(model, ERRORS).tolist() == [[2**21 + 1, 2**22 + 4], [30, 100]]
+    assert getattr(model, LATEST)[[0, 3]].tolist() == [3, 6]
+
+
 def extreme_on(world: World) -> tuple[list[float], list[list[int]]]:
     """This rank's losses of its half at some steps, and the counts afterwards."""
     config = AdversaryConfig(Training.adversarial, [LINF, ThreatConfig(Norm.l1, 3.0)], Several.extreme, steps=1)
