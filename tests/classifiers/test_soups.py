@@ -182,7 +182,7 @@ def test_learned_weights_are_the_optimum_where_the_problem_is_convex(how: Learne
     np.testing.assert_allclose(rows_found, best.x.reshape(rows, 3), atol=0.01)
     mixed = Linear()
     mixed.load_state_dict(soup(states, found))
-    value = float(nn.functional.cross_entropy(mixed(x), label))
+    value = nn.functional.cross_entropy(mixed(x), label).item()
     assert value == pytest.approx(loss(rows_found), abs=1e-9)
 
 
