@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj.data.dataset import Dataset
-from rayproj.robustness.mixing import SoupConfig, header_of, summary
+from rayproj.robustness.mixing import SoupConfig, header_of, learned_soups, summary
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import PoolConfig, produce
 from rayproj.runtime.run import Run, RunConfig
@@ -30,7 +30,8 @@ def main(config: Config) -> dict[str, Any]:
             return run.result
         soup, found = config.soup, {}
         for name in soup.sets:
-            found[name] = Dataset.create(f"{soup.out}/{name}", header_of(soup, name, config.run.seed))
+            learned = learned_soups(soup, name, config.run.seed, run.store)
+            found[name] = Dataset.create(f"{soup.out}/{name}", header_of(soup, name, config.run.seed, learned))
             produce(run, found[name], "rayproj.robustness.mixing:Judge", config.pool, {"out": found[name].uri})
         return run.finish(summary(soup, found.pop("test"), found, config.run.seed))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj import config as configuration
-from rayproj.classifiers.adversary import AdversaryConfig, Training
+from rayproj.classifiers.adversary import AdversaryConfig, Several, Training
 from rayproj.classifiers.augment import AugmentConfig
 from rayproj.classifiers.epinet import Kind
 from rayproj.classifiers.model import StartConfig
@@ -65,6 +65,15 @@ class Config:
             found.append("start: the members of an ensemble begin differently, so that they begin with no run.")
         if self.adversary.training is not Training.none and epistemic is not Kind.none:
             found.append("adversary.training does not go with classifier.epistemic.")
+        threats, branches = len(self.adversary.threats), len(self.classifier.branches)
+        if self.adversary.training is not Training.none and self.classifier.adapters and branches > 2:
+            if branches != 1 + threats:
+                found.append(
+                    f"classifier.branches: after the first there is one for all {threats} of adversary.threats or one for "
+                    f"each, not {branches - 1}."
+                )
+            if self.adversary.several is Several.steepest:
+                found.append("adversary.several=steepest is one attack under all threats, of one branch.")
         return found + pattern_problems(self.trainable, "trainable")
 
 

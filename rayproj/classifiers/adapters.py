@@ -1,7 +1,8 @@
 """One network for clean and for adversarial images, a few of whose parameters there are once for each (Rebuffi, Croce and
 Gowal 2023, "Revisiting adapters with adversarial training"): the class token, or norms and other layers for comparison.
 
-An image goes through a mixture of the two. Mixtures other than (1, 0) and (0, 1) are the paper's adversarial model soups.
+There may be more branches than the paper's two, such as one for each threat. An image goes through a mixture of them;
+mixtures of more than one are the paper's adversarial model soups.
 """
 
 from __future__ import annotations
@@ -15,22 +16,23 @@ from torch import Tensor, nn
 from rayproj.classifiers.networks import VisionTransformer
 
 CLEAN, ADVERSARIAL = 0, 1
+BRANCHES = ("clean", "adversarial")
 NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
 class Branched(nn.Module):
-    """A layer there are two of. Their outputs are mixed: being linear in the weights, they are those of mixed weights."""
+    """A layer there are several of. Their outputs are mixed: linear in the weights, they are those of mixed weights."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, count: int) -> None:
         super().__init__()
-        self.branches = nn.ModuleList([layer, copy.deepcopy(layer)])
-        self.mix: Tensor | None = None  # [B, 2], set for each forward
+        self.branches = nn.ModuleList([layer, *(copy.deepcopy(layer) for _ in range(1, count))])
+        self.mix: Tensor | None = None  # [B, branches], set for each forward
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.mix is not None, "its Adapted says how to mix"
-        first, second = (branch(x) for branch in self.branches)
-        weight = self.mix.to(first.dtype).view(-1, 2, *[1] * (first.dim() - 1))
-        return weight[:, 0] * first + weight[:, 1] * second
+        found = [branch(x) for branch in self.branches]
+        weights = self.mix.to(found[0].dtype).view(-1, len(found), *[1] * (found[0].dim() - 1)).unbind(1)
+        return sum(weight * one for weight, one in zip(weights, found, strict=True))  # type: ignore[return-value]
 
 
 class Adapted(nn.Module):
@@ -38,30 +40,31 @@ class Adapted(nn.Module):
 
     Args:
         network: of `networks`.
-        kinds: what there are two of.
+        kinds: what there are several of.
+        names: of the branches.
 
     Attributes:
-        mix: weights of the two branches for images of which nothing else is said.
+        mix: weights of the branches for images of which nothing else is said: the first one.
     """
 
-    def __init__(self, network: nn.Module, kinds: Sequence[str]) -> None:
+    def __init__(self, network: nn.Module, kinds: Sequence[str], names: Sequence[str] = BRANCHES) -> None:
         super().__init__()
-        self.network, self.kinds = network, tuple(kinds)
-        self.mix = torch.tensor([1.0, 0.0])
+        self.network, self.kinds, self.names = network, tuple(kinds), tuple(names)
+        self.mix = torch.eye(len(names))[0]
         if isinstance(network, VisionTransformer):
             known = network.net.vit.embeddings
             if "token" in kinds:
-                self.tokens = nn.Parameter(known.cls_token.detach().repeat(2, 1, 1))
+                self.tokens = nn.Parameter(known.cls_token.detach().repeat(len(names), 1, 1))
                 known.cls_token = None  # these are in its place
             if "positions" in kinds:
-                self.positions = nn.Parameter(known.position_embeddings.detach().repeat(2, 1, 1))
+                self.positions = nn.Parameter(known.position_embeddings.detach().repeat(len(names), 1, 1))
                 known.position_embeddings = None
         for parent in list(network.modules()):
             for name, child in list(parent.named_children()):
-                if self._has_two(network, child):
-                    setattr(parent, name, Branched(child))
+                if self._has_several(network, child):
+                    setattr(parent, name, Branched(child, len(names)))
 
-    def _has_two(self, network: nn.Module, layer: nn.Module) -> bool:
+    def _has_several(self, network: nn.Module, layer: nn.Module) -> bool:
         first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
         return (
             ("norms" in self.kinds and isinstance(layer, NORMS))
@@ -70,22 +73,22 @@ class Adapted(nn.Module):
         )
 
     def forward(self, images: Tensor, mix: Tensor | None = None) -> Tensor:
-        """Logits [B, num_classes], each image's through its own mixture [B, 2] where one is given."""
-        mix = self.mix.to(images.device).expand(len(images), 2) if mix is None else mix
+        """Logits [B, num_classes], each image's through its own mixture [B, branches] where one is given."""
+        mix = self.mix.to(images.device).expand(len(images), -1) if mix is None else mix
         for module in self.network.modules():
             if isinstance(module, Branched):
                 module.mix = mix
-        pairs = {"token": getattr(self, "tokens", None), "positions": getattr(self, "positions", None)}
-        return self.network(images, **{n: _mixed(p, mix) for n, p in pairs.items() if p is not None})  # type: ignore[no-any-return]
+        own = {"token": getattr(self, "tokens", None), "positions": getattr(self, "positions", None)}
+        return self.network(images, **{n: _mixed(p, mix) for n, p in own.items() if p is not None})  # type: ignore[no-any-return]
 
     def own_parameters(self) -> int:
-        """How many parameters a second branch adds."""
-        branched = [m.branches[1] for m in self.network.modules() if isinstance(m, Branched)]
+        """How many parameters all branches after the first add."""
+        branched = [b for m in self.network.modules() if isinstance(m, Branched) for b in m.branches[1:]]
         more = sum(p.numel() for branch in branched for p in branch.parameters())
-        return more + sum(getattr(self, n)[0].numel() for n in ("tokens", "positions") if hasattr(self, n))
+        return more + sum(getattr(self, n)[1:].numel() for n in ("tokens", "positions") if hasattr(self, n))
 
     def merged(self, mix: Tensor) -> nn.Module:
-        """The network alone, its adapters mixed once and for all: [2] weights."""
+        """The network alone, its adapters mixed once and for all: [branches] weights."""
         network = copy.deepcopy(self.network)
         if isinstance(network, VisionTransformer):
             known = network.net.vit.embeddings
@@ -96,13 +99,13 @@ class Adapted(nn.Module):
         for parent in list(network.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, Branched):
-                    layer, other = child.branches
-                    for a, b in zip(layer.parameters(), other.parameters(), strict=True):
-                        a.data = (mix[0] * a + mix[1] * b).detach()
+                    layer = child.branches[0]
+                    for own in zip(*(branch.parameters() for branch in child.branches), strict=True):
+                        own[0].data = sum(w * p for w, p in zip(mix, own, strict=True)).detach()  # type: ignore[union-attr]
                     setattr(parent, name, layer)
         return network
 
 
-def _mixed(pair: Tensor, mix: Tensor) -> Tensor:
-    """[2, ...] and [B, 2] to [B, ...]."""
-    return torch.einsum("n...,bn->b...", pair, mix.to(pair))
+def _mixed(own: Tensor, mix: Tensor) -> Tensor:
+    """[branches, ...] and [B, branches] to [B, ...]."""
+    return torch.einsum("n...,bn->b...", own, mix.to(own))

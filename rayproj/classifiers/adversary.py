@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayproj import keyed
 from rayproj.classifiers.adapters import ADVERSARIAL, CLEAN, Adapted
+from rayproj.classifiers.objective import bare
 from rayproj.robustness.losses import Loss, cross_entropy
 from rayproj.robustness.oracle import Oracle
 from rayproj.robustness.pgd import msd, pgd
@@ -31,8 +34,13 @@ class Several(Enum):
     """What is made of several threats."""
 
     drawn = "drawn"  # one a step, drawn evenly (SAT, Madaan et al. 2021)
+    average = "average"  # all of them, and the mean of their losses (AVG, Tramèr and Boneh 2019)
     worst = "worst"  # of each image the attack of the highest loss (MAX, Tramèr and Boneh 2019)
     steepest = "steepest"  # one attack, each of whose steps is the worst among the threats' (MSD, Maini et al. 2020)
+    # One a step, drawn in proportion to the share of the images that it has broken so far (E-AT, Croce and Hein 2022,
+    # "Adversarial robustness against multiple and single lp-threat models via quick fine-tuning of robust classifiers",
+    # section 4; theirs are the extremes ℓ∞ and ℓ1 alone).
+    extreme = "extreme"
 
 
 @dataclass
@@ -57,6 +65,7 @@ class AdversaryConfig:
     training: Training = Training.none
     threats: list[ThreatConfig] = field(default_factory=lambda: [ThreatConfig()])
     several: Several = Several.drawn
+    targeted: bool = False  # towards another class, drawn for each image at each step; not up the loss of its own
     steps: int = 3  # of projected gradient ascent
     step: float = 0.5  # length of each, in radii
     random_start: bool = True
@@ -69,70 +78,158 @@ class AdversaryConfig:
         ]
         if not 0 <= self.alpha <= 1:
             found.append(f"adversary.alpha must lie in [0, 1], not {self.alpha:g}.")
+        if self.targeted and self.training is Training.trades:
+            found.append("adversary.targeted does not go with training=trades, whose attack knows no classes.")
         return found if self.threats else [*found, "adversary.threats is empty."]
 
 
 Losses = Callable[[Tensor], Tensor]
 """Losses [B] of logits [B, K]: the objective's, with the labels in it."""
 
+# Buffers of a model in which E-AT keeps what came of the attacks, whole numbers that no cast touches: int32 [threats, 2]
+# (misclassified, attacked) of the steps before, and int32 [4] (step, threat, misclassified, attacked) of the last one. They
+# are apart so that all micro-batches of a step draw the same threat.
+ERRORS, LATEST = "robust_errors", "robust_errors_latest"
+MOST = 2**23  # images that are counted: checkpoints are fp32
+
+
+def prepare(model: nn.Module, config: AdversaryConfig) -> None:
+    """Give a model what the adversary keeps in it."""
+    if config.training is not Training.none and config.several is Several.extreme:
+        model.register_buffer(ERRORS, torch.zeros(len(config.threats), 2, dtype=torch.int32))
+        model.register_buffer(LATEST, torch.zeros(4, dtype=torch.int32))
+
 
 def losses(
     model: nn.Module, images: Tensor, label: Tensor, row: Tensor, objective: Losses, config: AdversaryConfig, seed: int
 ) -> Tensor:
     """Per-example losses [B] of uint8 images [B, C, H, W]. With adapters, clean images go through the clean branch, and the
-    attacked ones through the adversarial branch, which is also the one that is attacked; both in one pass.
+    attacked ones through the adversarial branch or that of their threat, which is also the one that is attacked; all in one
+    pass.
 
     The attack draws by (seed, row): what it finds for an example depends on no other.
     """
-    adapted = isinstance(_bare(model), Adapted)
-    branch = _branches(adapted, images)
     x = images.float() / 255
-
-    def attacked_branch(z: Tensor) -> Tensor:
-        # Not through DeepSpeed's engine, which takes every gradient for one of the parameters.
-        return _bare(model)(255 * z, **branch(ADVERSARIAL))  # type: ignore[no-any-return]
-
-    if config.training is Training.adversarial:
-        z = _attacked(model, attacked_branch, x, label, row, config, seed)
-        return objective(model(255 * z, **branch(ADVERSARIAL)))
+    clean = torch.full_like(label, CLEAN)
     if config.training is Training.trades:
-        clean = model(255 * x, **branch(CLEAN))
-        fixed = clean.detach().softmax(1)
-        z = _attacked(
-            model, attacked_branch, x, label, row, config, seed, lambda logits, *_: _divergence(logits, fixed)
-        )
-        return objective(clean) + config.beta * _divergence(model(255 * z, **branch(ADVERSARIAL)), clean.softmax(1))
-    z = _attacked(model, attacked_branch, x, label, row, config, seed)
-    both = {"mix": torch.cat([branch(CLEAN)["mix"], branch(ADVERSARIAL)["mix"]])} if adapted else {}
-    first, second = model(255 * torch.cat([x, z]), **both).chunk(2)
-    return config.alpha * objective(first) + (1 - config.alpha) * objective(second)
+        logits = _logits(model, x, clean)
+        fixed = logits.detach().softmax(1)
+        found = _attacked(model, x, label, row, config, seed, lambda moved, *_: _divergence(moved, fixed))
+        moved = _logits(model, *_joined(found)).chunk(len(found))
+        return objective(logits) + config.beta * _mean([_divergence(one, logits.softmax(1)) for one in moved])
+    found = _attacked(model, x, label, row, config, seed)
+    if config.training is Training.adversarial:
+        return _mean([objective(one) for one in _logits(model, *_joined(found)).chunk(len(found))])
+    first, *others = _logits(model, *_joined([(x, clean), *found])).chunk(1 + len(found))
+    return config.alpha * objective(first) + (1 - config.alpha) * _mean([objective(one) for one in others])
+
+
+def _logits(model: nn.Module, z: Tensor, branch: Tensor) -> Tensor:
+    """Of images in [0, 1], each through the branch of its number, if the model has some."""
+    own = bare(model)
+    told = {"mix": torch.eye(len(own.names), device=branch.device)[branch]} if isinstance(own, Adapted) else {}
+    return model(255 * z, **told)  # type: ignore[no-any-return]
+
+
+def _joined(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    images, branches = zip(*found, strict=True)
+    return torch.cat(images), torch.cat(branches)
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean(0)
 
 
 def _attacked(
-    model: nn.Module, logits: Callable[[Tensor], Tensor], x: Tensor, label: Tensor, row: Tensor, config: AdversaryConfig,
-    seed: int, loss: Loss = cross_entropy,
-) -> Tensor:  # fmt: skip
-    threats = [drawn(config, row, seed)] if config.several is Several.drawn else [t.threat for t in config.threats]
-    oracle, start = Oracle(logits), row if config.random_start else None
-    told = (config.steps, config.step, loss, seed)
+    model: nn.Module, x: Tensor, label: Tensor, row: Tensor, config: AdversaryConfig, seed: int,
+    loss: Loss = cross_entropy,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Attacked images and the branches [B] through which they were attacked; several where all threats count."""
+    own = bare(model)  # not DeepSpeed's engine, which takes every gradient for one of the parameters
+    each = isinstance(own, Adapted) and len(own.names) > 2
+    numbers = list(range(len(config.threats)))
+    if config.targeted:
+        loss = _towards(keyed.uniform(seed, "target", row))
+    if config.several in (Several.drawn, Several.extreme):
+        errors = _robust_errors(model, row) if config.several is Several.extreme else None
+        numbers = [drawn(len(numbers), row, seed, errors)]
+    start, told = row if config.random_start else None, (config.steps, config.step, loss, seed)
     with evaluating(model):
         if config.several is Several.steepest:
-            return msd(oracle, x, label, start, threats, *told).images.detach()
-        found = [pgd(oracle, x, label, start, threat, *told).images.detach() for threat in threats]
-        if len(found) == 1:
-            return found[0]
-        with torch.no_grad():
-            reached = torch.stack([loss(logits(z), label, label) for z in found])
-    return torch.stack(found)[reached.argmax(0), torch.arange(len(x), device=x.device)]
+            branch, threats = torch.full_like(label, ADVERSARIAL), [t.threat for t in config.threats]
+            oracle = Oracle(partial(_logits, own, branch=branch))
+            return [(msd(oracle, x, label, start, threats, *told).images.detach(), branch)]
+        found, reached = list[tuple[Tensor, Tensor]](), list[Tensor]()
+        for number in numbers:
+            branch = torch.full_like(label, ADVERSARIAL + number * each)
+            oracle = Oracle(partial(_logits, own, branch=branch))
+            attack = pgd(oracle, x, label, start, config.threats[number].threat, *told)
+            found.append((attack.images.detach(), branch))
+            if config.several is Several.worst and len(numbers) > 1:
+                reached.append(loss(oracle.logits(found[-1][0]), label, label))
+    if reached:
+        worst, every = torch.stack(reached).argmax(0), torch.arange(len(x), device=x.device)
+        return [tuple(torch.stack(all_)[worst, every] for all_ in zip(*found, strict=True))]  # type: ignore[list-item]
+    if config.several is Several.extreme:
+        _count(model, numbers[0], attack.broken, row)
+    return found
 
 
-def drawn(config: AdversaryConfig, row: Tensor, seed: int) -> Threat:
-    """The threat of a step of `Several.drawn`, by its number, which all rows of a batch share."""
-    if len(config.threats) == 1:
-        return config.threats[0].threat
+def drawn(threats: int, row: Tensor, seed: int, errors: Tensor | None = None) -> int:
+    """The number of a step's threat, by the number of the step, which all rows of a batch share.
+
+    Args:
+        errors: [threats], in proportion to which they are drawn; None: evenly.
+    """
+    if threats == 1:
+        return 0
     step = row[:1].clone()
     step[:, 0] = 0
-    return config.threats[int(keyed.uniform(seed, "threat", step) * len(config.threats))].threat
+    u = float(keyed.uniform(seed, "threat", step))
+    reached = (torch.ones(threats) if errors is None else errors).double().cumsum(0)
+    return min(int((reached <= u * reached[-1]).sum()), threats - 1)
+
+
+def _counts(model: nn.Module, row: Tensor) -> tuple[Tensor, Tensor]:
+    """(misclassified, attacked) of each threat in all steps before that of a batch, [threats, 2], and what there is of its
+    own step, [4], as the buffers have them."""
+    errors, latest = getattr(model, ERRORS), getattr(model, LATEST)
+    if int(latest[0]) == int(row[0, 1]):
+        return errors, latest
+    errors = errors.clone()
+    errors[latest[1]] += latest[2:]
+    errors[errors[:, 1] > MOST] //= 2  # their ratio is what counts
+    return errors, torch.zeros_like(latest)
+
+
+def _robust_errors(model: nn.Module, row: Tensor) -> Tensor | None:
+    """The share of the images that each threat broke so far, [threats]; None where one has none yet, or all are harmless."""
+    wrong, attacked = _counts(model, row)[0].T.cpu()
+    return wrong / attacked if attacked.all() and wrong.any() else None
+
+
+def _count(model: nn.Module, number: int, broken: Tensor, row: Tensor) -> None:
+    """Add what came of the attacks of a threat. Collective in training, and only then."""
+    if not bare(model).training:
+        return
+    errors, latest = _counts(model, row)
+    found = torch.stack([broken.sum(), torch.ones_like(broken).sum()])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(found)
+    getattr(model, ERRORS).copy_(errors)
+    own = torch.cat([torch.tensor([int(row[0, 1]), number], device=found.device), latest[2:] + found])
+    getattr(model, LATEST).copy_(own)
+
+
+def _towards(u: Tensor) -> Loss:
+    """Minus the cross-entropy with another class than the label, by uniform numbers [B]."""
+
+    def loss(logits: Tensor, label: Tensor, _: Tensor) -> Tensor:
+        others = logits.shape[1] - 1
+        target = (u * others).long().clamp(max=others - 1)
+        return -F.cross_entropy(logits, target + (target >= label), reduction="none")
+
+    return loss
 
 
 def _divergence(logits: Tensor, of: Tensor) -> Tensor:
@@ -140,24 +237,10 @@ def _divergence(logits: Tensor, of: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(1), of, reduction="none").sum(1)
 
 
-def _branches(adapted: bool, images: Tensor) -> Callable[[int], dict[str, Tensor]]:
-    """Number of a branch to what the model is told of it."""
-
-    def told(number: int) -> dict[str, Tensor]:
-        mix = torch.zeros(len(images), 2, device=images.device)
-        mix[:, number] = 1
-        return {"mix": mix} if adapted else {}
-
-    return told
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    return getattr(model, "module", model)  # inside DeepSpeed's engine
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout, as the attacked model will be."""
+    model = bare(model)  # DeepSpeed's engine itself is always in training
     training = model.training
     model.eval()
     try:

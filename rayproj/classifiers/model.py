@@ -9,6 +9,7 @@ from torch import nn
 
 from rayproj import config as configuration
 from rayproj.classifiers.adapters import Adapted
+from rayproj.classifiers.adversary import ERRORS, LATEST
 from rayproj.classifiers.epinet import EpistemicNetwork
 from rayproj.classifiers.networks import ClassifierConfig, build
 from rayproj.classifiers.objective import GROUP_WEIGHTS
@@ -19,9 +20,12 @@ from rayproj.engine.engine import load_flat
 from rayproj.errors import UserError
 from rayproj.storage.store import Store
 
+KEPT = (GROUP_WEIGHTS, ERRORS, LATEST)
+
 
 def weights_of(run_dir: str) -> dict[str, torch.Tensor]:
-    """The averaged weights of a classifier run's newest commit, flat fp32 by name, without what its objective kept there.
+    """The averaged weights of a classifier run's newest commit, flat fp32 by name, without what the training kept
+    there.
 
     Raises:
         UserError: the run has no commit.
@@ -29,7 +33,7 @@ def weights_of(run_dir: str) -> dict[str, torch.Tensor]:
     store = Store(run_dir)
     if not store.exists("config.yaml"):
         raise UserError(f"There is no run at '{run_dir}'; give the run dir of jobs/train_classifier.py.")
-    return {name: tensor for name, tensor in load_ema(store)[0].items() if name != GROUP_WEIGHTS}
+    return {name: tensor for name, tensor in load_ema(store)[0].items() if name not in KEPT}
 
 
 def network_for(config: ClassifierConfig, images: Header) -> nn.Module:
@@ -69,38 +73,45 @@ class StartConfig:
 
     run: str = ""  # run dir of a classifier of the same size
     soup: dict[str, float] = field(default_factory=dict)  # run dirs -> their weights in a mixture, which sum to 1
-    # Of a start with adapters: the weights of the clean and of the adversarial branch, which become one network.
+    learned: str = ""  # a soup that jobs/soup.py learned: <soup.out>/<set>:<how>
+    # Of a start with adapters: the weights of its branches (of the clean and the adversarial one), which become one network.
     mix: list[float] = field(default_factory=list)
 
     def problems(self) -> list[str]:
-        found = ["start: give run or soup, not both."] if self.run and self.soup else []
+        several = sum(map(bool, (self.run, self.soup, self.learned))) > 1
+        found = ["start: give one of run, soup and learned."] if several else []
         if self.soup and abs(sum(self.soup.values()) - 1) > 1e-6:
             found.append(f"start.soup: the weights sum to {sum(self.soup.values()):g}, and should to 1.")
-        if self.mix and len(self.mix) != 2:
-            found.append("start.mix has two weights: of the clean and of the adversarial branch.")
         return found if self or not self.mix else [*found, "start.mix needs start.run or start.soup."]
 
     def __bool__(self) -> bool:
-        return bool(self.run or self.soup)
+        return bool(self.run or self.soup or self.learned)
 
     def network(self, config: ClassifierConfig, images: Header) -> nn.Module:
-        """A network of this config with these weights; with adapters, if the start had none, its two branches are equal;
+        """A network of this config with these weights; with adapters, if the start had none, its branches are equal;
         of an epistemic network, if the start was none, they are its base's.
 
         Raises:
             UserError: the start is not there, or is another kind of network.
         """
         wanted = network_for(config, images)  # first, so that what it draws is what it would draw without a start
-        members = list(self.soup) or [self.run]
-        found = of_run(members[0], images)
+        members = list(self.soup) or [self.run or self.learned]
+        if self.learned:
+            from rayproj.robustness.mixing import learned_soup  # which reads classifiers by this module
+
+            found = learned_soup(self.learned, images)
+        else:
+            found = of_run(members[0], images)
         if self.soup:
             found.load_state_dict(soup([of_run(run, images).state_dict() for run in members], list(self.soup.values())))
         if self.mix:
             if not isinstance(found, Adapted):
                 raise UserError(f"start.mix: '{members[0]}' has no adapters to mix.")
+            if len(self.mix) != len(found.names):
+                raise UserError(f"start.mix has {len(self.mix)} weights; the branches are {', '.join(found.names)}.")
             found = found.merged(torch.tensor(self.mix))
         if config.adapters and not isinstance(found, Adapted):
-            found = Adapted(found, config.adapters)
+            found = Adapted(found, config.adapters, config.branches)
         given = found.state_dict()
         inside = (
             isinstance(wanted, EpistemicNetwork) and hasattr(wanted, "base") and not isinstance(found, EpistemicNetwork)

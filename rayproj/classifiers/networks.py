@@ -30,7 +30,7 @@ class Network(Enum):
 
 @dataclass
 class ClassifierConfig:
-    """A network, and what of it there is twice."""
+    """A network, and what of it there is more than once."""
 
     network: Network = Network.conv
     channels: tuple[int, ...] = (32, 64, 128)  # conv: of each stage
@@ -47,6 +47,8 @@ class ClassifierConfig:
     # patches, head; token and positions are of a vit alone, and norms not of efficientnet_lite0, whose batch norms are not
     # trained. []: one model for both.
     adapters: list[str] = field(default_factory=list)
+    # Of images as they are, and of attacked ones: one for all, or one for each of adversary.threats in their order.
+    branches: list[str] = field(default_factory=lambda: ["clean", "adversarial"])
     epistemic: EpistemicConfig = field(default_factory=EpistemicConfig)  # a network that knows how sure it is
 
     def problems(self) -> list[str]:
@@ -65,6 +67,8 @@ class ClassifierConfig:
         wrong = [kind for kind in self.adapters if kind not in known]
         if wrong:
             found.append(f"classifier.adapters: '{wrong[0]}' is none of {', '.join(known)} for {self.network.value}.")
+        if len(self.branches) < 2 or len(set(self.branches)) < len(self.branches):
+            found.append("classifier.branches are two at least, and each has another name.")
         kind = self.epistemic.kind
         if kind is not Kind.none and self.adapters:
             found.append("classifier.adapters do not go with classifier.epistemic.")
@@ -282,7 +286,7 @@ def build(config: ClassifierConfig, channels: int, side: int, classes: int) -> n
 
     epistemic = config.epistemic
     if epistemic.kind is Kind.none:
-        return Adapted(plain(), config.adapters) if config.adapters else plain()
+        return Adapted(plain(), config.adapters, config.branches) if config.adapters else plain()
     if epistemic.kind is Kind.epinet:
         return Epinet(epistemic, plain(), channels)
     if epistemic.kind is Kind.ensemble:

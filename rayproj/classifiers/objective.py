@@ -93,16 +93,22 @@ class Objective:
         sums = torch.zeros(2, self.groups, dtype=torch.float64, device=losses.device)
         sums[0].index_add_(0, cell, losses.detach().double())
         sums[1].index_add_(0, cell, torch.ones_like(sums[0][cell]))
-        several = model.training and dist.is_initialized() and dist.get_world_size() > 1
+        training = bare(model).training
+        several = training and dist.is_initialized() and dist.get_world_size() > 1
         if several:
             dist.all_reduce(sums)
         count = sums[1].clamp(min=1)
         kept = getattr(model, GROUP_WEIGHTS)
         log = kept.double() / FIXED
-        if model.training:
+        if training:
             mean = sums[0] / count + (sums[1] > 0) * self.adjustment.to(count)
             log = log + self.config.dro_step * mean * (sums[1] > 0)
             kept.copy_(((log - torch.logsumexp(log, 0)).clamp(min=-8) * FIXED).round().int())
             log = kept.double() / FIXED
         examples = len(losses) * (dist.get_world_size() if several else 1)
         return losses * (log.softmax(0)[cell] * examples / count[cell]).to(losses)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside DeepSpeed's engine, which itself is always in training, or the model."""
+    return getattr(model, "module", model)

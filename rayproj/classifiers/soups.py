@@ -5,30 +5,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
 from functools import lru_cache
 from itertools import product
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayproj.classifiers.networks import VisionTransformer
 from rayproj.errors import UserError
 
 State = Mapping[str, Tensor]
+Weights = Sequence[float] | Mapping[str, Sequence[float]]
+"""One for each member, or that in each layer, by `layer`."""
+
 AT_ONCE = 32  # candidates on a GPU, whose weights and activations are there at a time
 KEPT = 2**30  # bytes of soups that wait to be asked again, of which there is always one
 
 
-def soup(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
+def soup(states: Sequence[State], weights: Weights) -> dict[str, Tensor]:
     """Σ_i w_i θ_i, summed in double precision; what is not floating point is taken from the first.
 
-    Weights may be negative, and those of the paper sum to 1.
+    Weights may be negative, and those of the papers sum to 1.
 
     Raises:
         UserError: the states are not of one kind of network; it names the difference.
     """
-    assert len(states) == len(weights) > 0
     first = states[0]
     for other in states[1:]:
         wrong = sorted(set(first) ^ set(other)) or [n for n in first if first[n].shape != other[n].shape]
@@ -36,14 +40,20 @@ def soup(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]
             raise UserError(f"Networks of different kinds cannot be mixed: '{wrong[0]}' is not the same in all.")
     found = {}
     for name, tensor in first.items():
+        own = weights[layer(name)] if isinstance(weights, Mapping) else weights
         if not tensor.is_floating_point():
             found[name] = tensor.clone()
-        elif 1.0 in weights and sum(map(bool, weights)) == 1:  # one alone, to the last bit
-            found[name] = states[list(weights).index(1.0)][name].clone()
+        elif 1.0 in own and sum(map(bool, own)) == 1:  # one alone, to the last bit
+            found[name] = states[list(own).index(1.0)][name].clone()
         else:
-            mixed = sum(w * state[name].double() for state, w in zip(states, weights, strict=True))
+            mixed = sum(w * state[name].double() for state, w in zip(states, own, strict=True))
             found[name] = mixed.to(tensor.dtype)  # type: ignore[union-attr]
     return found
+
+
+def layer(name: str) -> str:
+    """The layer of a parameter, whose weight and bias belong together."""
+    return name.rpartition(".")[0]
 
 
 def grid(members: int, parts: int, beyond: float = 0.0) -> np.ndarray:
@@ -68,12 +78,16 @@ class Stack:
     Args:
         network: gives the form; it is changed.
         states: of the members.
-        weights: [candidates, members].
+        weights: of each candidate.
         at_once: how many in one pass; None: as is faster where the states are.
     """
 
     def __init__(
-        self, network: nn.Module, states: Sequence[State], weights: np.ndarray, at_once: int | None = None
+        self,
+        network: nn.Module,
+        states: Sequence[State],
+        weights: Sequence[Weights] | np.ndarray,
+        at_once: int | None = None,
     ) -> None:
         self.network, self.states, self.weights, self.count = network, states, weights, len(weights)
         on_gpu = any(tensor.device.type != "cpu" for tensor in states[0].values())
@@ -106,7 +120,8 @@ class Stack:
 
     def _made(self, begin: int, end: int) -> dict[str, Tensor]:
         """The weights of some candidates, [end - begin, ...] each."""
-        soups = [soup(self.states, list(map(float, row))) for row in self.weights[begin:end]]
+        rows = self.weights[begin:end]
+        soups = [soup(self.states, row if isinstance(row, Mapping) else list(map(float, row))) for row in rows]
         return {name: torch.stack([one[name] for one in soups]) for name in soups[0]}
 
     def _one(self, state: dict[str, Tensor], images: Tensor) -> Tensor:
@@ -115,6 +130,53 @@ class Stack:
     def flat(self, images: Tensor) -> Tensor:
         """The same for [candidates · B, ...], as attacks have them: logits [candidates · B, K]."""
         return self(images.unflatten(0, (self.count, -1))).flatten(0, 1)
+
+
+class Learned(Enum):
+    """How weights are learned from labelled images."""
+
+    convex = "convex"  # of a softmax (Wortsman et al. 2022, recipe 3)
+    affine = "affine"  # any that sum to 1
+    convex_by_layer = "convex_by_layer"  # and of their own in every layer (ibid., appendix I)
+    affine_by_layer = "affine_by_layer"
+
+
+def learned(
+    network: nn.Module, states: Sequence[State], images: Tensor, label: Tensor, how: Learned, steps: int
+) -> Weights:
+    """Weights of least cross-entropy on labelled images [B, ...], from those of the even mixture on by L-BFGS.
+
+    The problem is convex where the logits are linear in the weights. With many weights and few images the number of steps
+    is what keeps them near the even mixture.
+
+    Args:
+        steps: of L-BFGS, at most.
+    """
+    first = states[0]
+    stacked = {
+        name: torch.stack([state[name] for state in states]) for name in first if first[name].is_floating_point()
+    }
+    by_layer = how in (Learned.convex_by_layer, Learned.affine_by_layer)
+    places = {name: layer(name) if by_layer else "" for name in stacked}
+    names = sorted(set(places.values()))
+    free = torch.zeros(len(names), len(states), dtype=torch.float64, device=label.device, requires_grad=True)
+
+    def weights() -> Tensor:
+        if how in (Learned.convex, Learned.convex_by_layer):
+            return free.softmax(1)
+        return free - free.mean(1, keepdim=True) + 1 / len(states)
+
+    def closure() -> Tensor:
+        rows = dict(zip(names, weights(), strict=True))
+        mixed = {name: torch.tensordot(rows[places[name]].to(all_), all_, 1) for name, all_ in stacked.items()}
+        logits = torch.func.functional_call(network, {**first, **mixed}, (images,))
+        loss = F.cross_entropy(logits, label)
+        (free.grad,) = torch.autograd.grad(loss, free)
+        return loss
+
+    torch.optim.LBFGS([free], max_iter=steps, line_search_fn="strong_wolfe").step(closure)
+    found = dict(zip(names, weights().tolist(), strict=True))
+    return found if by_layer else found[""]
 
 
 Score = Callable[[Sequence[float]], float]

@@ -59,6 +59,7 @@ class ClassificationTask:
     def _ready(self, model: nn.Module) -> nn.Module:
         train_only(model, self.trainable, "trainable", model.fixed() if isinstance(model, EpistemicNetwork) else ())
         self.objective.prepare(model)
+        adversaries.prepare(model, self.adversary)
         return model
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -15,7 +15,8 @@ WEIGHTS, CLEAN = "weights", "clean"
 
 def rows(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The members alone, the best candidate by each measure, and the greedy soup: what each is called, and its entry of
-    "soups" of `rayproj.robustness.mixing.summary`. A candidate that is several of these is there once. Last the ensemble."""
+    "soups" of `rayproj.robustness.mixing.summary`. A candidate that is several of these is there once. Then those that were
+    learned, whose weights by layer are too many for a table, and last the ensemble."""
     soups, members = found["soups"], found["members"]
     titles: dict[int, list[str]] = {}
     for name, alone in zip(members, _alone(found), strict=True):
@@ -24,16 +25,24 @@ def rows(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         titles.setdefault(number, []).append(f"best {measure}")
     if "greedy" in found:
         titles.setdefault(found["greedy"], []).append("greedy, for the union")
+    learned = [
+        (title, {key: value for key, value in one.items() if not isinstance(value, dict) or key != WEIGHTS})
+        for title, one in _learned(found).items()
+    ]
     together = [(f"ensemble, {len(members)} passes", found["ensemble"])] if "ensemble" in found else []
-    return [(", ".join(title), soups[number]) for number, title in titles.items()] + together
+    return [(", ".join(title), soups[number]) for number, title in titles.items()] + learned + together
+
+
+def _learned(found: dict[str, Any]) -> dict[str, Any]:
+    return {f"learned, {how.replace('_', ' ')}": one for how, one in found.get("learned", {}).items()}
 
 
 def trade_offs(found: dict[str, Any]) -> Figure:
     """A panel for every threat and the union: accuracy under it over accuracy without an attack, of all candidates, with the
-    members, their ensemble and the front of what no candidate beats in both."""
+    members, what was learned, the ensemble and the front of what no candidate beats in both."""
     soups, members = found["soups"], found["members"]
     measures = [name for name in _measures(found) if name != CLEAN]
-    marked = dict(zip(members, _alone(found), strict=True))
+    marked = dict(zip(members, _alone(found), strict=True)) | _learned(found)
     if "ensemble" in found:
         marked["ensemble"] = found["ensemble"]
     figure, axes = panels(max(1, len(measures)), 3.0, 2.8)
@@ -45,7 +54,7 @@ def trade_offs(found: dict[str, Any]) -> Figure:
         for colour, (name, one) in zip(cycle(SERIES), marked.items()):
             ends = [[abs(one[m]["value"] - one[m][end]) for end in ("low", "high")] for m in (CLEAN, measure)]
             at = [one[m]["value"] for m in (CLEAN, measure)]
-            marker = "*" if name == "ensemble" else "o"
+            marker = "o" if name in members else "*" if name == "ensemble" else "D"
             axis.errorbar(*at, xerr=np.c_[ends[0]], yerr=np.c_[ends[1]], color=colour, marker=marker, markersize=6,
                           elinewidth=0.6, linestyle="none", label=name, zorder=3)  # fmt: skip
         axis.set_xlabel("right without an attack")

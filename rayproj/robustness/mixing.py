@@ -1,7 +1,8 @@
 """Soups of classifiers: every candidate mixture judged on the same images, without an attack and under each threat.
 
-What is written is a dataset: of each image one digit for each candidate, 1 where that is right, and as much of the members'
-ensemble, which costs their number of passes where a soup costs one. Whatever is to be chosen or plotted follows from these.
+What is written is a dataset: of each image one digit for each candidate, 1 where that is right, and for soups that were
+learned, and as much of the members' ensemble, which costs their number of passes where a soup costs one. Whatever is to be
+chosen or plotted follows from these.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rayproj import config as configuration
 from rayproj.classifiers.adapters import Adapted
 from rayproj.classifiers.adversary import ThreatConfig
 from rayproj.classifiers.model import of_run
-from rayproj.classifiers.soups import Stack, barrier, few_shot, greedy, grid
+from rayproj.classifiers.soups import Learned, Stack, Weights, barrier, few_shot, greedy, grid, learned, soup
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.engine.checkpoint import commits
@@ -31,10 +32,22 @@ from rayproj.robustness.job import share
 from rayproj.robustness.losses import cross_entropy, targeted
 from rayproj.robustness.oracle import Model, Oracle
 from rayproj.robustness.threats import Threat
-from rayproj.storage.store import Store
+from rayproj.storage.store import Store, from_json, to_json
 
 CLEAN, ENSEMBLE = "clean", "ensemble"
 MOST = 6  # members of which every even mixture is a candidate too
+
+
+@dataclass
+class LearnConfig:
+    """Soups whose weights are learned: of each set on images of its own that are not judged."""
+
+    how: list[Learned] = field(default_factory=list)
+    shots: int = 100  # labelled images
+    steps: int = 50  # of L-BFGS on their cross-entropy
+
+    def problems(self) -> list[str]:
+        return [f"soup.learn.{name} must be positive." for name in ("shots", "steps") if getattr(self, name) <= 0]
 
 
 @dataclass
@@ -43,7 +56,7 @@ class SoupConfig:
 
     members: dict[str, str] = field(
         default_factory=dict
-    )  # name -> run dir; one with adapters is two: name:clean, name:adversarial
+    )  # name -> run dir; one with adapters is its branches: name:clean, name:adversarial
     test: str = "???"  # images with labels
     out: str = "???"  # where what is found goes: <out>/<set>
     # For the choice by few images of a shifted set: other images of these classes, and corruptions of the test images.
@@ -53,6 +66,7 @@ class SoupConfig:
     threats: dict[str, ThreatConfig] = field(default_factory=dict)
     parts: int = 10  # weights are multiples of one over so many
     beyond: float = 0.0  # how far weights may leave [0, 1]
+    learn: LearnConfig = field(default_factory=LearnConfig)
     steps: int = 20  # of APGD on the cross-entropy, and of one towards the likeliest other class
     shots: list[int] = field(default_factory=lambda: [10, 50, 200])
     examples: int = 500
@@ -89,8 +103,8 @@ def members_of(config: SoupConfig, images: Header) -> tuple[nn.Module, dict[str,
     for name, run in sorted(config.members.items()):
         one = of_run(run, images)
         if isinstance(one, Adapted):
-            ends = {"clean": [1.0, 0.0], "adversarial": [0.0, 1.0]}
-            parts = {f"{name}:{end}": one.merged(torch.tensor(mix)) for end, mix in ends.items()}
+            ends = zip(one.names, torch.eye(len(one.names)), strict=True)
+            parts = {f"{name}:{end}": one.merged(mix) for end, mix in ends}
         else:
             parts = {name: one}
         for part, module in parts.items():
@@ -116,22 +130,92 @@ def candidates(config: SoupConfig, count: int) -> np.ndarray:
     return found[np.sort(first)]
 
 
-def header_of(config: SoupConfig, name: str, seed: int) -> Header:
+def learned_soups(config: SoupConfig, name: str, seed: int, store: Store) -> dict[str, Weights]:
+    """Soups of one of the config's sets by how they were learned; kept in the store, so that a second start finds the same.
+
+    Raises:
+        UserError: the set has too few images.
+    """
+    path = f"learned/{name}.json"
+    if config.learn.how and not store.exists(path):
+        uri, corruption = config.sets[name]
+        dataset = _labelled(uri)
+        last, shots = dataset.header.num_samples, config.learn.shots
+        if config.examples + shots > last:
+            raise UserError(
+                f"{dataset.uri} has {last} images: too few for soup.learn.shots={shots} beside the "
+                f"soup.examples={config.examples} that are judged."
+            )
+        ids = np.random.default_rng(seed).choice(np.arange(config.examples, last), shots, replace=False)
+        said = [corruption, config.severity] if corruption else []
+        images, label = _images(Reader(dataset, ["image", "label"]), np.sort(ids), said, seed)
+        network, states = members_of(config, dataset.header)
+        told = (network, list(states.values()), images.float(), label)
+        found = {how.value: learned(*told, how, config.learn.steps) for how in config.learn.how}
+        store.put_once(path, to_json(found))
+    return from_json(store.read(path)) if config.learn.how else {}  # type: ignore[no-any-return]
+
+
+def learned_soup(place: str, images: Header) -> nn.Module:
+    """The network of one of them, for such images.
+
+    Args:
+        place: <soup.out>/<set>:<how>.
+
+    Raises:
+        UserError: it is not there.
+    """
+    uri, _, how = place.rpartition(":")
+    said = Dataset.open(uri).header.provenance if uri else {}
+    if how not in said.get("learned", {}):
+        known = ", ".join(said.get("learned", {})) or "none"
+        raise UserError(f"start.learned='{place}' is <soup.out>/<set>:<how> of a soup; learned there: {known}.")
+    network, states = members_of(configuration.from_dict(SoupConfig, {**said["soup"], "out": uri}), images)
+    network.load_state_dict(soup(list(states.values()), said["learned"][how]))
+    return network
+
+
+def _labelled(uri: str) -> Dataset:
+    dataset = Dataset.open(uri)
+    if "label" not in dataset.header.fields or dataset.without_label:
+        raise UserError(f"{dataset.uri} has images without a label, which soups cannot be judged by; leave them out.")
+    return dataset
+
+
+def _images(reader: Reader, ids: np.ndarray, corruption: list[Any], seed: int) -> tuple[Tensor, Tensor]:
+    """Images uint8 of these numbers, if they are to be with a [corruption, severity], and labels."""
+    batch = reader.gather(ids)
+    images, label = (torch.from_numpy(batch[name]) for name in ("image", "label"))
+    if corruption:
+        name, severity = corruption
+        row = torch.from_numpy(np.stack([ids, np.zeros_like(ids), np.full_like(ids, 81)], 1))
+        images = corrupted(images, row, name, severity, seed)
+    return images, label
+
+
+def header_of(config: SoupConfig, name: str, seed: int, learned: dict[str, Weights] | None = None) -> Header:
     """Of what is found on one of the config's sets.
+
+    Args:
+        learned: of `learned_soups`.
 
     Raises:
         UserError: there are no such images or classifiers.
     """
     uri, corruption = config.sets[name]
-    dataset = Dataset.open(uri)
-    images = dataset.header
-    if "label" not in images.fields or dataset.without_label:
-        raise UserError(f"{dataset.uri} has images without a label, which soups cannot be judged by; leave them out.")
+    images = _labelled(uri).header
     _, states = members_of(config, images)
     weights = candidates(config, len(states))
     threats = [CLEAN, *(config.threats if name == "test" else ())]
     done = {run: commits(Store(run))[-1].step for run in config.members.values()}
-    apart = ("shifts", "corruptions", "severity", "out", "shots")  # which the results of other sets do not depend on
+    apart = (
+        "shifts",
+        "corruptions",
+        "severity",
+        "out",
+        "shots",
+        "learn",
+    )  # which the results of other sets do not depend on
     fields = {"label": Field("int")}
     for threat in threats:
         fields |= {threat: Field("str"), f"{ENSEMBLE}_{threat}": Field("int")}
@@ -145,6 +229,7 @@ def header_of(config: SoupConfig, name: str, seed: int) -> Header:
         "threats": threats,
         "members": list(states),
         "weights": weights.tolist(),
+        **({"learned": learned} if learned else {}),
     }
     title = f"soups on {corruption and corruption + ' of '}{images.name}"
     return Header(title, fields, count, config.shard_size, images.classes, provenance=provenance)
@@ -160,24 +245,19 @@ class Judge:
         self.config = configuration.from_dict(SoupConfig, {**said["soup"], "out": config["out"]})
         images = Dataset.open(said["images"])
         network, states = members_of(self.config, images.header)
-        weights, self.seed = np.array(said["weights"]), int(said["seed"])
+        weights, self.seed = [*said["weights"], *said.get("learned", {}).values()], int(said["seed"])
         there = [_on(state, device) for state in states.values()]
         self.stack, self.count = Stack(network.to(device), there, weights), len(weights)
-        self.members = Stack(network, there, np.eye(len(there)))
+        self.members = Stack(network, there, np.eye(len(there)).tolist())
         self.threats = [name for name in said["threats"] if name != CLEAN]
         self.corruption = said["corruption"]
         self.reader = Reader(images, ["image", "label"])
 
     def make(self, shard: int) -> list[dict[str, Any]]:
         ids = np.array(self.dataset.header.shard_range(shard))
-        batch = self.reader.gather(ids)
-        images = torch.from_numpy(batch["image"])
-        if self.corruption:
-            row = torch.from_numpy(np.stack([ids, np.zeros_like(ids), np.full_like(ids, 81)], 1))
-            name, severity = self.corruption
-            images = corrupted(images, row, name, severity, self.seed)
+        images, labels = _images(self.reader, ids, self.corruption, self.seed)
         x = images.to(self.device).float() / 255
-        label, number = (torch.from_numpy(v).to(self.device) for v in (batch["label"], ids))
+        label, number = labels.to(self.device), torch.from_numpy(ids).to(self.device)
         logits, together = self.stack(255 * x), self._together(255 * x)
         right = {CLEAN: logits.argmax(2) == label}
         ensemble = {CLEAN: together.argmax(1) == label}
@@ -188,9 +268,7 @@ class Judge:
             )
             right[name] = held(threat, x, label, number, logits)
             ensemble[name] = self._held(threat, self._together, x, label, number, together)
-        found: list[dict[str, Any]] = [
-            {"key": f"{i:08d}", "label": int(y)} for i, y in zip(ids, batch["label"], strict=True)
-        ]
+        found: list[dict[str, Any]] = [{"key": f"{i:08d}", "label": int(y)} for i, y in zip(ids, labels, strict=True)]
         for name in right:
             for sample, bits, one in zip(found, right[name].T.tolist(), ensemble[name].tolist(), strict=True):
                 sample |= {name: "".join("01"[bit] for bit in bits), f"{ENSEMBLE}_{name}": int(one)}
@@ -243,7 +321,21 @@ def _on(state: dict[str, Tensor], device: str) -> dict[str, Tensor]:
 
 
 def matrix(dataset: Dataset) -> dict[str, np.ndarray]:
-    """CLEAN or a threat -> bool [candidates, images]."""
+    """CLEAN or a threat -> bool [candidates, images], of what was not learned."""
+    count = len(dataset.header.provenance["weights"])
+    return {name: right[:count] for name, right in _digits(dataset).items()}
+
+
+def of_learned(dataset: Dataset) -> dict[str, dict[str, np.ndarray]]:
+    """How a soup was learned -> the same of it: bool [images]."""
+    said = dataset.header.provenance
+    if not said.get("learned"):
+        return {}
+    right, count = _digits(dataset), len(said["weights"])
+    return {how: {name: r[count + k] for name, r in right.items()} for k, how in enumerate(said["learned"])}
+
+
+def _digits(dataset: Dataset) -> dict[str, np.ndarray]:
     header = dataset.header
     threats = header.provenance["threats"]
     columns = Reader(dataset, threats).gather(np.arange(header.num_samples))
@@ -263,14 +355,15 @@ def summary(config: SoupConfig, test: Dataset, shifts: dict[str, Dataset], seed:
 
     Returns:
         "members"; "soups": of each candidate its weights and, by CLEAN, threat and "union", its accuracy; "best": by these
-        the number of the best in that list; "greedy": that of the greedy soup for the union; "ensemble": the accuracies of
-        the members' mean probabilities; "beats_specialist" and "barriers", see below; "few_shot": by shift what choosing by
-        few images comes to, beside the best member and soup.
+        the number of the best in that list; "greedy": that of the greedy soup for the union; "learned": by how, the same of
+        soups whose weights were learned; "ensemble": the accuracies of the members' mean probabilities; "beats_specialist"
+        and "barriers", see below; "few_shot": by shift what choosing by few images comes to, beside the best member and
+        soup, and what was learned on some.
     """
     right, weights = matrix(test), np.array(test.header.provenance["weights"])
     names = list(test.header.provenance["members"])
-    together = ensemble(test)
-    for some in (right, together):
+    together, taught = ensemble(test), of_learned(test)
+    for some in (right, together, *taught.values()):
         some["union"] = np.logical_and.reduce(list(some.values()))
     accuracy = {name: found.mean(1) for name, found in right.items()}
     alone = [_number(weights, row) for row in np.eye(len(names))]
@@ -282,6 +375,11 @@ def summary(config: SoupConfig, test: Dataset, shifts: dict[str, Dataset], seed:
         "barriers": _barriers(1 - accuracy[CLEAN], weights, names),
         "few_shot": {name: _few_shot(config.shots, dataset, alone, seed) for name, dataset in shifts.items()},
     }
+    if taught:
+        own = test.header.provenance["learned"]
+        found["learned"] = {
+            how: {"weights": own[how], **{n: share(r) for n, r in some.items()}} for how, some in taught.items()
+        }
     if len(names) > 1:
         found["ensemble"] = {name: share(r) for name, r in together.items()}
     if len(names) <= MOST:
@@ -339,4 +437,5 @@ def _few_shot(shots: list[int], dataset: Dataset, alone: list[int], seed: int) -
         "best_member": float(means[alone].max()),
         "best_soup": float(means.max()),
         ENSEMBLE: together,
+        "learned": {how: float(some[CLEAN].mean()) for how, some in of_learned(dataset).items()},
     }

@@ -2,24 +2,25 @@ import pytest
 import torch
 from torch import nn
 
-from rayproj.classifiers.adapters import Adapted
+from rayproj.classifiers.adapters import BRANCHES, Adapted
 from rayproj.classifiers.networks import KINDS, ClassifierConfig, Network, build
 
 VIT = {"layers": 2, "dim": 24, "heads": 3, "patch": 4, "dropout": 0.0}
 CLEAN, ADVERSARIAL = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
 
 
-def vit(*kinds: str, apart: bool = True) -> Adapted:
+def vit(*kinds: str, apart: bool = True, branches: tuple[str, ...] = BRANCHES) -> Adapted:
     """Double precision; its branches differ, if they are to."""
     torch.manual_seed(0)
-    model = build(ClassifierConfig(Network.vit, adapters=list(kinds), **VIT), 3, 16, 5).double()  # type: ignore[arg-type]
+    config = ClassifierConfig(Network.vit, adapters=list(kinds), branches=list(branches), **VIT)  # type: ignore[arg-type]
+    model = build(config, 3, 16, 5).double()
     assert isinstance(model, Adapted)
     if apart:
         for name, parameter in model.named_parameters():
-            if ".branches.1." in name:
+            if ".branches." in name and ".branches.0." not in name:
                 parameter.data += 0.3 * torch.randn_like(parameter)
             elif name in ("tokens", "positions"):
-                parameter.data[1] += 0.3 * torch.randn_like(parameter[1])
+                parameter.data[1:] += 0.3 * torch.randn_like(parameter[1:])
     return model.eval()
 
 
@@ -46,6 +47,23 @@ def test_a_merged_network_is_the_mixture(kinds: list[str], weight: float) -> Non
     plain = build(ClassifierConfig(Network.vit, **VIT), 3, 16, 5)  # type: ignore[arg-type]
     assert set(merged.state_dict()) == set(plain.state_dict())
     torch.testing.assert_close(merged(x), model(x, mix.expand(4, 2)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kinds", [["token"], list(KINDS)], ids="+".join)
+def test_there_may_be_a_branch_for_each_threat(kinds: list[str]) -> None:
+    """Images of four branches and of a mixture of them in one pass, against networks with one branch each."""
+    model, x = vit(*kinds, branches=("clean", "linf", "l2", "l1")), images(5)
+    mix = torch.cat([torch.eye(4), torch.tensor([[0.1, 0.5, 0.6, -0.2]])])
+    together = model(x, mix)
+    for i in range(5):
+        torch.testing.assert_close(model.merged(mix[i])(x[i : i + 1]), together[i : i + 1], rtol=0, atol=1e-6)
+    assert (torch.pdist(model(x[:1].expand(4, -1, -1, -1), torch.eye(4))) > 1e-3).all()
+    torch.testing.assert_close(model(x), model(x, torch.eye(4)[:1].expand(5, 4)))
+    assert model.own_parameters() == 3 * vit(*kinds).own_parameters()
+    model.zero_grad()
+    model(x[:1], torch.eye(4)[2:3]).square().sum().backward()
+    touched = [bool(gradient.any()) for gradient in model.tokens.grad]
+    assert touched == [False, False, True, False]
 
 
 def test_equal_branches_are_one_network() -> None:

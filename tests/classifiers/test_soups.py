@@ -4,9 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
+from scipy.special import logsumexp
 from torch import nn
 
-from rayproj.classifiers.soups import Stack, barrier, few_shot, greedy, grid, soup
+from rayproj.classifiers.soups import Learned, Stack, Weights, barrier, few_shot, greedy, grid, learned, soup
 from rayproj.errors import UserError
 from rayproj.robustness.apgd import apgd
 from rayproj.robustness.losses import cross_entropy
@@ -135,3 +137,72 @@ def test_a_choice_by_few_images_never_sees_those_it_is_judged_by() -> None:
     # On pure noise, where the choice has nothing to go by, the rest is at chance: no image counts for both.
     noise = rng.random((200, 60)) < 0.5
     assert few_shot(noise, 10, 300, rng)[1].mean() == pytest.approx(0.5, abs=0.03)
+
+
+class Linear(nn.Module):
+    """Logits that are linear in the weights of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4).double(), nn.Linear(3, 4, bias=False).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x.square())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", list(Learned), ids=lambda how: how.value)
+def test_learned_weights_are_the_optimum_where_the_problem_is_convex(how: Learned) -> None:
+    """Of logits that are linear in the weights, against scipy on the members' logits, which knows no soup."""
+    torch.manual_seed(3)
+    members = [Linear() for _ in range(3)]
+    x, truth = torch.randn(200, 3).double(), Linear()
+    with torch.no_grad():
+        label = torch.distributions.Categorical(logits=2 * truth(x)).sample()
+        parts = np.array([[m.first(x).numpy() for m in members], [m.second(x.square()).numpy() for m in members]])
+    by_layer, convex = "layer" in how.value, "convex" in how.value
+
+    def loss(w: np.ndarray) -> float:
+        logits = np.einsum("li,libk->bk", np.broadcast_to(w.reshape(-1, 3), (2, 3)), parts)
+        return float(np.mean(logsumexp(logits, axis=1) - logits[np.arange(200), label]))
+
+    rows = 2 if by_layer else 1
+    sums = {"type": "eq", "fun": lambda w: w.reshape(-1, 3).sum(1) - 1}
+    bounds = [(0, 1)] * (3 * rows) if convex else None
+    start = np.full(3 * rows, 1 / 3)
+    best = minimize(
+        loss, start, method="SLSQP", bounds=bounds, constraints=[sums], options={"ftol": 1e-12, "maxiter": 300}
+    )
+    states = [m.state_dict() for m in members]
+    found = learned(members[0].requires_grad_(False), states, x, label, how, 200)
+    assert isinstance(found, dict) == by_layer
+    rows_found = np.array([found["first"], found["second"]] if isinstance(found, dict) else [found])
+    np.testing.assert_allclose(rows_found.sum(1), 1, atol=1e-6)
+    assert loss(rows_found) < loss(start) - 1e-3, "it is not where it began"
+    assert loss(rows_found) == pytest.approx(best.fun, abs=1e-5)
+    np.testing.assert_allclose(rows_found, best.x.reshape(rows, 3), atol=0.01)
+    mixed = Linear()
+    mixed.load_state_dict(soup(states, found))
+    value = nn.functional.cross_entropy(mixed(x), label).item()
+    assert value == pytest.approx(loss(rows_found), abs=1e-9)
+
+
+def test_with_more_freedom_there_is_less_loss_on_the_images_that_teach() -> None:
+    x, label = digits()
+    first = small_network(x[:300], label[:300])
+    states = [first.state_dict()]
+    for seed in (1, 2):
+        other = copy.deepcopy(first).requires_grad_(True)
+        torch.manual_seed(seed)
+        states.append(trained(other, x[:300] + 0.2 * torch.randn_like(x[:300]), label[:300], 20).state_dict())
+    some, few = x[600:660] + 0.3 * torch.randn(60, 1, 8, 8), label[600:660]
+
+    def loss(weights: Weights) -> float:
+        logits = torch.func.functional_call(first, soup(states, weights), (some,))
+        return float(nn.functional.cross_entropy(logits, few))
+
+    even, convex, affine, by_layer = (
+        loss([1 / 3] * 3),
+        *(loss(learned(first, states, some, few, how, 30)) for how in (Learned.convex, Learned.affine)),
+        loss(learned(first, states, some, few, Learned.affine_by_layer, 30)),
+    )
+    assert by_layer < affine <= convex + 1e-4 <= even + 2e-4 and affine < even

@@ -100,7 +100,8 @@ def test_soups_of_members_and_of_the_branches_of_one(folder: Path) -> None:
         f"soup.members={{linf: {folder}/linf, l2: {folder}/l2}}", f"soup.test={folder}/test", f"soup.out={folder}/soups",
         f"soup.shifts={{train: {folder}/train}}", "soup.corruptions=[contrast]",
         "soup.threats={linf: {norm: linf, eps: 0.08}}", "soup.parts=4",
-        "soup.steps=5", "soup.examples=40", "soup.shots=[10]", f"run.dir={folder}/soup",
+        "soup.steps=5", "soup.examples=40", "soup.shots=[10]", "soup.learn={how: [affine], shots: 20, steps: 3}",
+        f"run.dir={folder}/soup",
     ]  # fmt: skip
     done = job("soup", "configs/soup.yaml", *given, *QUICK)
     assert done.returncode == 0, done.stderr
@@ -109,7 +110,7 @@ def test_soups_of_members_and_of_the_branches_of_one(folder: Path) -> None:
     assert (
         np.allclose([sum(one["weights"]) for one in found["soups"]], 1) and "10" in found["few_shot"]["train"]["chosen"]
     )
-    assert found["few_shot"].keys() == {"train", "contrast"}
+    assert found["few_shot"].keys() == {"train", "contrast"} and found["learned"]["affine"]["linf"]["n"] == 40
     told = [given[0].replace(f"linf: {folder}/linf, l2: {folder}/l2", f"both: {folder}/both"), *given[1:2]]
     rest = [f"soup.out={folder}/tokens", "soup.threats={}", "soup.parts=2", "soup.examples=20"]
     rest += [f"run.dir={folder}/tokens-run"]

@@ -24,16 +24,20 @@ def outcome(parts: int = 4) -> dict:
     row = {"member": "b", "alone": 0.7, "soup": 0.6, "weights": [0.5, 0.5], "only_alone": 5, "only_soup": 2, "p": 0.45}
     return {"job": "soup", "members": ["a", "b"], "soups": soups, "best": best, "greedy": 2, "seconds": 1.0,
             "ensemble": {name: share(np.arange(10) < 7) for name in best},
+            "learned": {how: {"weights": w, **{name: share(np.arange(10) < 5) for name in best}}
+                        for how, w in {"affine": [1.5, -0.5], "affine_by_layer": {"head": [1.0, 0.0]}}.items()},
             "beats_specialist": {"clean": {}, "linf": row}, "finished_at": 1.0, "barriers": {"a - b": 0.012},
             "few_shot": {"sketches": {"chosen": {"10": {"mean": 0.5, "std": 0.02}}, "best_member": 0.4, "best_soup": 0.6,
-                                      "ensemble": 0.55}},
+                                      "ensemble": 0.55, "learned": {"affine": 0.52, "affine_by_layer": 0.48}}},
             }  # fmt: skip
 
 
 def test_members_and_the_best_have_rows() -> None:
     found = rows(outcome())
-    titles = ["a, best clean", "b, best linf", "greedy, for the union", "ensemble, 2 passes"]
+    titles = ["a, best clean", "b, best linf", "greedy, for the union", "learned, affine", "learned, affine by layer",
+              "ensemble, 2 passes"]  # fmt: skip
     assert [title for title, _ in found] == titles
+    assert found[3][1]["weights"] == [1.5, -0.5] and set(found[4][1]) == {"clean", "linf"}
     assert [one["weights"] for _, one in found[:3]] == [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
 
 
@@ -56,9 +60,11 @@ def test_the_front_is_what_no_candidate_beats_in_both() -> None:
 
 def test_members_and_their_ensemble_are_marked() -> None:
     (axis,) = [axis for axis in trade_offs(outcome()).axes if axis.get_visible()]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b", "ensemble"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "a", "b", "learned, affine", "learned, affine by layer", "ensemble"
+    ]  # fmt: skip
     ends = [container.lines[0].get_xydata()[0].tolist() for container in axis.containers]
-    assert ends == [[0.8, 0.3], [0.6, 0.7], [0.7, 0.7]]
+    assert ends == [[0.8, 0.3], [0.6, 0.7], [0.5, 0.5], [0.5, 0.5], [0.7, 0.7]]
 
 
 def test_sets_of_soups_are_compared_by_the_threats_that_all_have() -> None:
@@ -85,9 +91,19 @@ def test_sets_of_which_fewer_images_choose_have_empty_cells(tmp_path: Path) -> N
     _, html = build(str(tmp_path), {})
     rows = [re.search(rf"<tr><td>{name}</td>.*?</tr>", html) for name in ("sketches", "paintings")]
     cells = [re.findall(r"<td class=\"right\">(.*?)</td>", row[0]) for row in rows if row]
-    assert cells[0] == ["40.0 %", "50.0 ± 2.0 %", "", "60.0 %", "55.0 %"]
-    assert cells[1] == ["40.0 %", "50.0 ± 2.0 %", "58.0 ± 1.0 %", "60.0 %", "55.0 %"]
+    assert cells[0] == ["40.0 %", "50.0 ± 2.0 %", "", "52.0 %", "48.0 %", "60.0 %", "55.0 %"]
+    assert cells[1] == ["40.0 %", "50.0 ± 2.0 %", "58.0 ± 1.0 %", "52.0 %", "48.0 %", "60.0 %", "55.0 %"]
     assert html.index("chosen by 10<") < html.index("chosen by 200<")
+
+
+def test_members_that_are_not_connected_are_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "result.json").write_text(
+        json.dumps({**outcome(), "barriers": {"a - b": 0.012, "a - c": 0.31}})
+    )
+    (tmp_path / "mixed" / "config.yaml").write_text(yaml.safe_dump({"soup": {}}))
+    _, html = build(str(tmp_path), {})
+    assert "by at most 31.0 points. They do not share what makes weights mix" in html
 
 
 def test_the_report_has_table_and_plot(tmp_path: Path) -> None:
@@ -99,8 +115,15 @@ def test_the_report_has_table_and_plot(tmp_path: Path) -> None:
     assert "images that somebody has changed on purpose?" in html and "synthetic" not in html
     assert "Soups: mixed" in html and "80.0 % (70.8–87.3)" in html, "Clopper and Pearson's interval of 80 of 100"
     assert "linf: 60.0 % (weights 0.50, 0.50) against 70.0 % of b, p 0.45" in html
-    assert "by at most 1.2 points" in html
+    assert "by at most 1.2 points" in html and "judge no soup by its members" not in html
     row = re.search(r"<tr><td>sketches</td>.*?</tr>", html)
-    assert row and re.findall(r"[\d.]+(?: ± [\d.]+)? %", row[0]) == ["40.0 %", "50.0 ± 2.0 %", "60.0 %", "55.0 %"]
+    assert row and re.findall(r"[\d.]+(?: ± [\d.]+)? %", row[0]) == [
+        "40.0 %",
+        "50.0 ± 2.0 %",
+        "52.0 %",
+        "48.0 %",
+        "60.0 %",
+        "55.0 %",
+    ]
     assert 'alt="Accuracy under attack over accuracy without one"' in html
     assert 'alt="Accuracies along the lines between two members"' in html

@@ -9,14 +9,26 @@ from rayproj import config as configuration
 from rayproj.classifiers.adversary import ThreatConfig
 from rayproj.classifiers.model import StartConfig, of_run
 from rayproj.classifiers.networks import ClassifierConfig, Network
-from rayproj.classifiers.soups import soup
+from rayproj.classifiers.soups import Learned, soup
 from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.errors import UserError
 from rayproj.evaluation.corruptions import corrupted
-from rayproj.robustness.mixing import CLEAN, Judge, SoupConfig, candidates, ensemble, header_of, matrix, summary
+from rayproj.robustness.mixing import (
+    CLEAN,
+    Judge,
+    LearnConfig,
+    SoupConfig,
+    candidates,
+    ensemble,
+    header_of,
+    learned_soups,
+    matrix,
+    of_learned,
+    summary,
+)
 from rayproj.robustness.threats import Norm
 from rayproj.storage.store import Store
 from tests.robustness.test_job import write
@@ -109,10 +121,12 @@ def test_every_candidate_is_judged_as_it_would_be_alone(folder: str, tmp_path: P
         shifts={"same": f"{folder}/train"}, corruptions=["gaussian_noise"], severity=5,
         threats={"linf": ThreatConfig(Norm.linf, 0.08)}, parts=4, steps=5,
         shots=[10, 20], examples=40, shard_size=16,
+        learn=LearnConfig([Learned.affine, Learned.convex_by_layer], shots=30, steps=5),
     )  # fmt: skip
     sets = {}
     for name in ("test", "same", "gaussian_noise"):
-        sets[name] = Dataset.create(f"{tmp_path}/{name}", header_of(config, name, 0))
+        learned = learned_soups(config, name, 0, Store(f"{tmp_path}/run"))
+        sets[name] = Dataset.create(f"{tmp_path}/{name}", header_of(config, name, 0, learned))
         judge = Judge({"out": sets[name].uri}, "cpu")
         for shard in range(sets[name].header.num_shards):
             commit_shard(sets[name], shard, judge.make(shard), "test", 0.0)
@@ -131,6 +145,20 @@ def test_every_candidate_is_judged_as_it_would_be_alone(folder: str, tmp_path: P
     together = ensemble(sets["test"])
     assert (together[CLEAN] == (shares.argmax(1).numpy() == batch["label"])).all()
     assert together["linf"].sum() < together[CLEAN].sum() and not (together["linf"] & ~together[CLEAN]).any()
+    given_by = {name: sets[name].header.provenance["learned"] for name in sets}
+    assert given_by["gaussian_noise"] != given_by["test"] == learned_soups(config, "test", 0, Store(f"{tmp_path}/run"))
+    assert (
+        sum(given_by["test"]["affine"]) == pytest.approx(1) and "net.classifier" in given_by["test"]["convex_by_layer"]
+    )
+    for how, one in of_learned(sets["test"]).items():
+        network.load_state_dict(soup([weights(folder, "l2"), weights(folder, "linf")], given_by["test"][how]))
+        expected = network(torch.from_numpy(batch["image"])).argmax(1).numpy() == batch["label"]
+        assert (one[CLEAN] != expected).sum() <= 1 and not (one["linf"] & ~one[CLEAN]).any()
+    task = ClassificationTask(
+        configuration.from_dict(ClassifierConfig, VIT), Dataset.open(config.test).header, 0,
+        start=StartConfig(learned=f"{tmp_path}/test:convex_by_layer"),
+    )  # fmt: skip
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in task.build().state_dict().items())
     noisy = matrix(sets["gaussian_noise"])
     assert noisy.keys() == {CLEAN} and (noisy[CLEAN] != right[CLEAN]).any()
     row = torch.stack([torch.arange(40), torch.zeros(40).long(), torch.full((40,), 81)], 1)
@@ -138,6 +166,11 @@ def test_every_candidate_is_judged_as_it_would_be_alone(folder: str, tmp_path: P
     expected = members[0](images).argmax(1).numpy() == batch["label"]
     assert (noisy[CLEAN][given.tolist().index([1.0, 0.0])] == expected).all()
     found = summary(config, sets["test"], {name: sets[name] for name in ("same", "gaussian_noise")}, 0)
+    own = of_learned(sets["test"])["affine"]
+    assert found["learned"]["affine"]["weights"] == given_by["test"]["affine"]
+    assert found["learned"]["affine"]["union"]["value"] == (own[CLEAN] & own["linf"]).mean()
+    own = of_learned(sets["gaussian_noise"])
+    assert found["few_shot"]["gaussian_noise"]["learned"] == {how: one[CLEAN].mean() for how, one in own.items()}
     assert found["few_shot"]["gaussian_noise"]["best_member"] == noisy[CLEAN][:2].mean(1).max()
     assert found["ensemble"]["union"]["value"] == together["linf"].mean()
     assert [one["linf"]["value"] for one in found["soups"]] == pytest.approx(right["linf"].mean(1).tolist())
@@ -160,6 +193,13 @@ def test_candidates_are_members_even_mixtures_and_the_grid_once_each() -> None:
     )
 
 
+def test_a_set_too_small_to_learn_on(folder: str, tmp_path: Path) -> None:
+    config = SoupConfig(members={"a": f"{folder}/linf"}, test=f"{folder}/test", examples=80)
+    config.learn = LearnConfig([Learned.affine], shots=21)
+    with pytest.raises(UserError, match="has 100 images: too few for"):
+        learned_soups(config, "test", 0, Store(str(tmp_path)))
+
+
 def test_a_start_that_cannot_be(folder: str) -> None:
     header = Dataset.open(f"{folder}/train").header
     vit = ClassifierConfig(Network.vit, layers=1, dim=24, heads=2, patch=2, dropout=0.0)
@@ -167,6 +207,10 @@ def test_a_start_that_cannot_be(folder: str) -> None:
         ClassificationTask(vit, header, 0, start=StartConfig(f"{folder}/base", mix=[1.0, 0.0])).build()
     with pytest.raises(UserError, match="another network than `classifier` describes"):
         ClassificationTask(ClassifierConfig(), header, 0, start=StartConfig(f"{folder}/base")).build()
+    with pytest.raises(UserError, match="mix has 3 weights; the branches are clean, adversarial"):
+        ClassificationTask(vit, header, 0, start=StartConfig(f"{folder}/both", mix=[1.0, 0.0, 0.0])).build()
+    with pytest.raises(UserError, match="learned there: none"):
+        ClassificationTask(vit, header, 0, start=StartConfig(learned=f"{folder}/test:affine")).build()
     assert StartConfig("a", {"b": 1.0}).problems() and StartConfig(soup={"a": 0.5, "b": 0.6}).problems()
     assert StartConfig(mix=[1.0, 0.0]).problems() and not StartConfig("a", mix=[1.0, 0.0]).problems()
     config = SoupConfig(members={"a": f"{folder}/base", "b": f"{folder}/both"}, test=f"{folder}/test")
