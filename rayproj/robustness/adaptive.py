@@ -6,10 +6,11 @@ attacks than the base does.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from rayproj.robustness.apgd import strongest
 from rayproj.robustness.autoattack import AttackConfig, autoattack, ranked
 from rayproj.robustness.defences import Defence
 from rayproj.robustness.losses import Loss, cross_entropy, margin, targeted
-from rayproj.robustness.oracle import Model, Oracle
+from rayproj.robustness.oracle import Attacked, Model, Oracle
 from rayproj.robustness.rays import rays
 from rayproj.robustness.square import square
 from rayproj.robustness.threats import Threat, wide
@@ -38,10 +39,18 @@ class AdaptiveConfig:
     votes: int = 5  # of a random defence: an image is right if more than half of so many answers are
     queries: int = 1000  # of the search by scores (a random defence answers each twice), and of that by decisions
     repeats: int = 3  # evaluations of a random defence, for the deviation
+    # For the curves, each point of which costs three ascents:
+    radii: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # of a threat; []: none
+    defence_steps: list[int] = field(default_factory=list)  # of a defence that optimises, in place of its own
 
     def problems(self) -> list[str]:
         names = ("steps", "draws", "votes", "queries", "repeats")
-        return [f"adaptive.{name} must be positive." for name in names if getattr(self, name) <= 0]
+        found = [f"adaptive.{name} must be positive." for name in names if getattr(self, name) <= 0]
+        if any(radius <= 0 for radius in self.radii):
+            found.append("adaptive.radii must be positive.")
+        if any(steps <= 0 for steps in self.defence_steps):
+            found.append("adaptive.defence_steps must be positive.")
+        return found
 
 
 @dataclass
@@ -52,10 +61,13 @@ class Verdict:
         correct: column -> bool [B]. "clean" and "static" are of the base: without an attack, and under AutoAttack.
             "defended" is the defence without an attack; the rest are attacks on it.
         images: fp32 [B, C, H, W]: of each example that an attack broke, what the first made of it; else as it was.
+        queries: column of a search without gradients -> int64 [B]: what it asked until an example was broken; 0 of one that
+            needed no attack, and -1 of one that stayed right.
     """
 
     correct: dict[str, Tensor]
     images: Tensor
+    queries: dict[str, Tensor]
 
     @property
     def worst(self) -> Tensor:
@@ -80,16 +92,41 @@ def evaluate(
     static = autoattack(base, x, label, ids, threat, attack, seed)
     correct = {"clean": base(x).argmax(1) == label, "static": static.robust.to(x.device)}
     correct["defended"] = right(defended, x, label, votes)
-    found, broken = x.clone(), ~correct["defended"]
-    for name, points in _attacks(defended, base, x, label, ids, threat, config, seed, static.images):
+    found, broken, queries = x.clone(), ~correct["defended"], {}
+    for name, attacks in _attacks(defended, base, x, label, ids, threat, config, seed, static.images):
         held = correct["defended"].clone()
-        for point in points:
-            assert threat.holds(x, point).all(), f"{name} left the ball"
-            held &= right(defended, point, label, votes)
-            found = torch.where(wide(~held & ~broken, x), point, found)
+        for one in attacks:
+            assert threat.holds(x, one.images).all(), f"{name} left the ball"
+            held &= right(defended, one.images, label, votes)
+            found = torch.where(wide(~held & ~broken, x), one.images, found)
             broken |= ~held
+            if one.queries is not None:
+                asked = torch.where(correct["defended"], one.queries, 0)
+                queries[name] = torch.where(held, -1, asked)
         correct[name] = held
-    return Verdict(correct, found)
+    return Verdict(correct, found, queries)
+
+
+def held(
+    defence: Defence, base: Model, x: Tensor, label: Tensor, ids: Tensor, threat: Threat, config: AdaptiveConfig,
+    seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """bool [B]: right without an attack and under one ascent of the cross-entropy each of the base, of the defence and
+    around it, for the points of a curve; arguments as of `evaluate`."""
+    votes, draws = (config.votes, config.draws) if defence.random else (1, 1)
+    found = right(defence, x, label, votes)
+    row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 52)], 1)
+    for oracle in (Oracle(base), Oracle(defence, draws), Oracle(defence.surrogate, draws)):
+        tried = strongest(threat.norm)(oracle, x, label, row, threat, cross_entropy, config.steps, seed, go_on=True)
+        found &= right(defence, tried.images, label, votes)
+    return found
+
+
+def shortened(defence: Defence) -> Defence:
+    """The defence with half of its own steps, or as it is if it has none or one."""
+    found = copy.copy(defence)
+    found.steps = (defence.steps + 1) // 2
+    return found
 
 
 def right(model: Model, x: Tensor, label: Tensor, votes: int) -> Tensor:
@@ -102,33 +139,30 @@ def right(model: Model, x: Tensor, label: Tensor, votes: int) -> Tensor:
 def _attacks(
     defence: Defence, base: Model, x: Tensor, label: Tensor, ids: Tensor, threat: Threat, config: AdaptiveConfig, seed: int,
     static: Tensor,
-) -> Iterator[tuple[str, list[Tensor]]]:  # fmt: skip
-    """The points of each column."""
+) -> Iterator[tuple[str, list[Attacked]]]:  # fmt: skip
+    """What was tried for each column."""
     logits, draws = base(x).detach(), config.draws if defence.random else 1
     to_second = targeted(logits.shape[1])
 
-    def ascended(model: Model, loss: Loss, number: int, draws: int, go_on: bool = False) -> Tensor:
+    def ascended(model: Model, loss: Loss, number: int, draws: int, go_on: bool = False) -> Attacked:
         row = torch.stack([ids, torch.full_like(ids, number), torch.full_like(ids, 50)], 1)
         target, oracle = ranked(logits, label, 1), Oracle(model, draws)
         # Of a random defence none leaves early: the first wrong answer may be luck, and votes decide.
         go_on = go_on or defence.random
         ascend = strongest(threat.norm)
-        return ascend(oracle, x, label, row, threat, loss, config.steps, seed, target=target, go_on=go_on).images
+        return ascend(oracle, x, label, row, threat, loss, config.steps, seed, target=target, go_on=go_on)
 
     # Of images that the base gets right all the same, the points of its highest loss.
-    yield "transfer", [static, *(ascended(base, loss, k, 1, True) for k, loss in enumerate((cross_entropy, to_second)))]
+    from_base = [ascended(base, loss, k, 1, True) for k, loss in enumerate((cross_entropy, to_second))]
+    yield "transfer", [Attacked(static, torch.zeros_like(label, dtype=torch.bool)), *from_base]
     for name, model in (("direct", defence), ("bpda", defence.surrogate)):
         yield name, [ascended(model, loss, k, draws) for k, loss in enumerate((cross_entropy, margin, to_second))]
+    # From a start of its own, so that of a defence without steps it is a restart.
+    yield "fewer", [ascended(shortened(defence).surrogate, margin, 3, draws)]
     row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 51)], 1)
-    yield (
-        "square",
-        [
-            square(
-                Oracle(defence, draws, defence.random, config.votes), x, label, row, threat, config.queries, seed
-            ).images
-        ],
-    )
-    yield "rays", [rays(Oracle(defence, 1, defence.random, config.votes), x, label, threat, config.queries).images]
+    several, single = (Oracle(defence, n, defence.random, config.votes) for n in (draws, 1))
+    yield "square", [square(several, x, label, row, threat, config.queries, seed)]
+    yield "rays", [rays(single, x, label, threat, config.queries)]
 
 
 class _Counted:

@@ -26,9 +26,10 @@ class Defence:
     Attributes:
         random: whether the same image may be taken for different things.
         calls_base: whether it calls the base as it is, and not one of its own.
+        steps: of what it optimises; 0 of one that optimises nothing. Another number may be set, for an attacker or a curve.
     """
 
-    random, calls_base = False, True
+    random, calls_base, steps = False, True, 0
 
     def __init__(self, base: Model) -> None:
         self.base = base

@@ -6,6 +6,7 @@ sums over it, so that none needs the model again.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -36,7 +37,8 @@ from rayproj.robustness.threats import Norm, Threat, size
 from rayproj.storage.store import Store
 
 CHECKED = 64  # images in the search for signs of masked gradients
-COLUMNS = ("clean", "static", "defended", "transfer", "direct", "bpda", "square", "rays")
+COLUMNS = ("clean", "static", "defended", "transfer", "direct", "bpda", "fewer", "square", "rays")
+SEARCHES = ("square", "rays")  # columns of attacks that ask for queries
 
 
 class Kind(Enum):
@@ -47,6 +49,17 @@ class Kind(Enum):
     noise = "noise"
     generative = "generative"
     quantiser = "quantiser"
+
+
+CLASSES: dict[Kind, Callable[..., Defence]] = {
+    Kind.anti_adversary: defences.AntiAdversary,
+    Kind.hedge: defences.Hedge,
+    Kind.auxiliary: defences.AuxiliaryPurifier,
+    Kind.entropy: defences.EntropyAdaptation,
+    Kind.noise: defences.RandomNoise,
+    Kind.generative: defences.GenerativePurifier,
+    Kind.quantiser: defences.Quantiser,
+}
 
 
 @dataclass
@@ -116,7 +129,10 @@ def header_of(config: RobustnessConfig, name: str, seed: int) -> Header:
             f"{threat}_by": Field("str"),
             f"{threat}_size": Field("float"),
         }
-        names = COLUMNS if defence else [f"at_{k}" for k in range(len(config.radii))]
+        names = [f"at_{k}" for k in range(len(config.adaptive.radii if defence else config.radii))]
+        if defence:
+            names += [*COLUMNS, *(f"{name}_queries" for name in SEARCHES)]
+            names += [f"with_{k}" for k in range(len(steps_of(config, defence)))]
         fields |= {f"{threat}_{name}": Field("int") for name in names}
     # What the others are, and how defences are attacked, is no matter here: what is there stays where that changes.
     own, adaptive = ({name: defence}, config.adaptive) if defence else ({}, AdaptiveConfig())
@@ -199,11 +215,22 @@ class Attacker:
     def _defended(
         self, found: list[dict[str, Any]], name: str, threat: Threat, x: Tensor, label: Tensor, ids: Tensor
     ) -> Tensor:
-        assert self.build is not None
+        assert self.defence and self.build
         tried = (self.config.attack, self.config.adaptive, self.seed)
         verdict = adaptive.evaluate(self.build, self.model, x, label, ids, threat, *tried)
         for column in COLUMNS:
             self._add(found, f"{name}_{column}", verdict.correct[column].int())
+        for column, queries in verdict.queries.items():
+            self._add(found, f"{name}_{column}_queries", queries)
+        for k, radius in enumerate(self.config.adaptive.radii):
+            there = Threat(threat.norm, radius * threat.eps)
+            held = adaptive.held(self.build(self.model), self.model, x, label, ids, there, *tried[1:])
+            self._add(found, f"{name}_at_{k}", held.int())
+        for k, steps in enumerate(steps_of(self.config, self.defence)):
+            other = self.build(self.model)
+            other.steps = steps
+            held = adaptive.held(other, self.model, x, label, ids, threat, *tried[1:])
+            self._add(found, f"{name}_with_{k}", held.int())
         first = [next((c for c in COLUMNS[2:] if not verdict.correct[c][i]), "") for i in range(len(x))]
         for sample, by in zip(found, first, strict=True):
             sample[f"{name}_by"] = by
@@ -223,14 +250,7 @@ def builder(
     Raises:
         UserError: an option that it has not, or what it needs is not given.
     """
-    options = dict(defence.options)
-    kinds: dict[Kind, Callable[..., Defence]] = {
-        Kind.anti_adversary: defences.AntiAdversary,
-        Kind.hedge: defences.Hedge,
-        Kind.entropy: defences.EntropyAdaptation,
-        Kind.noise: defences.RandomNoise,
-        Kind.quantiser: defences.Quantiser,
-    }
+    options, kind = dict(defence.options), CLASSES[defence.kind]
     if defence.kind is Kind.generative:
         if not defence.model:
             raise UserError(
@@ -244,16 +264,21 @@ def builder(
                 "An auxiliary defence needs robustness.defences.NAME.images, for its network to learn from."
             )
         told = discriminator(defence.images, base, next(iter(config.balls.values())), device, seed)
-        given = _given(defences.AuxiliaryPurifier, options)
-        return lambda model: defences.AuxiliaryPurifier(model, told, **given)
-    given, draws = _given(kinds[defence.kind], options), kinds[defence.kind].random  # type: ignore[attr-defined]
-    return lambda model: kinds[defence.kind](model, **({"seed": seed, **given} if draws else given))
+        given = _given(kind, options)
+        return lambda model: kind(model, told, **given)
+    given = _given(kind, options)
+    if "seed" in inspect.signature(kind).parameters:
+        given = {"seed": seed, **given}
+    return lambda model: kind(model, **given)
+
+
+def steps_of(config: RobustnessConfig, defence: DefenceConfig) -> list[int]:
+    """Numbers of its own steps with which a defence is attacked, for the curve."""
+    return config.adaptive.defence_steps if "steps" in inspect.signature(CLASSES[defence.kind]).parameters else []
 
 
 def _given(kind: Callable[..., Any], options: dict[str, float]) -> dict[str, Any]:
     """Options as the class takes them, whole numbers where it wants some."""
-    import inspect
-
     parameters = inspect.signature(kind).parameters
     known = {n: p.default for n, p in parameters.items() if isinstance(p.default, int | float)}
     if wrong := sorted(set(options) - set(known)):
@@ -301,9 +326,10 @@ def summary(dataset: Dataset, cost: Cost | None = None) -> dict[str, Any]:
         cost: of a defence.
 
     Returns:
-        "clean" accuracy, of a defence its own; by threat "robust" accuracy, the share broken "by" each attack, and of a
-        classifier the "curve" over the radii, of a defence its "columns" and the checklist; "union": right under all
-        threats. Accuracies have "value", "low" and "high" (95 %, Clopper and Pearson 1934) and "n".
+        "clean" accuracy, of a defence its own; by threat "robust" accuracy, the share broken "by" each attack, the "curve"
+        over the radii, and of a defence its "columns", what is right after "queries" of either search and with
+        "defence_steps" of its own, and the checklist; "union": right under all threats. Accuracies have "value", "low" and
+        "high" (95 %, Clopper and Pearson 1934) and "n".
     """
     header = dataset.header
     config = configuration.from_dict(RobustnessConfig, header.provenance["robustness"])
@@ -326,15 +352,25 @@ def summary(dataset: Dataset, cost: Cost | None = None) -> dict[str, Any]:
         if defence:
             right = {c: columns[f"{name}_{c}"].astype(bool) for c in COLUMNS}
             one["columns"] = {c: share(values) for c, values in right.items()}
+            one["queries"] = {c: _by_queries(columns[f"{name}_{c}_queries"], config) for c in SEARCHES}
+            steps = steps_of(config, defence)
+            held = [share(columns[f"{name}_with_{k}"].astype(bool)) for k in range(len(steps))]
+            one["defence_steps"] = [{"steps": n, **h} for n, h in zip(steps, held, strict=True)]
             if cost:
                 checks = adaptive.checklist(right, cost.deviations[name], cost.seconds)
                 one["checklist"] = [asdict(check) for check in checks]
-        else:
-            held = [share(columns[f"{name}_at_{k}"].astype(bool)) for k in range(len(config.radii))]
-            one["curve"] = [{"radius": r * threat.eps, **h} for r, h in zip(config.radii, held, strict=True)]
+        radii = config.adaptive.radii if defence else config.radii
+        held = [share(columns[f"{name}_at_{k}"].astype(bool)) for k in range(len(radii))]
+        one["curve"] = [{"radius": r * threat.eps, **h} for r, h in zip(radii, held, strict=True)]
         found["threats"][name] = one
     found["union"] = share(union)
     return found | ({"cost": asdict(cost)} if cost else {})
+
+
+def _by_queries(queries: np.ndarray, config: RobustnessConfig) -> list[dict[str, float]]:
+    """What a search had left after so many queries, which `Verdict.queries` says."""
+    budgets = np.unique([0, *np.geomspace(1, config.adaptive.queries, 12).round().astype(int)])
+    return [{"queries": int(q), **share((queries < 0) | (queries > q))} for q in budgets]
 
 
 def share(right: np.ndarray) -> dict[str, float]:

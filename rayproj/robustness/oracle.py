@@ -94,10 +94,12 @@ class Attacked:
     Attributes:
         images: fp32 [B, C, H, W]: misclassified where it succeeded, else those of the highest loss.
         broken: bool [B].
+        queries: int64 [B]: that a search without gradients asked until then; None of other attacks.
     """
 
     images: Tensor
     broken: Tensor
+    queries: Tensor | None = None
 
 
 def straight_through(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -36,7 +36,7 @@ def test_evaluate_attacks_classifiers_and_defences_and_the_report_shows_it(folde
         f"robustness.classifiers={{base: {folder}/base, linf: {folder}/linf}}",
         "robustness.defences={anti: {base: linf, kind: anti_adversary, options: {steps: 2}}}",
         "robustness.attack={attacks: [apgd_ce, apgd_t, fab_t, square], steps: 10, targets: 2, queries: 20}",
-        "robustness.adaptive={steps: 5, queries: 20}", "robustness.examples=24", "robustness.shard_size=12",
+        "robustness.adaptive={steps: 5, queries: 20, radii: [1], defence_steps: [1]}", "robustness.examples=24", "robustness.shard_size=12",
         f"run.dir={folder}/evaluate",
     ]  # fmt: skip
     done = job("evaluate", "configs/evaluate/robustness.yaml", *given, *QUICK)
@@ -67,7 +67,12 @@ def test_evaluate_attacks_classifiers_and_defences_and_the_report_shows_it(folde
         "signs that gradients only seem to lead nowhere",
     ):
         assert text in html
-    for picture in ("Accuracy under attack over the radius", "the magnified difference", "over their cost"):
+    for picture in (
+        "Accuracy under attack over the radius",
+        "the magnified difference",
+        "over their cost",
+        "by queries and by their own steps",
+    ):
         assert picture in html
 
 

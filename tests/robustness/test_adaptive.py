@@ -3,7 +3,18 @@ import pytest
 import torch
 from torch import nn
 
-from rayproj.robustness.adaptive import AdaptiveConfig, Verdict, checklist, deviation, evaluate, passes, right
+from rayproj.robustness.adaptive import (
+    AdaptiveConfig,
+    Verdict,
+    checklist,
+    deviation,
+    evaluate,
+    held,
+    passes,
+    right,
+    shortened,
+)
+from rayproj.robustness.apgd import apgd
 from rayproj.robustness.autoattack import Attack, AttackConfig, autoattack
 from rayproj.robustness.defences import (
     AntiAdversary,
@@ -17,6 +28,7 @@ from rayproj.robustness.defences import (
     trained_discriminator,
 )
 from rayproj.robustness.oracle import Oracle
+from rayproj.robustness.rays import rays
 from rayproj.robustness.square import square
 from rayproj.robustness.threats import Norm, Threat
 from tests.support.linear import digits, trained
@@ -60,6 +72,39 @@ def test_doing_nothing_gives_exactly_the_base(data) -> None:  # type: ignore[no-
     assert "It is more robust than its base" in failed(found)
     for right_now in found.correct.values():
         assert not (found.worst & ~right_now).any() or right_now is found.correct["static"]
+
+
+def test_a_search_tells_after_how_many_queries_it_broke_an_image(data) -> None:  # type: ignore[no-untyped-def]
+    found, (base, x, label) = verdict(data, Defence), data
+    ids = torch.arange(len(x))
+    row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 51)], 1)
+    for budget in (3, 40):  # a search that may ask fewer begins as the longer one does
+        short = {
+            "square": square(Oracle(base), x, label, row, THREAT, budget),
+            "rays": rays(Oracle(base), x, label, THREAT, budget),
+        }
+        for name, one in short.items():
+            queries = found.queries[name]
+            assert torch.equal(one.broken & found.correct["defended"], (queries > 0) & (queries <= budget)), name
+    assert torch.equal(found.queries["square"] == -1, found.correct["square"])
+    assert torch.equal(found.queries["rays"] == 0, ~found.correct["defended"])
+
+
+def test_a_point_of_a_curve_is_the_worst_of_three_ascents(data) -> None:  # type: ignore[no-untyped-def]
+    base, x, label = data
+    defence, ids = AntiAdversary(base, steps=3), torch.arange(len(x))
+    given = (defence, base, x, label, ids)
+    at = [held(*given, Threat(Norm.linf, radius), QUICK) for radius in (1e-6, 0.05, 0.1, 1.0)]
+    assert torch.equal(at[0], right(defence, x, label, 1)) and not at[3].any()
+    assert at[0].sum() > at[1].sum() > at[2].sum()
+    row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 52)], 1)
+    expected = right(defence, x, label, 1)
+    for model in (base, defence, defence.surrogate):
+        point = apgd(Oracle(model), x, label, row, Threat(Norm.linf, 0.05), steps=QUICK.steps, go_on=True).images
+        expected &= defence(point).argmax(1) == label
+    assert torch.equal(at[1], expected)
+    assert [shortened(one).steps for one in (defence, AntiAdversary(base, 1), Defence(base))] == [2, 1, 0]
+    assert torch.equal(shortened(defence)(x), AntiAdversary(base, steps=2)(x)) and defence.steps == 3
 
 
 @pytest.mark.parametrize("levels", [4])

@@ -83,7 +83,7 @@ def config_of(folder: str) -> RobustnessConfig:
         },
         threats={"linf": ThreatConfig(Norm.linf, 0.08), "l1": ThreatConfig(Norm.l1, 2.0)},
         attack=AttackConfig([Attack.apgd_ce, Attack.apgd_t], steps=10, targets=2),
-        adaptive=AdaptiveConfig(steps=5, draws=2, votes=3, queries=20),
+        adaptive=AdaptiveConfig(steps=5, draws=2, votes=3, queries=20, radii=[0.01, 30.0], defence_steps=[1]),
         radii=[0.5, 1.0, 3.0],
         examples=60,
         shard_size=20,
@@ -139,6 +139,7 @@ def test_a_defence_that_comes_later_leaves_what_is_there_as_it_was(folder: str) 
 
 def test_a_defence_is_judged_beside_its_base(folder: str) -> None:
     config = config_of(folder)
+    config.examples = 20
     for name in ("anti", "noisy"):
         dataset = made(config, name)
         found = summary(dataset, cost_of(config, name, dataset, "cpu", 0))
@@ -147,6 +148,16 @@ def test_a_defence_is_judged_beside_its_base(folder: str) -> None:
         assert found["clean"] == one["columns"]["defended"], "its own, and not the base's"
         held = [c["value"] for n, c in one["columns"].items() if n not in ("clean", "static")]
         assert one["robust"]["value"] <= min(held)
+        assert [p["radius"] for p in one["curve"]] == pytest.approx([0.0008, 2.4])
+        assert one["curve"][0]["value"] > 0.8 and one["curve"][1]["value"] == 0, "with no bound nothing stays right"
+        assert [p["steps"] for p in one["defence_steps"]] == ([1] if name == "anti" else []), "noise has no steps"
+        for search in ("square", "rays"):
+            left = one["queries"][search]
+            assert (left[0]["queries"], left[-1]["queries"]) == (0, 20)
+            assert (left[0]["value"], left[-1]["value"]) == (
+                one["columns"]["defended"]["value"],
+                one["columns"][search]["value"],
+            )
         assert len(one["checklist"]) == 7 and all(check["evidence"] for check in one["checklist"])
         assert found["cost"]["passes"] == ((4, 2) if name == "anti" else (4, 0)) and found["cost"]["seconds"][1] > 0
         assert (found["cost"]["deviations"]["linf"] == 0) == (name == "anti")
