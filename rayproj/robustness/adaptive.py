@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from rayproj.robustness.apgd import strongest
 from rayproj.robustness.autoattack import AttackConfig, autoattack, ranked
 from rayproj.robustness.defences import Defence
 from rayproj.robustness.losses import Loss, cross_entropy, margin, targeted
+from rayproj.robustness.masking import WHOLE
 from rayproj.robustness.oracle import Attacked, Model, Oracle
 from rayproj.robustness.rays import rays
 from rayproj.robustness.square import square
@@ -200,17 +202,76 @@ def passes(defence: Callable[[Model], Defence], base: Model, x: Tensor) -> tuple
     return counted.forwards / len(x), counted.backwards / len(x)
 
 
-def seconds(model: Model, x: Tensor) -> float:
-    """For an answer, per image: the median of some, after one that is not counted."""
-    found = []
+def seconds(models: Sequence[Model], x: Tensor) -> list[float]:
+    """For an answer of each, per image: the median of some, after one that is not counted. They take turns, so that what
+    else the machine does is equally in the way of all."""
+    found: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
         for _ in range(ROUNDS + 1):
-            began = time.perf_counter()
-            model(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - began)
-    return statistics.median(found[1:]) / len(x)
+            for model, times in zip(models, found, strict=True):
+                began = time.perf_counter()
+                model(x)
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - began)
+    return [statistics.median(times[1:]) / len(x) for times in found]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an answer of a defence costs, measured on some images.
+
+    Attributes:
+        passes: forward and backward, through the base; None of a defence that has one of its own.
+        seconds: of the base and of the defence, per image.
+    """
+
+    passes: tuple[float, float] | None
+    seconds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What some images say of a defence and of the attacks on it, for the checklist.
+
+    Attributes:
+        deviation: of the share of attacked images that are right, over evaluations.
+        half, whole: share right under ascents around it of half the steps, and of all.
+        unbounded: share right where the attack around it may go anywhere.
+        apart: share of answers to images by themselves that are other than to all at once; None of a defence that draws.
+        images: how many they are.
+    """
+
+    deviation: float
+    half: float
+    whole: float
+    unbounded: float
+    apart: float | None
+    images: int
+
+
+def probe(
+    defence: Defence, x: Tensor, attacked: Tensor, label: Tensor, ids: Tensor, threat: Threat, config: AdaptiveConfig,
+    seed: int = 0,
+) -> Probe:  # fmt: skip
+    """Arguments as of `evaluate`; `attacked` are images that it came to, fp32 [B, C, H, W]."""
+    votes, draws = (config.votes, config.draws) if defence.random else (1, 1)
+    row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 53)], 1)
+
+    def left(steps: int, within: Threat) -> float:
+        oracle = Oracle(defence.surrogate, draws)
+        tried = strongest(threat.norm)(oracle, x, label, row, within, margin, steps, seed, go_on=True)
+        return right(defence, tried.images, label, votes).float().mean().item()
+
+    apart = None
+    if not defence.random:
+        with torch.no_grad():
+            alone = torch.cat([defence(one[None]).argmax(1) for one in x])
+            apart = (alone != defence(x).argmax(1)).float().mean().item()
+    return Probe(
+        deviation(defence, attacked, label, config), left((config.steps + 1) // 2, threat), left(config.steps, threat),
+        left(config.steps, Threat(threat.norm, WHOLE[threat.norm])), apart, len(x),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -228,12 +289,22 @@ class Check:
     evidence: str
 
 
-def checklist(correct: Mapping[str, np.ndarray], deviation: float, seconds: tuple[float, float]) -> list[Check]:
-    """What Croce et al. 2022 (section 5) ask of a defence and of its evaluation, from the columns of a `Verdict` over all
-    examples."""
+def checklist(
+    correct: Mapping[str, np.ndarray], probe: Probe, cost: Cost, curve: Sequence[tuple[float, float]], steps: int
+) -> list[Check]:
+    """What Croce et al. 2022 (section 5) and Carlini et al. 2019 ("On evaluating adversarial robustness", section 5) ask of
+    a defence and of its evaluation.
+
+    Args:
+        correct: the columns of a `Verdict`, over all examples.
+        curve: radii and what is right there.
+        steps: of the ascents.
+    """
+    seconds, deviation = cost.seconds, probe.deviation
     share = {name: float(np.mean(right)) for name, right in correct.items()}
     worst = np.stack([right for name, right in correct.items() if name not in STATIC]).all(0)
     on_it = min(share["direct"], share["bpda"])
+    held = [share["defended"], *(value for _, value in sorted(curve))]
     better, worse = int((worst & ~correct["static"]).sum()), int((~worst & correct["static"]).sum())
     p = sign_test(better, worse, "greater")
     return [
@@ -252,6 +323,37 @@ def checklist(correct: Mapping[str, np.ndarray], deviation: float, seconds: tupl
             "The gradient of the code is not masked",
             share["direct"] <= share["bpda"] + 0.02,
             f"{share['direct']:.1%} stay right where the code's own gradient is followed, {share['bpda']:.1%} around it.",
+        ),
+        Check(
+            "A gradient through fewer of its steps finds no more",
+            on_it <= share["fewer"] + 0.02,
+            f"{share['fewer']:.1%} stay right around half of its own steps, {on_it:.1%} under gradients of all.",
+        ),
+        Check(
+            "More steps of an attack find no more",
+            probe.whole >= probe.half - 0.02,
+            f"Of {probe.images} images {probe.half:.1%} stay right after {(steps + 1) // 2} steps of an attack, "
+            f"{probe.whole:.1%} after {steps}.",
+        ),
+        Check(
+            "A larger radius leaves fewer",
+            bool(curve) and all(after <= before + 0.01 for before, after in pairwise(held)),
+            f"Right at radii of {', '.join(f'{radius:.3g}' for radius, _ in [(0.0, 0.0), *curve])}: "
+            f"{', '.join(f'{value:.1%}' for value in held)}."
+            if curve
+            else "No radii were tried: adaptive.radii is empty.",
+        ),
+        Check(
+            "An attack without a bound leaves none",
+            probe.unbounded <= 0.02,
+            f"Of {probe.images} images {probe.unbounded:.1%} stay right where an attack may go anywhere.",
+        ),
+        Check(
+            "An answer depends on no other image",
+            probe.apart == 0,
+            f"Of {probe.images} images {probe.apart:.1%} are taken for something else when they come by themselves."
+            if probe.apart is not None
+            else "It draws for the images of a batch together.",
         ),
         Check(
             "It is no worse than its base without an attack",
