@@ -164,6 +164,67 @@ class SelfSupervised(Defence):
         return best
 
 
+class Contrast(nn.Module):
+    """How little the views of an image have in common beside those of other images, in a linear projection of what the head
+    of a classifier sees: the loss of SimCLR (Chen et al. 2020, eq. 1) with a fixed set of others. Views are shifted.
+
+    Args:
+        network: with `pooled`; it stays as it is.
+        clean: fp32 [n, C, H, W] in [0, 1]: images that the projection learns from, and the others.
+        pixels: that a view is shifted, to each of four sides.
+    """
+
+    others: Tensor
+
+    def __init__(
+        self, network: OfUnit, clean: Tensor, steps: int = 200, dim: int = 32, pixels: int = 1, temperature: float = 0.2,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        torch.manual_seed(seed)
+        self.network, self.pixels, self.temperature = network, pixels, temperature
+        with torch.no_grad():  # the network does not learn, so that what it sees is the same at every step
+            seen = torch.stack([network.pooled(view).float() for view in self.views(clean)], 1)
+        self.project = nn.Linear(seen.shape[2], dim).to(clean.device)
+        optimiser = torch.optim.Adam(self.project.parameters(), lr=3e-3)
+        with torch.enable_grad():
+            for _ in range(steps):
+                some = torch.randperm(len(clean))[:128]
+                z = F.normalize(self.project(seen[some]), dim=2)
+                loss = self.loss(z[::2], z[1::2].flatten(0, 1)).mean()
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        self.project.requires_grad_(False)
+        self.register_buffer("others", F.normalize(self.project(seen), dim=2).flatten(0, 1))
+
+    def views(self, x: Tensor) -> list[Tensor]:
+        return [x.roll(shift, axis) for axis in (2, 3) for shift in (-self.pixels, self.pixels)]
+
+    def loss(self, z: Tensor, others: Tensor) -> Tensor:
+        """[B] of unit vectors of views [B, V, dim] and of other images [n, dim]: the mean over pairs of views i ≠ j of
+        -log exp(zᵢ·zⱼ/τ) / (Σ_{k≠i} exp(zᵢ·z_k/τ) + Σ_others exp(zᵢ·o/τ))."""
+        alike, same = z @ z.mT / self.temperature, torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
+        total = torch.cat([alike.masked_fill(same, -torch.inf), z @ others.T / self.temperature], 2).logsumexp(2)
+        return (total[:, :, None] - alike)[:, ~same].mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.stack([self.project(self.network.pooled(view).float()) for view in self.views(x)], 1)
+        return self.loss(F.normalize(z, dim=2), self.others)
+
+
+class ContrastiveReversal(AuxiliaryPurifier):
+    """Moves the input to where its views have more in common than with other images (Mao et al. 2021, "Adversarial attacks
+    are reversible with natural supervision", algorithm 1): the same descent, of a `Contrast`."""
+
+    calls_base = False
+
+    def __init__(
+        self, base: Model, contrast: Model, eps: float = 16 / 255, steps: int = 10, step: float = 2 / 255
+    ) -> None:
+        super().__init__(base, contrast, eps, steps, step)
+
+
 class ClosedLoopControl(Defence):
     """Adds to the image and to what the head sees whatever brings both near the subspaces of clean ones: with
     x₁ = pooled(x₀ + u₀) the controls u minimise Σ ½‖(I - V Vᵀ)(x_t + u_t - μ_t)‖² + c/2 ‖u_t‖² (Chen et al. 2021, "Towards

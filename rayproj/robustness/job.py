@@ -45,6 +45,7 @@ class Kind(Enum):
     auxiliary = "auxiliary"
     one_step = "one_step"
     self_supervised = "self_supervised"
+    contrastive = "contrastive"
     control = "control"
     entropy = "entropy"
     noise = "noise"
@@ -58,13 +59,14 @@ CLASSES: dict[Kind, Callable[..., Defence]] = {
     Kind.auxiliary: defences.AuxiliaryPurifier,
     Kind.one_step: defences.OneStep,
     Kind.self_supervised: defences.SelfSupervised,
+    Kind.contrastive: defences.ContrastiveReversal,
     Kind.control: defences.ClosedLoopControl,
     Kind.entropy: defences.EntropyAdaptation,
     Kind.noise: defences.RandomNoise,
     Kind.generative: defences.GenerativePurifier,
     Kind.quantiser: defences.Quantiser,
 }
-FROM_IMAGES = (Kind.auxiliary, Kind.one_step, Kind.control)
+FROM_IMAGES = (Kind.auxiliary, Kind.one_step, Kind.contrastive, Kind.control)
 
 
 @dataclass
@@ -75,7 +77,7 @@ class DefenceConfig:
     kind: Kind = Kind.anti_adversary
     options: dict[str, float] = field(default_factory=dict)  # of its class, such as {steps: 4}
     model: str = ""  # generative: run dir of a diffusion model
-    images: str = ""  # auxiliary, one_step, control: images that the discriminator or the subspaces are learnt from
+    images: str = ""  # auxiliary, one_step, contrastive, control: what they learn from
 
 
 @dataclass
@@ -270,13 +272,28 @@ def builder(
             )
         told: Any
         given, (told, label) = _given(kind, options), _some(defence.images, device)
-        if defence.kind is not Kind.control:
+        if defence.kind is Kind.contrastive:
+            told = defences.Contrast(_with_features(base), told, seed=seed)
+        elif defence.kind is Kind.control:
+            _with_features(base)
+        else:
             told = discriminator(told, label, base, next(iter(config.balls.values())), seed)
         return lambda model: kind(model, told, **given)
     given = _given(kind, options)
     if "seed" in inspect.signature(kind).parameters:
         given = {"seed": seed, **given}
     return lambda model: kind(model, **given)
+
+
+def _with_features(base: Model) -> OfUnit:
+    """The base, if it says what its head sees.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not isinstance(base, OfUnit) or not hasattr(base.network, "pooled"):
+        raise UserError("A contrastive or control defence needs a classifier of one network, whose features are known.")
+    return base
 
 
 def steps_of(config: RobustnessConfig, defence: DefenceConfig) -> list[int]:

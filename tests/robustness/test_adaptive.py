@@ -25,6 +25,8 @@ from rayproj.robustness.defences import (
     AntiAdversary,
     AuxiliaryPurifier,
     ClosedLoopControl,
+    Contrast,
+    ContrastiveReversal,
     Defence,
     EntropyAdaptation,
     GenerativePurifier,
@@ -223,6 +225,31 @@ def test_views_are_made_to_agree_as_one_image_after_the_other_is(data) -> None: 
                 point = point.clamp(0, 1)
             tried.append((nn.functional.mse_loss(base(point.roll(-1, 3)), base(point.roll(1, 3))).item(), point))
         torch.testing.assert_close(now, min(tried, key=lambda pair: pair[0])[1], atol=1e-6, rtol=0)
+
+
+def test_views_of_one_image_are_brought_together_beside_others(data) -> None:  # type: ignore[no-untyped-def]
+    base, x, _ = data
+
+    class Features(nn.Module):
+        def pooled(self, z: torch.Tensor) -> torch.Tensor:
+            return base[:-1](z)
+
+    contrast = Contrast(Features(), x[:60], steps=40, dim=8)
+    untrained = Contrast(Features(), x[:60], steps=0, dim=8)
+    assert contrast(x[60:]).mean() < untrained(x[60:]).mean() - 0.1
+    others = contrast.others.numpy()
+    for one, found in zip(x[60:63, None], contrast(x[60:63]), strict=True):
+        views = [one.roll(-1, 2), one.roll(1, 2), one.roll(-1, 3), one.roll(1, 3)]
+        z = [contrast.project(base[:-1](view))[0].detach().numpy() for view in views]
+        z, losses = [v / np.linalg.norm(v) for v in z], []
+        for i in range(4):
+            among = sum(np.exp(z[i] @ z[k] / 0.2) for k in range(4) if k != i) + np.exp(others @ z[i] / 0.2).sum()
+            losses += [-np.log(np.exp(z[i] @ z[j] / 0.2) / among) for j in range(4) if j != i]
+        assert found.item() == pytest.approx(np.mean(losses), rel=1e-4)
+    attacked = (x[60:] + 0.1 * torch.randn(x[60:].shape, generator=torch.Generator().manual_seed(0)).sign()).clamp(0, 1)
+    purified = ContrastiveReversal(base, contrast, steps=5).purify(attacked)
+    assert contrast(purified).sum() < contrast(attacked).sum()
+    assert Threat(Norm.linf, 10 / 255).holds(attacked, purified).all()
 
 
 def test_a_single_step_is_half_as_long_where_a_discriminator_doubts() -> None:

@@ -20,6 +20,7 @@ from rayproj.robustness.checks import Checker, Checks, gathered
 from rayproj.robustness.checks import header_of as header_of_checks
 from rayproj.robustness.job import (
     COLUMNS,
+    FROM_IMAGES,
     Attacker,
     DefenceConfig,
     Kind,
@@ -189,6 +190,7 @@ def diffusion(folder: str) -> str:
 OPTIONS: dict[Kind, dict[str, float]] = {
     Kind.hedge: {"steps": 2}, Kind.auxiliary: {"steps": 2}, Kind.entropy: {"steps": 2}, Kind.generative: {"steps": 2},
     Kind.one_step: {"doubt": 0.1}, Kind.self_supervised: {"steps": 1, "radii": 1}, Kind.control: {"steps": 2},
+    Kind.contrastive: {"steps": 1},
     Kind.quantiser: {}, Kind.noise: {"copies": 2}, Kind.anti_adversary: {"steps": 2},
 }  # fmt: skip
 
@@ -206,13 +208,11 @@ def test_every_kind_is_attacked_and_its_cost_told(folder: str, diffusion: str, k
     found = summary(dataset, measured.costs["it"], measured.probes["it"])
     columns = found["threats"]["linf"]["columns"]
     assert found["threats"]["linf"]["robust"]["value"] <= min(columns[c]["value"] for c in COLUMNS[2:])
-    assert (found["cost"]["passes"] is None) == (kind in (Kind.entropy, Kind.control))
+    assert (found["cost"]["passes"] is None) == (kind in (Kind.entropy, Kind.contrastive, Kind.control))
     said = dataset.header.provenance
     assert (said.get("model_commit"), said.get("images")) == (
         commits(Store(diffusion))[-1].step if kind is Kind.generative else None,
-        Dataset.open(f"{folder}/train").manifest_hash()
-        if kind in (Kind.auxiliary, Kind.one_step, Kind.control)
-        else None,
+        Dataset.open(f"{folder}/train").manifest_hash() if kind in FROM_IMAGES else None,
     ), "what it is made of is pinned"
 
 
@@ -276,5 +276,9 @@ def test_what_cannot_be(folder: str) -> None:
         builder(DefenceConfig("plain", options={"stepz": 1}), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="A generative defence needs"):
         builder(DefenceConfig("plain", Kind.generative), config, lambda x: x, "cpu", 0)
+    with pytest.raises(UserError, match="of the kind 'one_step' needs"):
+        builder(DefenceConfig("plain", Kind.one_step), config, lambda x: x, "cpu", 0)
+    with pytest.raises(UserError, match="a classifier of one network"):
+        builder(DefenceConfig("plain", Kind.control, images=f"{folder}/train"), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="no trained classifier"):
         header_of(RobustnessConfig(test=f"{folder}/test", classifiers={"a": f"{folder}/nowhere"}), "a", 0)
