@@ -109,7 +109,7 @@ def evaluate(
     return Verdict(correct, found, queries)
 
 
-def held(
+def withstood(
     defence: Defence, base: Model, x: Tensor, label: Tensor, ids: Tensor, threat: Threat, config: AdaptiveConfig,
     seed: int = 0,
 ) -> Tensor:  # fmt: skip
@@ -290,21 +290,24 @@ class Check:
 
 
 def checklist(
-    correct: Mapping[str, np.ndarray], probe: Probe, cost: Cost, curve: Sequence[tuple[float, float]], steps: int
-) -> list[Check]:
+    correct: Mapping[str, np.ndarray], probe: Probe, cost: Cost, curve: Sequence[tuple[float, float]],
+    queries: Mapping[str, np.ndarray], config: AdaptiveConfig,
+) -> list[Check]:  # fmt: skip
     """What Croce et al. 2022 (section 5) and Carlini et al. 2019 ("On evaluating adversarial robustness", section 5) ask of
     a defence and of its evaluation.
 
     Args:
         correct: the columns of a `Verdict`, over all examples.
         curve: radii and what is right there.
-        steps: of the ascents.
+        queries: of the searches, as a `Verdict` has them.
     """
+    steps, points = config.steps, sorted(curve)
+    late = {c: float(np.mean(asked > config.queries / 2)) for c, asked in queries.items()}
     seconds, deviation = cost.seconds, probe.deviation
     share = {name: float(np.mean(right)) for name, right in correct.items()}
     worst = np.stack([right for name, right in correct.items() if name not in STATIC]).all(0)
     on_it = min(share["direct"], share["bpda"])
-    held = [share["defended"], *(value for _, value in sorted(curve))]
+    held = [share["defended"], *(value for _, value in points)]
     better, worse = int((worst & ~correct["static"]).sum()), int((~worst & correct["static"]).sum())
     p = sign_test(better, worse, "greater")
     return [
@@ -336,11 +339,17 @@ def checklist(
             f"{probe.whole:.1%} after {steps}.",
         ),
         Check(
+            "More queries find no more",
+            all(found <= 0.01 for found in late.values()),
+            f"The second half of {config.queries} queries broke "
+            f"{' and '.join(f'{found:.1%} ({name})' for name, found in late.items())} of the images.",
+        ),
+        Check(
             "A larger radius leaves fewer",
-            bool(curve) and all(after <= before + 0.01 for before, after in pairwise(held)),
-            f"Right at radii of {', '.join(f'{radius:.3g}' for radius, _ in [(0.0, 0.0), *curve])}: "
+            bool(points) and all(after <= before + 0.01 for before, after in pairwise(held)),
+            f"Right at radii of {', '.join(f'{radius:.3g}' for radius, _ in [(0.0, 0.0), *points])}: "
             f"{', '.join(f'{value:.1%}' for value in held)}."
-            if curve
+            if points
             else "No radii were tried: adaptive.radii is empty.",
         ),
         Check(

@@ -231,12 +231,12 @@ class Attacker:
             self._add(found, f"{name}_{column}_queries", queries)
         for k, radius in enumerate(self.config.adaptive.radii):
             there = Threat(threat.norm, radius * threat.eps)
-            held = adaptive.held(self.build(self.model), self.model, x, label, ids, there, *tried[1:])
+            held = adaptive.withstood(self.build(self.model), self.model, x, label, ids, there, *tried[1:])
             self._add(found, f"{name}_at_{k}", held.int())
         for k, steps in enumerate(steps_of(self.config, self.defence)):
             other = self.build(self.model)
             other.steps = steps
-            held = adaptive.held(other, self.model, x, label, ids, threat, *tried[1:])
+            held = adaptive.withstood(other, self.model, x, label, ids, threat, *tried[1:])
             self._add(found, f"{name}_with_{k}", held.int())
         first = [next((c for c in COLUMNS[2:] if not verdict.correct[c][i]), "") for i in range(len(x))]
         for sample, by in zip(found, first, strict=True):
@@ -389,7 +389,10 @@ def summary(dataset: Dataset, cost: Cost | None = None, probes: Mapping[str, Pro
         one["curve"] = [{"radius": r * threat.eps, **h} for r, h in zip(radii, held, strict=True)]
         if cost and probes:
             curve = [(point["radius"], point["value"]) for point in one["curve"]]
-            checks = adaptive.checklist(right, probes[name], cost, curve, config.adaptive.steps)
+            # Of one that draws the search by scores is judged at its end alone.
+            judged = [c for c in SEARCHES if probes[name].apart is not None or c != "square"]
+            queries = {c: columns[f"{name}_{c}_queries"] for c in judged}
+            checks = adaptive.checklist(right, probes[name], cost, curve, queries, config.adaptive)
             one |= {"probe": asdict(probes[name]), "checklist": [asdict(check) for check in checks]}
         found["threats"][name] = one
     found["union"] = share(union)

@@ -13,11 +13,11 @@ from rayproj.robustness.adaptive import (
     checklist,
     deviation,
     evaluate,
-    held,
     passes,
     probe,
     right,
     shortened,
+    withstood,
 )
 from rayproj.robustness.apgd import apgd
 from rayproj.robustness.autoattack import Attack, AttackConfig, autoattack
@@ -49,6 +49,7 @@ STATIC, QUICK = (
     AttackConfig([Attack.apgd_ce, Attack.apgd_t], steps=30, targets=4),
     AdaptiveConfig(steps=20, queries=150),
 )
+NEVER = {"square": np.full(400, -1), "rays": np.full(400, -1)}
 GOOD = Probe(deviation=0.0, half=0.3, whole=0.3, unbounded=0.0, apart=0.0, images=64)
 
 
@@ -69,7 +70,9 @@ def verdict(data, defence, config: AdaptiveConfig = QUICK) -> Verdict:  # type: 
 def failed(found: Verdict) -> set[str]:
     columns = {name: r.numpy() for name, r in found.correct.items()}
     return {
-        check.item for check in checklist(columns, GOOD, Cost((2, 1), (1.0, 2.0)), [(0.1, 0.0)], 20) if not check.passed
+        check.item
+        for check in checklist(columns, GOOD, Cost((2, 1), (1.0, 2.0)), [(0.1, 0.0)], NEVER, QUICK)
+        if not check.passed
     }
 
 
@@ -108,7 +111,7 @@ def test_a_point_of_a_curve_is_the_worst_of_three_ascents(data) -> None:  # type
     base, x, label = data
     defence, ids = AntiAdversary(base, steps=3), torch.arange(len(x))
     given = (defence, base, x, label, ids)
-    at = [held(*given, Threat(Norm.linf, radius), QUICK) for radius in (1e-6, 0.05, 0.1, 1.0)]
+    at = [withstood(*given, Threat(Norm.linf, radius), QUICK) for radius in (1e-6, 0.05, 0.1, 1.0)]
     assert torch.equal(at[0], right(defence, x, label, 1)) and not at[3].any()
     assert at[0].sum() > at[1].sum() > at[2].sum()
     row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 52)], 1)
@@ -328,12 +331,12 @@ def test_a_better_one_is_told_from_chance() -> None:
         [(0.1, 0.3)],
     )
     right_now = {"clean": better, "static": static, **columns}
-    items = {c.item: c for c in checklist(right_now, GOOD, Cost(None, (1.0, 3.0)), curve, 20)}
+    items = {c.item: c for c in checklist(right_now, GOOD, Cost(None, (1.0, 3.0)), curve, NEVER, QUICK)}
     assert all(c.passed for c in items.values())
     assert "3.0 times as long" in items["It costs less than ten times its base"].evidence
     columns = {n: static for n in columns}
     right_now, shaky = {"clean": static, "static": static, **columns}, replace(GOOD, deviation=0.05)
-    items = {c.item: c for c in checklist(right_now, shaky, Cost(None, (1.0, 30.0)), curve, 20)}
+    items = {c.item: c for c in checklist(right_now, shaky, Cost(None, (1.0, 30.0)), curve, NEVER, QUICK)}
     assert {n for n, c in items.items() if not c.passed} == {
         "It is more robust than its base", "Another evaluation would say the same", "It costs less than ten times its base",
     }  # fmt: skip
@@ -342,15 +345,20 @@ def test_a_better_one_is_told_from_chance() -> None:
 def test_what_an_evaluation_lacks_is_told() -> None:
     columns = ("clean", "static", "defended", "transfer", "direct", "bpda", "square", "rays")
     right_now = {**dict.fromkeys(columns, np.arange(100) < 50), "fewer": np.arange(100) < 40}
+    tried, late = AdaptiveConfig(steps=21, queries=10), {"rays": np.array([-1] * 90 + [6] * 4 + [5] * 6)}
     bad = Probe(deviation=0.0, half=0.5, whole=0.4, unbounded=0.1, apart=None, images=64)
-    items = {c.item: c for c in checklist(right_now, bad, Cost(None, (1.0, 1.0)), [(0.1, 0.2), (0.2, 0.3)], 21)}
+    items = {
+        c.item: c for c in checklist(right_now, bad, Cost(None, (1.0, 1.0)), [(0.2, 0.3), (0.1, 0.2)], late, tried)
+    }
     lacking = {
         "A gradient through fewer of its steps finds no more", "More steps of an attack find no more",
         "A larger radius leaves fewer", "An attack without a bound leaves none", "An answer depends on no other image",
+        "More queries find no more",
     }  # fmt: skip
     assert lacking | {"It is more robust than its base"} == {n for n, c in items.items() if not c.passed}
     more = items["More steps of an attack find no more"].evidence
     assert more == "Of 64 images 50.0% stay right after 11 steps of an attack, 40.0% after 21."
+    assert "half of 10 queries broke 4.0% (rays) of" in items["More queries find no more"].evidence
     assert "0, 0.1, 0.2: 50.0%, 20.0%, 30.0%" in items["A larger radius leaves fewer"].evidence
 
 

@@ -167,7 +167,7 @@ def test_a_defence_is_judged_beside_its_base(folder: str) -> None:
                 one["columns"]["defended"]["value"],
                 one["columns"][search]["value"],
             )
-        assert len(one["checklist"]) == 12 and all(check["evidence"] for check in one["checklist"])
+        assert len(one["checklist"]) == 13 and all(check["evidence"] for check in one["checklist"])
         assert found["cost"]["passes"] == ((4, 2) if name == "anti" else (4, 0)) and found["cost"]["seconds"][1] > 0
         assert (one["probe"]["deviation"] == 0) == (name == "anti") == (one["probe"]["apart"] == 0)
         assert one["probe"]["unbounded"] == 0 and one["probe"]["images"] == 20
