@@ -14,7 +14,8 @@ from rayproj.data.dataset import Dataset
 from rayproj.engine.training import Link
 from rayproj.engine.world import World
 from rayproj.evaluation.job import EvaluateConfig, evaluate
-from rayproj.robustness.job import RobustnessConfig, cost_of, header_of, masking, summary, transfer
+from rayproj.robustness import checks
+from rayproj.robustness.job import RobustnessConfig, header_of, summary
 from rayproj.runtime.command import command
 from rayproj.runtime.group import GroupConfig
 from rayproj.runtime.producer import PoolConfig, produce
@@ -55,19 +56,22 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def under_attack(run: Run, config: Config) -> dict[str, Any]:
-    """Attack everything that is to be attacked, each image once; name -> its tables."""
-    wanted, found, datasets = config.robustness, {}, {}
+    """Attack everything that is to be attacked, each image once, and measure the rest; name -> its tables."""
+    wanted, datasets = config.robustness, {}
     for name in wanted.attacked:
         datasets[name] = dataset = Dataset.create(f"{wanted.out}/{name}", header_of(wanted, name, config.run.seed))
         produce(run, dataset, "rayproj.robustness.job:Attacker", config.pool, {"out": dataset.uri})
-        cost = cost_of(wanted, name, dataset, "cpu", config.run.seed) if name in wanted.defences else None
-        found[name] = summary(dataset, cost)
-        if name in wanted.classifiers:
-            found[name]["masking"] = signs = masking(wanted, name, "cpu", config.run.seed)
-            for sign in signs:
-                if sign["seen"]:
-                    say(f"{name} may only look robust under {sign['threat']}: {sign['evidence']}")
-    for threat, made in transfer(wanted, {name: datasets[name] for name in wanted.classifiers}, "cpu").items():
+    header = checks.header_of(wanted, datasets, config.run.seed)
+    checked = Dataset.create(run.store.at("checks").uri, header)
+    produce(run, checked, "rayproj.robustness.checks:Checker", config.pool, {"out": checked.uri})
+    measured = checks.gathered(checked)
+    found = {n: summary(dataset, measured.costs.get(n), measured.probes.get(n)) for n, dataset in datasets.items()}
+    for name, signs in measured.masking.items():
+        found[name]["masking"] = signs
+        for sign in signs:
+            if sign["seen"]:
+                say(f"{name} may only look robust under {sign['threat']}: {sign['evidence']}")
+    for threat, made in measured.transfer.items():
         for name, others in made.items():
             found[name]["threats"][threat]["transfer"] = others
     return found

@@ -256,6 +256,10 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
         if any("cost" in one for one in report["robustness"].values()):
             cost = figures.robustness_and_cost(report["robustness"])
             found["robustness_and_cost"] = data_uri(figures.svg(cost), "svg+xml")
+        if tried := {
+            n: one for n, one in report["robustness"].items() if "queries" in next(iter(one["threats"].values()))
+        }:
+            found["defences_attacked"] = data_uri(figures.svg(figures.defences_attacked(tried)), "svg+xml")
         if attacked := attacked_images(stages, 8):
             found["perturbed"] = data_uri(figures.png(figures.perturbed(attacked)), "png")
     if soups.shared(report.get("soups", {})):

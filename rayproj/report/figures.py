@@ -11,6 +11,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rayproj.evaluation.watermark import REAL
@@ -312,20 +313,18 @@ def watermark(found: dict[str, dict[str, Any]]) -> Figure:
 
 
 def robust_accuracy(found: dict[str, dict[str, Any]]) -> Figure:
-    """Accuracy over the radius of each threat, of every classifier that was attacked at several.
+    """Accuracy over the radius of each threat, of every classifier and, dashed, every defence that was attacked at several.
 
     Args:
         found: name -> what `rayproj.robustness.job.summary` gives.
     """
-    curves = {name: one for name, one in found.items() if any("curve" in t for t in one["threats"].values())}
+    curves = {name: one for name, one in found.items() if any(t.get("curve") for t in one["threats"].values())}
     threats = list(dict.fromkeys(threat for one in curves.values() for threat in one["threats"]))
     figure, axes = panels(len(threats), 3.0, 2.6)
     for axis, threat in zip(axes, threats, strict=False):
         for colour, (name, one) in zip(cycle(SERIES), curves.items()):
             points = [{"radius": 0.0, **one["clean"]}, *one["threats"][threat]["curve"]]
-            x = [point["radius"] for point in points]
-            axis.plot(x, [point["value"] for point in points], color=colour, marker="o", markersize=3, label=name)
-            axis.fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=colour, alpha=0.15)
+            _with_interval(axis, "radius", points, color=colour, linestyle="--" if "cost" in one else "-", label=name)
             axis.plot(
                 [one["threats"][threat]["threat"]["eps"]],
                 [one["threats"][threat]["robust"]["value"]],
@@ -337,6 +336,56 @@ def robust_accuracy(found: dict[str, dict[str, Any]]) -> Figure:
         axis.set_ylabel("right under attack")
     if threats:
         axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _with_interval(axis: Axes, along: str, points: list[dict[str, float]], **style: Any) -> None:
+    """Accuracies that have "value", "low" and "high", over what each point has at `along`."""
+    x = [point[along] for point in points]
+    axis.plot(x, [p["value"] for p in points], marker="o", markersize=3, **style)
+    axis.fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=style["color"], alpha=0.15)
+
+
+def defences_attacked(found: dict[str, dict[str, Any]]) -> Figure:
+    """What is right of each defence under each attack, over the queries of the searches, and over its own steps, if it was
+    attacked with several numbers of them; a column of panels for each threat.
+
+    Args:
+        found: name -> what `rayproj.robustness.job.summary` gives, of defences alone.
+    """
+    threats = next(iter(found.values()))["threats"]
+    stepped = any(t["defence_steps"] for one in found.values() for t in one["threats"].values())
+    figure, grid = plt.subplots(
+        2 + stepped,
+        len(threats),
+        figsize=(3.4 * len(threats), 2.6 * (2 + stepped)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for column, threat in enumerate(threats):
+        by_attack, by_queries, *by_steps = grid[:, column]
+        for number, (colour, (name, one)) in enumerate(zip(cycle(SERIES), found.items())):
+            under, style = one["threats"][threat], {"color": colour, "label": name}
+            held = [under["columns"][c]["value"] for c in under["columns"]] + [under["robust"]["value"]]
+            places = np.arange(len(held)) + 0.8 * ((number + 0.5) / len(found) - 0.5)
+            by_attack.bar(places, held, 0.8 / len(found), **style)
+            by_attack.set_xticks(
+                range(len(held)), [*under["columns"], "worst case"], rotation=60, ha="right", fontsize=7
+            )
+            for line, (search, points) in zip(("-", "--"), under["queries"].items(), strict=False):
+                _with_interval(by_queries, "queries", points, color=colour, linestyle=line, label=f"{name}, {search}")
+            for axis in by_steps if under["defence_steps"] else []:
+                _with_interval(axis, "steps", under["defence_steps"], **style)
+        by_attack.set_title(threat, fontsize=9)
+        by_queries.set_xscale("symlog")
+        by_queries.set_xlabel("queries of a search")
+        for axis in by_steps:
+            axis.set_xlabel("steps of the defence")
+        for axis in grid[:, column]:
+            axis.set_ylim(0, 1)
+            axis.set_ylabel("right under attack")
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(frameon=False, fontsize=7)
     return figure
 
 

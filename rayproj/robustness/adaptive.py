@@ -6,10 +6,12 @@ attacks than the base does.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,7 +22,8 @@ from rayproj.robustness.apgd import strongest
 from rayproj.robustness.autoattack import AttackConfig, autoattack, ranked
 from rayproj.robustness.defences import Defence
 from rayproj.robustness.losses import Loss, cross_entropy, margin, targeted
-from rayproj.robustness.oracle import Model, Oracle
+from rayproj.robustness.masking import WHOLE
+from rayproj.robustness.oracle import Attacked, Model, Oracle
 from rayproj.robustness.rays import rays
 from rayproj.robustness.square import square
 from rayproj.robustness.threats import Threat, wide
@@ -38,10 +41,18 @@ class AdaptiveConfig:
     votes: int = 5  # of a random defence: an image is right if more than half of so many answers are
     queries: int = 1000  # of the search by scores (a random defence answers each twice), and of that by decisions
     repeats: int = 3  # evaluations of a random defence, for the deviation
+    # For the curves, each point of which costs three ascents:
+    radii: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # of a threat; []: none
+    defence_steps: list[int] = field(default_factory=list)  # of a defence that optimises, in place of its own
 
     def problems(self) -> list[str]:
         names = ("steps", "draws", "votes", "queries", "repeats")
-        return [f"adaptive.{name} must be positive." for name in names if getattr(self, name) <= 0]
+        found = [f"adaptive.{name} must be positive." for name in names if getattr(self, name) <= 0]
+        if any(radius <= 0 for radius in self.radii):
+            found.append("adaptive.radii must be positive.")
+        if any(steps <= 0 for steps in self.defence_steps):
+            found.append("adaptive.defence_steps must be positive.")
+        return found
 
 
 @dataclass
@@ -52,10 +63,13 @@ class Verdict:
         correct: column -> bool [B]. "clean" and "static" are of the base: without an attack, and under AutoAttack.
             "defended" is the defence without an attack; the rest are attacks on it.
         images: fp32 [B, C, H, W]: of each example that an attack broke, what the first made of it; else as it was.
+        queries: column of a search without gradients -> int64 [B]: what it asked until an example was broken; 0 of one that
+            needed no attack, and -1 of one that stayed right.
     """
 
     correct: dict[str, Tensor]
     images: Tensor
+    queries: dict[str, Tensor]
 
     @property
     def worst(self) -> Tensor:
@@ -80,16 +94,41 @@ def evaluate(
     static = autoattack(base, x, label, ids, threat, attack, seed)
     correct = {"clean": base(x).argmax(1) == label, "static": static.robust.to(x.device)}
     correct["defended"] = right(defended, x, label, votes)
-    found, broken = x.clone(), ~correct["defended"]
-    for name, points in _attacks(defended, base, x, label, ids, threat, config, seed, static.images):
+    found, broken, queries = x.clone(), ~correct["defended"], {}
+    for name, attacks in _attacks(defended, base, x, label, ids, threat, config, seed, static.images):
         held = correct["defended"].clone()
-        for point in points:
-            assert threat.holds(x, point).all(), f"{name} left the ball"
-            held &= right(defended, point, label, votes)
-            found = torch.where(wide(~held & ~broken, x), point, found)
+        for one in attacks:
+            assert threat.holds(x, one.images).all(), f"{name} left the ball"
+            held &= right(defended, one.images, label, votes)
+            found = torch.where(wide(~held & ~broken, x), one.images, found)
             broken |= ~held
+            if one.queries is not None:
+                asked = torch.where(correct["defended"], one.queries, 0)
+                queries[name] = torch.where(held, -1, asked)
         correct[name] = held
-    return Verdict(correct, found)
+    return Verdict(correct, found, queries)
+
+
+def withstood(
+    defence: Defence, base: Model, x: Tensor, label: Tensor, ids: Tensor, threat: Threat, config: AdaptiveConfig,
+    seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """bool [B]: right without an attack and under one ascent of the cross-entropy each of the base, of the defence and
+    around it, for the points of a curve; arguments as of `evaluate`."""
+    votes, draws = (config.votes, config.draws) if defence.random else (1, 1)
+    found = right(defence, x, label, votes)
+    row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 52)], 1)
+    for oracle in (Oracle(base), Oracle(defence, draws), Oracle(defence.surrogate, draws)):
+        tried = strongest(threat.norm)(oracle, x, label, row, threat, cross_entropy, config.steps, seed, go_on=True)
+        found &= right(defence, tried.images, label, votes)
+    return found
+
+
+def shortened(defence: Defence) -> Defence:
+    """The defence with half of its own steps, or as it is if it has none or one."""
+    found = copy.copy(defence)
+    found.steps = (defence.steps + 1) // 2
+    return found
 
 
 def right(model: Model, x: Tensor, label: Tensor, votes: int) -> Tensor:
@@ -102,33 +141,30 @@ def right(model: Model, x: Tensor, label: Tensor, votes: int) -> Tensor:
 def _attacks(
     defence: Defence, base: Model, x: Tensor, label: Tensor, ids: Tensor, threat: Threat, config: AdaptiveConfig, seed: int,
     static: Tensor,
-) -> Iterator[tuple[str, list[Tensor]]]:  # fmt: skip
-    """The points of each column."""
+) -> Iterator[tuple[str, list[Attacked]]]:  # fmt: skip
+    """What was tried for each column."""
     logits, draws = base(x).detach(), config.draws if defence.random else 1
     to_second = targeted(logits.shape[1])
 
-    def ascended(model: Model, loss: Loss, number: int, draws: int, go_on: bool = False) -> Tensor:
+    def ascended(model: Model, loss: Loss, number: int, draws: int, go_on: bool = False) -> Attacked:
         row = torch.stack([ids, torch.full_like(ids, number), torch.full_like(ids, 50)], 1)
         target, oracle = ranked(logits, label, 1), Oracle(model, draws)
         # Of a random defence none leaves early: the first wrong answer may be luck, and votes decide.
         go_on = go_on or defence.random
         ascend = strongest(threat.norm)
-        return ascend(oracle, x, label, row, threat, loss, config.steps, seed, target=target, go_on=go_on).images
+        return ascend(oracle, x, label, row, threat, loss, config.steps, seed, target=target, go_on=go_on)
 
     # Of images that the base gets right all the same, the points of its highest loss.
-    yield "transfer", [static, *(ascended(base, loss, k, 1, True) for k, loss in enumerate((cross_entropy, to_second)))]
+    from_base = [ascended(base, loss, k, 1, True) for k, loss in enumerate((cross_entropy, to_second))]
+    yield "transfer", [Attacked(static, torch.zeros_like(label, dtype=torch.bool)), *from_base]
     for name, model in (("direct", defence), ("bpda", defence.surrogate)):
         yield name, [ascended(model, loss, k, draws) for k, loss in enumerate((cross_entropy, margin, to_second))]
+    # From a start of its own, so that of a defence without steps it is a restart.
+    yield "fewer", [ascended(shortened(defence).surrogate, margin, 3, draws)]
     row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 51)], 1)
-    yield (
-        "square",
-        [
-            square(
-                Oracle(defence, draws, defence.random, config.votes), x, label, row, threat, config.queries, seed
-            ).images
-        ],
-    )
-    yield "rays", [rays(Oracle(defence, 1, defence.random, config.votes), x, label, threat, config.queries).images]
+    several, single = (Oracle(defence, n, defence.random, config.votes) for n in (draws, 1))
+    yield "square", [square(several, x, label, row, threat, config.queries, seed)]
+    yield "rays", [rays(single, x, label, threat, config.queries)]
 
 
 class _Counted:
@@ -166,17 +202,76 @@ def passes(defence: Callable[[Model], Defence], base: Model, x: Tensor) -> tuple
     return counted.forwards / len(x), counted.backwards / len(x)
 
 
-def seconds(model: Model, x: Tensor) -> float:
-    """For an answer, per image: the median of some, after one that is not counted."""
-    found = []
+def seconds(models: Sequence[Model], x: Tensor) -> list[float]:
+    """For an answer of each, per image: the median of some, after one that is not counted. They take turns, so that what
+    else the machine does is equally in the way of all."""
+    found: list[list[float]] = [[] for _ in models]
     with torch.no_grad():
         for _ in range(ROUNDS + 1):
-            began = time.perf_counter()
-            model(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - began)
-    return statistics.median(found[1:]) / len(x)
+            for model, times in zip(models, found, strict=True):
+                began = time.perf_counter()
+                model(x)
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - began)
+    return [statistics.median(times[1:]) / len(x) for times in found]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an answer of a defence costs, measured on some images.
+
+    Attributes:
+        passes: forward and backward, through the base; None of a defence that has one of its own.
+        seconds: of the base and of the defence, per image.
+    """
+
+    passes: tuple[float, float] | None
+    seconds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What some images say of a defence and of the attacks on it, for the checklist.
+
+    Attributes:
+        deviation: of the share of attacked images that are right, over evaluations.
+        half, whole: share right under ascents around it of half the steps, and of all.
+        unbounded: share right where the attack around it may go anywhere.
+        apart: share of answers to images by themselves that are other than to all at once; None of a defence that draws.
+        images: how many they are.
+    """
+
+    deviation: float
+    half: float
+    whole: float
+    unbounded: float
+    apart: float | None
+    images: int
+
+
+def probe(
+    defence: Defence, x: Tensor, attacked: Tensor, label: Tensor, ids: Tensor, threat: Threat, config: AdaptiveConfig,
+    seed: int = 0,
+) -> Probe:  # fmt: skip
+    """Arguments as of `evaluate`; `attacked` are images that it came to, fp32 [B, C, H, W]."""
+    votes, draws = (config.votes, config.draws) if defence.random else (1, 1)
+    row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 53)], 1)
+
+    def left(steps: int, within: Threat) -> float:
+        oracle = Oracle(defence.surrogate, draws)
+        tried = strongest(threat.norm)(oracle, x, label, row, within, margin, steps, seed, go_on=True)
+        return right(defence, tried.images, label, votes).float().mean().item()
+
+    apart = None
+    if not defence.random:
+        with torch.no_grad():
+            alone = torch.cat([defence(one[None]).argmax(1) for one in x])
+            apart = (alone != defence(x).argmax(1)).float().mean().item()
+    return Probe(
+        deviation(defence, attacked, label, config), left((config.steps + 1) // 2, threat), left(config.steps, threat),
+        left(config.steps, Threat(threat.norm, WHOLE[threat.norm])), apart, len(x),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -194,12 +289,25 @@ class Check:
     evidence: str
 
 
-def checklist(correct: Mapping[str, np.ndarray], deviation: float, seconds: tuple[float, float]) -> list[Check]:
-    """What Croce et al. 2022 (section 5) ask of a defence and of its evaluation, from the columns of a `Verdict` over all
-    examples."""
+def checklist(
+    correct: Mapping[str, np.ndarray], probe: Probe, cost: Cost, curve: Sequence[tuple[float, float]],
+    queries: Mapping[str, np.ndarray], config: AdaptiveConfig,
+) -> list[Check]:  # fmt: skip
+    """What Croce et al. 2022 (section 5) and Carlini et al. 2019 ("On evaluating adversarial robustness", section 5) ask of
+    a defence and of its evaluation.
+
+    Args:
+        correct: the columns of a `Verdict`, over all examples.
+        curve: radii and what is right there.
+        queries: of the searches, as a `Verdict` has them.
+    """
+    steps, points = config.steps, sorted(curve)
+    late = {c: float(np.mean(asked > config.queries / 2)) for c, asked in queries.items()}
+    seconds, deviation = cost.seconds, probe.deviation
     share = {name: float(np.mean(right)) for name, right in correct.items()}
     worst = np.stack([right for name, right in correct.items() if name not in STATIC]).all(0)
     on_it = min(share["direct"], share["bpda"])
+    held = [share["defended"], *(value for _, value in points)]
     better, worse = int((worst & ~correct["static"]).sum()), int((~worst & correct["static"]).sum())
     p = sign_test(better, worse, "greater")
     return [
@@ -218,6 +326,43 @@ def checklist(correct: Mapping[str, np.ndarray], deviation: float, seconds: tupl
             "The gradient of the code is not masked",
             share["direct"] <= share["bpda"] + 0.02,
             f"{share['direct']:.1%} stay right where the code's own gradient is followed, {share['bpda']:.1%} around it.",
+        ),
+        Check(
+            "A gradient through fewer of its steps finds no more",
+            on_it <= share["fewer"] + 0.02,
+            f"{share['fewer']:.1%} stay right around half of its own steps, {on_it:.1%} under gradients of all.",
+        ),
+        Check(
+            "More steps of an attack find no more",
+            probe.whole >= probe.half - 0.02,
+            f"Of {probe.images} images {probe.half:.1%} stay right after {(steps + 1) // 2} steps of an attack, "
+            f"{probe.whole:.1%} after {steps}.",
+        ),
+        Check(
+            "More queries find no more",
+            all(found <= 0.01 for found in late.values()),
+            f"The second half of {config.queries} queries broke "
+            f"{' and '.join(f'{found:.1%} ({name})' for name, found in late.items())} of the images.",
+        ),
+        Check(
+            "A larger radius leaves fewer",
+            bool(points) and all(after <= before + 0.01 for before, after in pairwise(held)),
+            f"Right at radii of {', '.join(f'{radius:.3g}' for radius, _ in [(0.0, 0.0), *points])}: "
+            f"{', '.join(f'{value:.1%}' for value in held)}."
+            if points
+            else "No radii were tried: adaptive.radii is empty.",
+        ),
+        Check(
+            "An attack without a bound leaves none",
+            probe.unbounded <= 0.02,
+            f"Of {probe.images} images {probe.unbounded:.1%} stay right where an attack may go anywhere.",
+        ),
+        Check(
+            "An answer depends on no other image",
+            probe.apart == 0,
+            f"Of {probe.images} images {probe.apart:.1%} are taken for something else when they come by themselves."
+            if probe.apart is not None
+            else "It draws for the images of a batch together.",
         ),
         Check(
             "It is no worse than its base without an attack",

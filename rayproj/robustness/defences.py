@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rayproj.robustness.oracle import Model, straight_through
+from rayproj.robustness.oracle import Model, OfUnit, straight_through
+from rayproj.robustness.threats import wide
 
 
 class Defence:
@@ -26,9 +27,10 @@ class Defence:
     Attributes:
         random: whether the same image may be taken for different things.
         calls_base: whether it calls the base as it is, and not one of its own.
+        steps: of what it optimises; 0 of one that optimises nothing. Another number may be set, for an attacker or a curve.
     """
 
-    random, calls_base = False, True
+    random, calls_base, steps = False, True, 0
 
     def __init__(self, base: Model) -> None:
         self.base = base
@@ -106,6 +108,182 @@ class AuxiliaryPurifier(Defence):
             point = point - self.step * _gradient(self.discriminator, point).sign()
             point = torch.minimum(torch.maximum(point, x - self.eps), x + self.eps).clamp(0, 1)
         return point
+
+
+class OneStep(AuxiliaryPurifier):
+    """Takes a single step to where a discriminator sees nothing adversarial, and half of one where that is in doubt (Qian et
+    al. 2021, "Improving model robustness with latent distribution locally and globally", inference with manipulation).
+
+    Args:
+        eps: length of the step.
+        doubt: for probabilities nearer to a half than this.
+    """
+
+    def __init__(self, base: Model, discriminator: Model, eps: float = 8 / 255, doubt: float = 0.2) -> None:
+        super().__init__(base, discriminator, eps, steps=1)
+        self.doubt = doubt
+
+    def purify(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            doubtful = (self.discriminator(x).sigmoid() - 0.5).abs() < self.doubt
+        step = torch.where(doubtful, self.eps / 2, self.eps)
+        return (x - wide(step, x) * _gradient(self.discriminator, x).sign()).clamp(0, 1)
+
+
+class SelfSupervised(Defence):
+    """Makes two views of the input agree, within the radius at which they agree best (Shi et al. 2021, "Online adversarial
+    purification based on self-supervised learning", algorithm 1, with the task of label consistency). The views are shifted
+    to the left and to the right, which classifiers know from their training, in place of flips and crops.
+
+    Args:
+        radii: how many are tried, each `step` longer than the one before; and none at all.
+        pixels: that a view is shifted.
+    """
+
+    def __init__(self, base: Model, steps: int = 5, step: float = 4 / 255, radii: int = 10, pixels: int = 1) -> None:
+        super().__init__(base)
+        self.steps, self.step, self.radii, self.pixels = steps, step, radii, pixels
+
+    def disagreement(self, x: Tensor) -> Tensor:
+        """Mean squared difference of the logits of the views, [B]."""
+        left, right = (self.base(x.roll(shift, 3)) for shift in (-self.pixels, self.pixels))
+        return (left - right).square().mean(1)
+
+    def purify(self, x: Tensor) -> Tensor:
+        best = x
+        with torch.no_grad():
+            least = self.disagreement(x)
+        for number in range(1, self.radii + 1):
+            point, radius = x, number * self.step
+            for _ in range(self.steps):
+                point = point - self.step * _gradient(self.disagreement, point).sign()
+                point = torch.minimum(torch.maximum(point, x - radius), x + radius).clamp(0, 1)
+            with torch.no_grad():
+                left = self.disagreement(point)
+            best, least = torch.where(wide(left < least, x), point, best), torch.minimum(left, least)
+        return best
+
+
+class Contrast(nn.Module):
+    """How little the views of an image have in common beside those of other images, in a linear projection of what the head
+    of a classifier sees: the loss of SimCLR (Chen et al. 2020, eq. 1) with a fixed set of others. Views are shifted.
+
+    Args:
+        network: with `pooled`; it stays as it is.
+        clean: fp32 [n, C, H, W] in [0, 1]: images that the projection learns from, and the others.
+        pixels: that a view is shifted, to each of four sides.
+    """
+
+    others: Tensor
+
+    def __init__(
+        self, network: OfUnit, clean: Tensor, steps: int = 200, dim: int = 32, pixels: int = 1, temperature: float = 0.2,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        torch.manual_seed(seed)
+        self.network, self.pixels, self.temperature = network, pixels, temperature
+        with torch.no_grad():  # the network does not learn, so that what it sees is the same at every step
+            seen = torch.stack([network.pooled(view).float() for view in self.views(clean)], 1)
+        self.project = nn.Linear(seen.shape[2], dim).to(clean.device)
+        optimiser = torch.optim.Adam(self.project.parameters(), lr=3e-3)
+        with torch.enable_grad():
+            for _ in range(steps):
+                some = torch.randperm(len(clean))[:128]
+                z = F.normalize(self.project(seen[some]), dim=2)
+                loss = self.loss(z[::2], z[1::2].flatten(0, 1)).mean()
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        self.project.requires_grad_(False)
+        self.register_buffer("others", F.normalize(self.project(seen), dim=2).flatten(0, 1))
+
+    def views(self, x: Tensor) -> list[Tensor]:
+        return [x.roll(shift, axis) for axis in (2, 3) for shift in (-self.pixels, self.pixels)]
+
+    def loss(self, z: Tensor, others: Tensor) -> Tensor:
+        """[B] of unit vectors of views [B, V, dim] and of other images [n, dim]: the mean over pairs of views i ≠ j of
+        -log exp(zᵢ·zⱼ/τ) / (Σ_{k≠i} exp(zᵢ·z_k/τ) + Σ_others exp(zᵢ·o/τ))."""
+        alike, same = z @ z.mT / self.temperature, torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
+        total = torch.cat([alike.masked_fill(same, -torch.inf), z @ others.T / self.temperature], 2).logsumexp(2)
+        return (total[:, :, None] - alike)[:, ~same].mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.stack([self.project(self.network.pooled(view).float()) for view in self.views(x)], 1)
+        return self.loss(F.normalize(z, dim=2), self.others)
+
+
+class ContrastiveReversal(AuxiliaryPurifier):
+    """Moves the input to where its views have more in common than with other images (Mao et al. 2021, "Adversarial attacks
+    are reversible with natural supervision", algorithm 1): the same descent, of a `Contrast`."""
+
+    calls_base = False
+
+    def __init__(
+        self, base: Model, contrast: Model, eps: float = 16 / 255, steps: int = 10, step: float = 2 / 255
+    ) -> None:
+        super().__init__(base, contrast, eps, steps, step)
+
+
+class ClosedLoopControl(Defence):
+    """Adds to the image and to what the head sees whatever brings both near the subspaces of clean ones: with
+    x₁ = pooled(x₀ + u₀) the controls u minimise Σ ½‖(I - V Vᵀ)(x_t + u_t - μ_t)‖² + c/2 ‖u_t‖² (Chen et al. 2021, "Towards
+    robust neural networks via close-loop control", its running loss with linear embeddings), by Adam as in their code. Of
+    the states of all layers these two are controlled.
+
+    Args:
+        network: the base, as a module of images in [0, 1] with `pooled` and `classify`.
+        clean: fp32 [n, C, H, W], from which the subspaces are.
+        variance: share of it in a subspace.
+        penalty: c.
+    """
+
+    calls_base = False
+
+    def __init__(
+        self, network: OfUnit, clean: Tensor, steps: int = 10, lr: float = 0.01, variance: float = 0.95,
+        penalty: float = 0.01,
+    ) -> None:  # fmt: skip
+        super().__init__(network)
+        self.network, self.steps, self.lr, self.penalty = network, steps, lr, penalty
+        with torch.no_grad():
+            self.spaces = [_subspace(states.flatten(1), variance) for states in (clean, network.pooled(clean))]
+
+    def running_loss(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """What the controls u₀ [B, C, H, W] and u₁ [B, features] are to minimise, [B]."""
+        total = self.penalty / 2 * (first.flatten(1).square().sum(1) + second.square().sum(1))
+        states = ((x + first).flatten(1), self.network.pooled(x + first) + second)
+        for state, (mean, basis) in zip(states, self.spaces, strict=True):
+            away = state - mean
+            total = total + (away - away @ basis @ basis.T).square().sum(1) / 2
+        return total
+
+    def controls(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """u₀ and u₁."""
+        found = [torch.zeros_like(x), x.new_zeros(len(x), len(self.spaces[1][0]))]
+        optimiser = torch.optim.Adam([u.requires_grad_() for u in found], self.lr)
+        for _ in range(self.steps):
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(self.running_loss(x.detach(), *found).sum(), found)
+            for control, gradient in zip(found, gradients, strict=True):
+                control.grad = gradient
+            optimiser.step()
+        return found[0].detach(), found[1].detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        first, second = self.controls(x)
+        return self.network.classify(self.network.pooled(x + first) + second).float()
+
+    def surrogate(self, x: Tensor) -> Tensor:
+        return self(x)  # whose gradient takes the controls as given
+
+
+def _subspace(states: Tensor, variance: float) -> tuple[Tensor, Tensor]:
+    """Mean [d] of states [n, d], and the first principal directions [d, k], as many as have this share of the variance."""
+    mean = states.mean(0)
+    _, sizes, directions = torch.linalg.svd(states - mean, full_matrices=False)
+    share = sizes.square().cumsum(0) / sizes.square().sum()
+    return mean, directions[: int((share < variance).sum()) + 1].T
 
 
 class SmallDiscriminator(nn.Module):

@@ -6,6 +6,7 @@ sums over it, so that none needs the model again.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -25,28 +26,47 @@ from rayproj.engine.checkpoint import commits
 from rayproj.errors import UserError
 from rayproj.evaluation.proportions import Rate
 from rayproj.robustness import adaptive, defences
-from rayproj.robustness.adaptive import AdaptiveConfig
+from rayproj.robustness.adaptive import AdaptiveConfig, Cost, Probe
 from rayproj.robustness.apgd import apgd
-from rayproj.robustness.autoattack import CLEAN, AttackConfig, autoattack
+from rayproj.robustness.autoattack import AttackConfig, autoattack
 from rayproj.robustness.defences import Defence
 from rayproj.robustness.losses import cross_entropy
-from rayproj.robustness.masking import signs
 from rayproj.robustness.oracle import Model, OfUnit, Oracle
 from rayproj.robustness.threats import Norm, Threat, size
 from rayproj.storage.store import Store
 
-CHECKED = 64  # images in the search for signs of masked gradients
-COLUMNS = ("clean", "static", "defended", "transfer", "direct", "bpda", "square", "rays")
+COLUMNS = ("clean", "static", "defended", "transfer", "direct", "bpda", "fewer", "square", "rays")
+SEARCHES = ("square", "rays")  # columns of attacks that ask for queries
 
 
 class Kind(Enum):
     anti_adversary = "anti_adversary"
     hedge = "hedge"
     auxiliary = "auxiliary"
+    one_step = "one_step"
+    self_supervised = "self_supervised"
+    contrastive = "contrastive"
+    control = "control"
     entropy = "entropy"
     noise = "noise"
     generative = "generative"
     quantiser = "quantiser"
+
+
+CLASSES: dict[Kind, Callable[..., Defence]] = {
+    Kind.anti_adversary: defences.AntiAdversary,
+    Kind.hedge: defences.Hedge,
+    Kind.auxiliary: defences.AuxiliaryPurifier,
+    Kind.one_step: defences.OneStep,
+    Kind.self_supervised: defences.SelfSupervised,
+    Kind.contrastive: defences.ContrastiveReversal,
+    Kind.control: defences.ClosedLoopControl,
+    Kind.entropy: defences.EntropyAdaptation,
+    Kind.noise: defences.RandomNoise,
+    Kind.generative: defences.GenerativePurifier,
+    Kind.quantiser: defences.Quantiser,
+}
+FROM_IMAGES = (Kind.auxiliary, Kind.one_step, Kind.contrastive, Kind.control)
 
 
 @dataclass
@@ -57,7 +77,7 @@ class DefenceConfig:
     kind: Kind = Kind.anti_adversary
     options: dict[str, float] = field(default_factory=dict)  # of its class, such as {steps: 4}
     model: str = ""  # generative: run dir of a diffusion model
-    images: str = ""  # auxiliary: images that the discriminator learns from
+    images: str = ""  # auxiliary, one_step, contrastive, control: what they learn from
 
 
 @dataclass
@@ -116,7 +136,10 @@ def header_of(config: RobustnessConfig, name: str, seed: int) -> Header:
             f"{threat}_by": Field("str"),
             f"{threat}_size": Field("float"),
         }
-        names = COLUMNS if defence else [f"at_{k}" for k in range(len(config.radii))]
+        names = [f"at_{k}" for k in range(len(config.adaptive.radii if defence else config.radii))]
+        if defence:
+            names += [*COLUMNS, *(f"{name}_queries" for name in SEARCHES)]
+            names += [f"with_{k}" for k in range(len(steps_of(config, defence)))]
         fields |= {f"{threat}_{name}": Field("int") for name in names}
     # What the others are, and how defences are attacked, is no matter here: what is there stays where that changes.
     own, adaptive = ({name: defence}, config.adaptive) if defence else ({}, AdaptiveConfig())
@@ -147,7 +170,7 @@ def _needed(defence: DefenceConfig) -> dict[str, Any]:
                 f"There is no diffusion model at '{defence.model}'; give the run dir of jobs/train_diffusion.py."
             )
         return {"model_commit": done[-1].step}
-    if defence.kind is Kind.auxiliary and defence.images:
+    if defence.kind in FROM_IMAGES and defence.images:
         return {"images": Dataset.open(defence.images).manifest_hash()}
     return {}
 
@@ -199,11 +222,22 @@ class Attacker:
     def _defended(
         self, found: list[dict[str, Any]], name: str, threat: Threat, x: Tensor, label: Tensor, ids: Tensor
     ) -> Tensor:
-        assert self.build is not None
+        assert self.defence and self.build
         tried = (self.config.attack, self.config.adaptive, self.seed)
         verdict = adaptive.evaluate(self.build, self.model, x, label, ids, threat, *tried)
         for column in COLUMNS:
             self._add(found, f"{name}_{column}", verdict.correct[column].int())
+        for column, queries in verdict.queries.items():
+            self._add(found, f"{name}_{column}_queries", queries)
+        for k, radius in enumerate(self.config.adaptive.radii):
+            there = Threat(threat.norm, radius * threat.eps)
+            held = adaptive.withstood(self.build(self.model), self.model, x, label, ids, there, *tried[1:])
+            self._add(found, f"{name}_at_{k}", held.int())
+        for k, steps in enumerate(steps_of(self.config, self.defence)):
+            other = self.build(self.model)
+            other.steps = steps
+            held = adaptive.withstood(other, self.model, x, label, ids, threat, *tried[1:])
+            self._add(found, f"{name}_with_{k}", held.int())
         first = [next((c for c in COLUMNS[2:] if not verdict.correct[c][i]), "") for i in range(len(x))]
         for sample, by in zip(found, first, strict=True):
             sample[f"{name}_by"] = by
@@ -223,14 +257,7 @@ def builder(
     Raises:
         UserError: an option that it has not, or what it needs is not given.
     """
-    options = dict(defence.options)
-    kinds: dict[Kind, Callable[..., Defence]] = {
-        Kind.anti_adversary: defences.AntiAdversary,
-        Kind.hedge: defences.Hedge,
-        Kind.entropy: defences.EntropyAdaptation,
-        Kind.noise: defences.RandomNoise,
-        Kind.quantiser: defences.Quantiser,
-    }
+    options, kind = dict(defence.options), CLASSES[defence.kind]
     if defence.kind is Kind.generative:
         if not defence.model:
             raise UserError(
@@ -238,22 +265,44 @@ def builder(
             )
         redraw = Redraw(defence.model, device, **_given(Redraw, options))
         return lambda model: defences.GenerativePurifier(model, redraw, seed)
-    if defence.kind is Kind.auxiliary:
+    if defence.kind in FROM_IMAGES:
         if not defence.images:
             raise UserError(
-                "An auxiliary defence needs robustness.defences.NAME.images, for its network to learn from."
+                f"A defence of the kind '{defence.kind.value}' needs robustness.defences.NAME.images, to learn from."
             )
-        told = discriminator(defence.images, base, next(iter(config.balls.values())), device, seed)
-        given = _given(defences.AuxiliaryPurifier, options)
-        return lambda model: defences.AuxiliaryPurifier(model, told, **given)
-    given, draws = _given(kinds[defence.kind], options), kinds[defence.kind].random  # type: ignore[attr-defined]
-    return lambda model: kinds[defence.kind](model, **({"seed": seed, **given} if draws else given))
+        told: Any
+        given, (told, label) = _given(kind, options), _some(defence.images, device)
+        if defence.kind is Kind.contrastive:
+            told = defences.Contrast(_with_features(base), told, seed=seed)
+        elif defence.kind is Kind.control:
+            _with_features(base)
+        else:
+            told = discriminator(told, label, base, next(iter(config.balls.values())), seed)
+        return lambda model: kind(model, told, **given)
+    given = _given(kind, options)
+    if "seed" in inspect.signature(kind).parameters:
+        given = {"seed": seed, **given}
+    return lambda model: kind(model, **given)
+
+
+def _with_features(base: Model) -> OfUnit:
+    """The base, if it says what its head sees.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not isinstance(base, OfUnit) or not hasattr(base.network, "pooled"):
+        raise UserError("A contrastive or control defence needs a classifier of one network, whose features are known.")
+    return base
+
+
+def steps_of(config: RobustnessConfig, defence: DefenceConfig) -> list[int]:
+    """Numbers of its own steps with which a defence is attacked, for the curve."""
+    return config.adaptive.defence_steps if "steps" in inspect.signature(CLASSES[defence.kind]).parameters else []
 
 
 def _given(kind: Callable[..., Any], options: dict[str, float]) -> dict[str, Any]:
     """Options as the class takes them, whole numbers where it wants some."""
-    import inspect
-
     parameters = inspect.signature(kind).parameters
     known = {n: p.default for n, p in parameters.items() if isinstance(p.default, int | float)}
     if wrong := sorted(set(options) - set(known)):
@@ -261,12 +310,16 @@ def _given(kind: Callable[..., Any], options: dict[str, float]) -> dict[str, Any
     return {name: type(known[name])(value) for name, value in options.items()}
 
 
-def discriminator(images: str, base: Model, threat: Threat, device: str, seed: int, count: int = 512) -> Model:
-    """A small network that tells images from what APGD makes of them for the base."""
+def _some(images: str, device: str, count: int = 512) -> tuple[Tensor, Tensor]:
+    """The first images of a dataset, fp32 [n, C, H, W] in [0, 1], and their labels."""
     dataset = Dataset.open(images)
     batch = Reader(dataset, ["image", "label"]).gather(np.arange(min(count, dataset.header.num_samples)))
-    x, label = torch.from_numpy(batch["image"]).to(device).float() / 255, torch.from_numpy(batch["label"]).to(device)
-    ids = torch.arange(len(x), device=device)
+    return torch.from_numpy(batch["image"]).to(device).float() / 255, torch.from_numpy(batch["label"]).to(device)
+
+
+def discriminator(x: Tensor, label: Tensor, base: Model, threat: Threat, seed: int) -> Model:
+    """A small network that tells images from what APGD makes of them for the base."""
+    ids = torch.arange(len(x), device=x.device)
     row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 70)], 1)
     attacked = apgd(Oracle(base), x, label, row, threat, cross_entropy, 10, seed, go_on=True).images
     return defences.trained_discriminator(x, attacked, seed=seed)
@@ -294,16 +347,17 @@ class Redraw:
         )
 
 
-def summary(dataset: Dataset, cost: Cost | None = None) -> dict[str, Any]:
+def summary(dataset: Dataset, cost: Cost | None = None, probes: Mapping[str, Probe] | None = None) -> dict[str, Any]:
     """The tables of one classifier or defence, from its attacked images.
 
     Args:
-        cost: of a defence.
+        cost, probes: of a defence, the latter by threat; without them there is no checklist.
 
     Returns:
-        "clean" accuracy, of a defence its own; by threat "robust" accuracy, the share broken "by" each attack, and of a
-        classifier the "curve" over the radii, of a defence its "columns" and the checklist; "union": right under all
-        threats. Accuracies have "value", "low" and "high" (95 %, Clopper and Pearson 1934) and "n".
+        "clean" accuracy, of a defence its own; by threat "robust" accuracy, the share broken "by" each attack, the "curve"
+        over the radii, and of a defence its "columns", what is right after "queries" of either search and with
+        "defence_steps" of its own, and the checklist; "union": right under all threats. Accuracies have "value", "low" and
+        "high" (95 %, Clopper and Pearson 1934) and "n".
     """
     header = dataset.header
     config = configuration.from_dict(RobustnessConfig, header.provenance["robustness"])
@@ -326,15 +380,29 @@ def summary(dataset: Dataset, cost: Cost | None = None) -> dict[str, Any]:
         if defence:
             right = {c: columns[f"{name}_{c}"].astype(bool) for c in COLUMNS}
             one["columns"] = {c: share(values) for c, values in right.items()}
-            if cost:
-                checks = adaptive.checklist(right, cost.deviations[name], cost.seconds)
-                one["checklist"] = [asdict(check) for check in checks]
-        else:
-            held = [share(columns[f"{name}_at_{k}"].astype(bool)) for k in range(len(config.radii))]
-            one["curve"] = [{"radius": r * threat.eps, **h} for r, h in zip(config.radii, held, strict=True)]
+            one["queries"] = {c: _by_queries(columns[f"{name}_{c}_queries"], config) for c in SEARCHES}
+            steps = steps_of(config, defence)
+            held = [share(columns[f"{name}_with_{k}"].astype(bool)) for k in range(len(steps))]
+            one["defence_steps"] = [{"steps": n, **h} for n, h in zip(steps, held, strict=True)]
+        radii = config.adaptive.radii if defence else config.radii
+        held = [share(columns[f"{name}_at_{k}"].astype(bool)) for k in range(len(radii))]
+        one["curve"] = [{"radius": r * threat.eps, **h} for r, h in zip(radii, held, strict=True)]
+        if cost and probes:
+            curve = [(point["radius"], point["value"]) for point in one["curve"]]
+            # Of one that draws the search by scores is judged at its end alone.
+            judged = [c for c in SEARCHES if probes[name].apart is not None or c != "square"]
+            queries = {c: columns[f"{name}_{c}_queries"] for c in judged}
+            checks = adaptive.checklist(right, probes[name], cost, curve, queries, config.adaptive)
+            one |= {"probe": asdict(probes[name]), "checklist": [asdict(check) for check in checks]}
         found["threats"][name] = one
     found["union"] = share(union)
     return found | ({"cost": asdict(cost)} if cost else {})
+
+
+def _by_queries(queries: np.ndarray, config: RobustnessConfig) -> list[dict[str, float]]:
+    """What a search had left after so many queries, which `Verdict.queries` says."""
+    budgets = np.unique([0, *np.geomspace(1, config.adaptive.queries, 12).round().astype(int)])
+    return [{"queries": int(q), **share((queries < 0) | (queries > q))} for q in budgets]
 
 
 def share(right: np.ndarray) -> dict[str, float]:
@@ -344,78 +412,3 @@ def share(right: np.ndarray) -> dict[str, float]:
         return {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}
     low, high = Rate(count, n).interval()
     return {"value": count / n, "low": low, "high": high, "n": n}
-
-
-def masking(config: RobustnessConfig, name: str, device: str, seed: int) -> list[dict[str, Any]]:
-    """The signs of masked gradients of a classifier, on its first images, under each "threat"."""
-    network = OfUnit(classifiers.load(config.classifiers[name], device))
-    x, label = _first(Dataset.open(config.test), "image", device)
-    ids = torch.arange(len(x), device=device)
-    return [
-        {"threat": name, **asdict(sign)}
-        for name, threat in config.balls.items()
-        for sign in signs(network, x / 255, label, ids, threat, seed=seed)
-    ]
-
-
-def transfer(config: RobustnessConfig, datasets: Mapping[str, Dataset], device: str) -> dict[str, Any]:
-    """How far images that break one classifier break another.
-
-    Args:
-        datasets: name of a classifier -> its attacked images.
-
-    Returns:
-        By threat, by the classifier that an image was made against, by another one: the accuracy of that on the images that
-        an attack broke and that it has right without one, if there are any.
-    """
-    networks = {name: OfUnit(classifiers.load(config.classifiers[name], device)) for name in datasets}
-    alone = {name: Reader(dataset, ["prediction"]) for name, dataset in datasets.items()}
-    found: dict[str, Any] = {}
-    for threat in config.balls:
-        for made, dataset in datasets.items():
-            reader = Reader(dataset, ["label", f"{threat}_by", f"{threat}_image"])
-            held: dict[str, list[np.ndarray]] = {name: [] for name in networks if name != made}
-            for shard in range(dataset.header.num_shards):
-                batch = reader.gather(np.array(dataset.header.shard_range(shard)))
-                broken = ~np.isin(batch[f"{threat}_by"].astype(str), ["", CLEAN])
-                label = torch.from_numpy(batch["label"])
-                for name in held:
-                    some = broken & (alone[name].gather(batch["index"])["prediction"] == batch["label"])
-                    if some.any():
-                        after = networks[name](torch.from_numpy(batch[f"{threat}_image"][some]).to(device))
-                        held[name].append((after.argmax(1).cpu() == label[some]).numpy())
-            found.setdefault(threat, {})[made] = {n: share(np.concatenate(parts)) for n, parts in held.items() if parts}
-    return found
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an answer of a defence costs, measured on some images.
-
-    Attributes:
-        passes: forward and backward, through the base; None of a defence that has one of its own.
-        seconds: of the base and of the defence, per image.
-        deviations: by threat, of the share of its attacked images that are right, over evaluations.
-    """
-
-    passes: tuple[float, float] | None
-    seconds: tuple[float, float]
-    deviations: dict[str, float]
-
-
-def cost_of(config: RobustnessConfig, name: str, dataset: Dataset, device: str, seed: int) -> Cost:
-    """Of the defence of that name, whose attacked images are in `dataset`."""
-    base = OfUnit(classifiers.load(dataset.header.provenance["classifier"], device))
-    build, deviations = builder(config.defences[name], config, base, device, seed), {}
-    for threat in config.balls:
-        x, label = _first(dataset, f"{threat}_image", device)
-        deviations[threat] = adaptive.deviation(build(base), x, label, config.adaptive)
-    return Cost(
-        adaptive.passes(build, base, x), (adaptive.seconds(base, x), adaptive.seconds(build(base), x)), deviations
-    )
-
-
-def _first(dataset: Dataset, images: str, device: str) -> tuple[Tensor, Tensor]:
-    """fp32 [CHECKED, C, H, W] and labels."""
-    batch = Reader(dataset, [images, "label"]).gather(np.arange(min(CHECKED, dataset.header.num_samples)))
-    return torch.from_numpy(batch[images]).to(device).float(), torch.from_numpy(batch["label"]).to(device)

@@ -86,6 +86,13 @@ class OfUnit(nn.Module):
         """Logits [B, K] of images fp32 [B, C, H, W]."""
         return self.network(255 * x)  # type: ignore[no-any-return]
 
+    def pooled(self, x: Tensor) -> Tensor:
+        """What the network's head sees, [B, features]."""
+        return self.network.pooled(255 * x)  # type: ignore[operator, no-any-return]
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        return self.network.classify(pooled)  # type: ignore[operator, no-any-return]
+
 
 @dataclass
 class Attacked:
@@ -94,10 +101,12 @@ class Attacked:
     Attributes:
         images: fp32 [B, C, H, W]: misclassified where it succeeded, else those of the highest loss.
         broken: bool [B].
+        queries: int64 [B]: that a search without gradients asked until then; None of other attacks.
     """
 
     images: Tensor
     broken: Tensor
+    queries: Tensor | None = None
 
 
 def straight_through(step: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

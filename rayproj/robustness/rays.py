@@ -20,14 +20,15 @@ def rays(oracle: Oracle, x: Tensor, label: Tensor, threat: Threat, queries: int 
     Args:
         x: fp32 [B, C, H, W] in [0, 1].
     """
-    found = Attacked(x.clone(), torch.zeros_like(label, dtype=torch.bool))
+    spent = torch.full_like(label, queries)
+    found = Attacked(x.clone(), torch.zeros_like(label, dtype=torch.bool), spent)
     number, values = torch.arange(len(x), device=x.device), x[0].numel()
     place, far = torch.arange(values, device=x.device), size(torch.ones_like(x[:1]), threat.norm)
     direction = torch.ones_like(x).flatten(1)
     radius = torch.full((len(x),), torch.inf, device=x.device)  # of the border in `direction`
     level, block = torch.zeros_like(label), torch.full_like(label, -1)  # the first ray is one with nothing turned
     low, high, bisecting = torch.zeros_like(radius), radius.clone(), torch.zeros_like(label, dtype=torch.bool)
-    for _ in range(queries):
+    for query in range(queries):
         width = -(-values // 2**level)
         turned = (place >= (block * width)[:, None]) & (place < ((block + 1) * width)[:, None])
         trial = torch.where(turned, -direction, direction)
@@ -47,6 +48,7 @@ def rays(oracle: Oracle, x: Tensor, label: Tensor, threat: Threat, queries: int 
         level, block = level + last, torch.where(last, 0, block)
         if (broken := fooled & (asked <= threat.eps)).any():
             found.images[number[broken]], found.broken[number[broken]] = point[broken], True
+            spent[number[broken]] = query + 1
             state = (number, direction, radius, level, block, low, high, bisecting)
             number, direction, radius, level, block, low, high, bisecting = (one[~broken] for one in state)
         if not len(number):

@@ -31,7 +31,8 @@ def square(
         x: fp32 [B, C, H, W] in [0, 1].
         row: int64 [B, 3], of which the last is left to the queries.
     """
-    found = Attacked(x.clone(), torch.zeros_like(label, dtype=torch.bool))
+    asked = torch.full_like(label, queries)
+    found = Attacked(x.clone(), torch.zeros_like(label, dtype=torch.bool), asked)
     number = torch.arange(len(x), device=x.device)
     best = _stripes(x, row, threat, seed) if threat.norm is Norm.linf else _tiles(x, row, threat, seed)
     value = torch.full((len(x),), -torch.inf, device=x.device)
@@ -46,6 +47,7 @@ def square(
         broken = value > 0
         if broken.any() and not oracle.random:
             found.images[number[broken]], found.broken[number[broken]] = best[broken], True
+            asked[number[broken]] = query + 1
             number, value, best = number[~broken], value[~broken], best[~broken]
         if not len(number):
             return found

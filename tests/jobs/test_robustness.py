@@ -36,8 +36,8 @@ def test_evaluate_attacks_classifiers_and_defences_and_the_report_shows_it(folde
         f"robustness.classifiers={{base: {folder}/base, linf: {folder}/linf}}",
         "robustness.defences={anti: {base: linf, kind: anti_adversary, options: {steps: 2}}}",
         "robustness.attack={attacks: [apgd_ce, apgd_t, fab_t, square], steps: 10, targets: 2, queries: 20}",
-        "robustness.adaptive={steps: 5, queries: 20}", "robustness.examples=24", "robustness.shard_size=12",
-        f"run.dir={folder}/evaluate",
+        "robustness.adaptive={steps: 5, queries: 20, radii: [1], defence_steps: [1]}", "robustness.examples=24",
+        "robustness.shard_size=12", f"run.dir={folder}/evaluate",
     ]  # fmt: skip
     done = job("evaluate", "configs/evaluate/robustness.yaml", *given, *QUICK)
     assert done.returncode == 0, done.stderr
@@ -67,7 +67,12 @@ def test_evaluate_attacks_classifiers_and_defences_and_the_report_shows_it(folde
         "signs that gradients only seem to lead nowhere",
     ):
         assert text in html
-    for picture in ("Accuracy under attack over the radius", "the magnified difference", "over their cost"):
+    for picture in (
+        "Accuracy under attack over the radius",
+        "the magnified difference",
+        "over their cost",
+        "by queries and by their own steps",
+    ):
         assert picture in html
 
 
@@ -91,7 +96,8 @@ def test_killed_in_the_middle_it_attacks_the_rest_and_ends_the_same(folder: Path
         assert done.returncode == 0, done.stderr
         dataset = Dataset.open(f"{folder}/{name}_attacked/base")
         result = json.loads((folder / name / "result.json").read_text())
-        found.append((result["robustness"], [r.sha256 for r in dataset.records().values()]))
+        checks = Dataset.open(f"{folder}/{name}/checks")
+        found.append((result["robustness"], [r.sha256 for d in (dataset, checks) for r in d.records().values()]))
     assert found[0] == found[1]
 
 

@@ -1,22 +1,45 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from rayproj.robustness.adaptive import AdaptiveConfig, Verdict, checklist, deviation, evaluate, passes, right
+from rayproj.robustness.adaptive import (
+    AdaptiveConfig,
+    Cost,
+    Probe,
+    Verdict,
+    checklist,
+    deviation,
+    evaluate,
+    passes,
+    probe,
+    right,
+    shortened,
+    withstood,
+)
+from rayproj.robustness.apgd import apgd
 from rayproj.robustness.autoattack import Attack, AttackConfig, autoattack
 from rayproj.robustness.defences import (
     AntiAdversary,
     AuxiliaryPurifier,
+    ClosedLoopControl,
+    Contrast,
+    ContrastiveReversal,
     Defence,
     EntropyAdaptation,
     GenerativePurifier,
     Hedge,
+    OneStep,
     Quantiser,
     RandomNoise,
+    SelfSupervised,
     trained_discriminator,
 )
+from rayproj.robustness.losses import margin
 from rayproj.robustness.oracle import Oracle
+from rayproj.robustness.rays import rays
 from rayproj.robustness.square import square
 from rayproj.robustness.threats import Norm, Threat
 from tests.support.linear import digits, trained
@@ -26,6 +49,8 @@ STATIC, QUICK = (
     AttackConfig([Attack.apgd_ce, Attack.apgd_t], steps=30, targets=4),
     AdaptiveConfig(steps=20, queries=150),
 )
+NEVER = {"square": np.full(400, -1), "rays": np.full(400, -1)}
+GOOD = Probe(deviation=0.0, half=0.3, whole=0.3, unbounded=0.0, apart=0.0, images=64)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +69,11 @@ def verdict(data, defence, config: AdaptiveConfig = QUICK) -> Verdict:  # type: 
 
 def failed(found: Verdict) -> set[str]:
     columns = {name: r.numpy() for name, r in found.correct.items()}
-    return {check.item for check in checklist(columns, 0.0, (1.0, 2.0)) if not check.passed}
+    return {
+        check.item
+        for check in checklist(columns, GOOD, Cost((2, 1), (1.0, 2.0)), [(0.1, 0.0)], NEVER, QUICK)
+        if not check.passed
+    }
 
 
 def test_doing_nothing_gives_exactly_the_base(data) -> None:  # type: ignore[no-untyped-def]
@@ -60,6 +89,39 @@ def test_doing_nothing_gives_exactly_the_base(data) -> None:  # type: ignore[no-
     assert "It is more robust than its base" in failed(found)
     for right_now in found.correct.values():
         assert not (found.worst & ~right_now).any() or right_now is found.correct["static"]
+
+
+def test_a_search_tells_after_how_many_queries_it_broke_an_image(data) -> None:  # type: ignore[no-untyped-def]
+    found, (base, x, label) = verdict(data, Defence), data
+    ids = torch.arange(len(x))
+    row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 51)], 1)
+    for budget in (3, 40):  # a search that may ask fewer begins as the longer one does
+        short = {
+            "square": square(Oracle(base), x, label, row, THREAT, budget),
+            "rays": rays(Oracle(base), x, label, THREAT, budget),
+        }
+        for name, one in short.items():
+            queries = found.queries[name]
+            assert torch.equal(one.broken & found.correct["defended"], (queries > 0) & (queries <= budget)), name
+    assert torch.equal(found.queries["square"] == -1, found.correct["square"])
+    assert torch.equal(found.queries["rays"] == 0, ~found.correct["defended"])
+
+
+def test_a_point_of_a_curve_is_the_worst_of_three_ascents(data) -> None:  # type: ignore[no-untyped-def]
+    base, x, label = data
+    defence, ids = AntiAdversary(base, steps=3), torch.arange(len(x))
+    given = (defence, base, x, label, ids)
+    at = [withstood(*given, Threat(Norm.linf, radius), QUICK) for radius in (1e-6, 0.05, 0.1, 1.0)]
+    assert torch.equal(at[0], right(defence, x, label, 1)) and not at[3].any()
+    assert at[0].sum() > at[1].sum() > at[2].sum()
+    row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 52)], 1)
+    expected = right(defence, x, label, 1)
+    for model in (base, defence, defence.surrogate):
+        point = apgd(Oracle(model), x, label, row, Threat(Norm.linf, 0.05), steps=QUICK.steps, go_on=True).images
+        expected &= defence(point).argmax(1) == label
+    assert torch.equal(at[1], expected)
+    assert [shortened(one).steps for one in (defence, AntiAdversary(base, 1), Defence(base))] == [2, 1, 0]
+    assert torch.equal(shortened(defence)(x), AntiAdversary(base, steps=2)(x)) and defence.steps == 3
 
 
 @pytest.mark.parametrize("levels", [4])
@@ -151,6 +213,105 @@ def test_a_purifier_climbs_what_it_says_it_climbs(data) -> None:  # type: ignore
     assert Threat(Norm.linf, 8 / 255).holds(attacked, purified).all()
 
 
+def test_views_are_made_to_agree_as_one_image_after_the_other_is(data) -> None:  # type: ignore[no-untyped-def]
+    base, x, _ = data
+    found, step = SelfSupervised(base, steps=3, step=0.03, radii=2).purify(x[:5]), 0.03
+    for one, now in zip(x[:5, None], found[:, None], strict=True):
+        tried = []
+        for radius in (0, 1, 2):
+            point = one.clone()
+            for _ in range(3 if radius else 0):
+                z = point.clone().requires_grad_()
+                loss = nn.functional.mse_loss(base(z.roll(-1, 3)), base(z.roll(1, 3)))
+                loss.backward()  # type: ignore[no-untyped-call]
+                point = one + (point - step * z.grad.sign() - one).clamp(-radius * step, radius * step)
+                point = point.clamp(0, 1)
+            tried.append((nn.functional.mse_loss(base(point.roll(-1, 3)), base(point.roll(1, 3))).item(), point))
+        torch.testing.assert_close(now, min(tried, key=lambda pair: pair[0])[1], atol=1e-6, rtol=0)
+
+
+def test_views_of_one_image_are_brought_together_beside_others(data) -> None:  # type: ignore[no-untyped-def]
+    base, x, _ = data
+
+    class Features(nn.Module):
+        def pooled(self, z: torch.Tensor) -> torch.Tensor:
+            return base[:-1](z)
+
+    contrast = Contrast(Features(), x[:60], steps=40, dim=8)
+    untrained = Contrast(Features(), x[:60], steps=0, dim=8)
+    assert contrast(x[60:]).mean() < untrained(x[60:]).mean() - 0.1
+    others = contrast.others.numpy()
+    for one, found in zip(x[60:63, None], contrast(x[60:63]), strict=True):
+        views = [one.roll(-1, 2), one.roll(1, 2), one.roll(-1, 3), one.roll(1, 3)]
+        z = [contrast.project(base[:-1](view))[0].detach().numpy() for view in views]
+        z, losses = [v / np.linalg.norm(v) for v in z], []
+        for i in range(4):
+            among = sum(np.exp(z[i] @ z[k] / 0.2) for k in range(4) if k != i) + np.exp(others @ z[i] / 0.2).sum()
+            losses += [-np.log(np.exp(z[i] @ z[j] / 0.2) / among) for j in range(4) if j != i]
+        assert found.item() == pytest.approx(np.mean(losses), rel=1e-4)
+    attacked = (x[60:] + 0.1 * torch.randn(x[60:].shape, generator=torch.Generator().manual_seed(0)).sign()).clamp(0, 1)
+    purified = ContrastiveReversal(base, contrast, steps=5).purify(attacked)
+    assert contrast(purified).sum() < contrast(attacked).sum()
+    assert Threat(Norm.linf, 10 / 255).holds(attacked, purified).all()
+
+
+def test_a_single_step_is_half_as_long_where_a_discriminator_doubts() -> None:
+    weight = torch.linspace(-1, 1, 16).view(1, 4, 4)
+    defence = OneStep(lambda z: z, lambda z: (weight * z).sum((1, 2, 3)), 0.1)
+    x = torch.rand(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    found, halves = defence.purify(x), 0
+    for one, now in zip(x, found, strict=True):
+        probability = 1 / (1 + np.exp(-(weight * one).sum().item()))
+        halves += 0.3 < probability < 0.7
+        step = 0.05 if 0.3 < probability < 0.7 else 0.1
+        torch.testing.assert_close(now, (one - step * weight.sign()).clamp(0, 1))
+    assert 5 < halves < 45 and shortened(defence).steps == 1
+
+
+def test_controls_are_those_of_the_normal_equations() -> None:
+    """Where what the head sees is linear in the image the best controls are known: Σ ½‖P_t (A_t u + s_t)‖² + c/2 ‖u‖²."""
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(16, 5).double(), nn.Linear(5, 3).double()
+
+        def pooled(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x.flatten(1))
+
+        def classify(self, pooled: torch.Tensor) -> torch.Tensor:
+            return self.head(pooled)
+
+    torch.manual_seed(0)
+    network, c = Linear(), 0.1
+    clean = (torch.rand(40, 3) @ torch.rand(3, 16) + 0.02 * torch.rand(40, 16)).view(40, 1, 4, 4).double()
+    defence, x = ClosedLoopControl(network, clean, 600, 0.01, 0.9, c), torch.rand(4, 1, 4, 4).double()
+    with torch.no_grad():
+        weight, bias = network.body.weight.numpy(), network.body.bias.numpy()
+    states, projections = (clean.flatten(1).numpy(), clean.flatten(1).numpy() @ weight.T + bias), []
+    for state in states:
+        values, vectors = np.linalg.eigh(np.cov(state.T))
+        order = np.argsort(values)[::-1]
+        count = int(np.argmax(np.cumsum(values[order]) / values.sum() >= 0.9)) + 1
+        kept = vectors[:, order[:count]]
+        projections.append(np.eye(len(values)) - kept @ kept.T)
+    assert all(0 < np.trace(p) < len(p) for p in projections)
+    maps = [np.eye(16, 21), np.hstack([weight, np.eye(5)])]
+    for one, *now in zip(x.flatten(1).numpy(), *defence.controls(x), strict=True):
+        shifts = [one - states[0].mean(0), weight @ one + bias - states[1].mean(0)]
+        square = c * np.eye(21) + sum(a.T @ p @ a for a, p in zip(maps, projections, strict=True))
+        right_side = -sum(a.T @ p @ s for a, p, s in zip(maps, projections, shifts, strict=True))
+        expected = np.linalg.solve(square, right_side)
+        assert np.abs(np.concatenate([u.flatten().numpy() for u in now]) - expected).max() < 1e-3
+    defence.steps = 3
+    first, second = defence.controls(x)
+    logits = network.head(network.body((x + first).flatten(1)) + second)
+    torch.testing.assert_close(defence(x), logits.float())
+    point = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(defence(point)[:, 0].sum(), point)
+    assert torch.allclose(gradient.flatten(1), (network.head.weight @ network.body.weight)[0].expand(4, -1), atol=1e-5)
+
+
 def test_a_generative_purifier_is_attacked_around(data) -> None:  # type: ignore[no-untyped-def]
     def blurred(z: torch.Tensor, seed: int) -> torch.Tensor:
         noise = 0.05 * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
@@ -165,12 +326,57 @@ def test_a_generative_purifier_is_attacked_around(data) -> None:  # type: ignore
 def test_a_better_one_is_told_from_chance() -> None:
     rng = np.random.default_rng(0)
     static, better = rng.random(400) < 0.4, rng.random(400) < 0.7
-    columns = {n: better for n in ("defended", "transfer", "direct", "bpda", "square", "rays")}
-    items = {c.item: c for c in checklist({"clean": better, "static": static, **columns}, 0.0, (1.0, 3.0))}
+    columns, curve = (
+        {n: better for n in ("defended", "transfer", "direct", "bpda", "fewer", "square", "rays")},
+        [(0.1, 0.3)],
+    )
+    right_now = {"clean": better, "static": static, **columns}
+    items = {c.item: c for c in checklist(right_now, GOOD, Cost(None, (1.0, 3.0)), curve, NEVER, QUICK)}
     assert all(c.passed for c in items.values())
     assert "3.0 times as long" in items["It costs less than ten times its base"].evidence
     columns = {n: static for n in columns}
-    items = {c.item: c for c in checklist({"clean": static, "static": static, **columns}, 0.05, (1.0, 30.0))}
+    right_now, shaky = {"clean": static, "static": static, **columns}, replace(GOOD, deviation=0.05)
+    items = {c.item: c for c in checklist(right_now, shaky, Cost(None, (1.0, 30.0)), curve, NEVER, QUICK)}
     assert {n for n, c in items.items() if not c.passed} == {
         "It is more robust than its base", "Another evaluation would say the same", "It costs less than ten times its base",
     }  # fmt: skip
+
+
+def test_what_an_evaluation_lacks_is_told() -> None:
+    columns = ("clean", "static", "defended", "transfer", "direct", "bpda", "square", "rays")
+    right_now = {**dict.fromkeys(columns, np.arange(100) < 50), "fewer": np.arange(100) < 40}
+    tried, late = AdaptiveConfig(steps=21, queries=10), {"rays": np.array([-1] * 90 + [6] * 4 + [5] * 6)}
+    bad = Probe(deviation=0.0, half=0.5, whole=0.4, unbounded=0.1, apart=None, images=64)
+    items = {
+        c.item: c for c in checklist(right_now, bad, Cost(None, (1.0, 1.0)), [(0.2, 0.3), (0.1, 0.2)], late, tried)
+    }
+    lacking = {
+        "A gradient through fewer of its steps finds no more", "More steps of an attack find no more",
+        "A larger radius leaves fewer", "An attack without a bound leaves none", "An answer depends on no other image",
+        "More queries find no more",
+    }  # fmt: skip
+    assert lacking | {"It is more robust than its base"} == {n for n, c in items.items() if not c.passed}
+    more = items["More steps of an attack find no more"].evidence
+    assert more == "Of 64 images 50.0% stay right after 11 steps of an attack, 40.0% after 21."
+    assert "half of 10 queries broke 4.0% (rays) of" in items["More queries find no more"].evidence
+    assert "0, 0.1, 0.2: 50.0%, 20.0%, 30.0%" in items["A larger radius leaves fewer"].evidence
+
+
+def test_a_few_images_say_what_the_checklist_asks(data) -> None:  # type: ignore[no-untyped-def]
+    base, x, label = data
+    x, label, ids = x[:40], label[:40], torch.arange(40)
+
+    class OfTheBatch(Defence):
+        def purify(self, z: torch.Tensor) -> torch.Tensor:
+            return z - 0.9 * (z.mean(0) - x.mean(0))
+
+    tried = (x, x, label, ids, THREAT, AdaptiveConfig(steps=9))
+    found, of_batch = probe(Defence(base), *tried), probe(OfTheBatch(base), *tried)
+    for steps, held_now in ((5, found.half), (9, found.whole)):
+        row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 53)], 1)
+        assert held_now == 1 - apgd(Oracle(base), x, label, row, THREAT, margin, steps).broken.float().mean().item()
+    assert found.deviation == found.unbounded == found.apart == 0 and found.half >= found.whole > 0
+    alone = [base(one - 0.9 * (one - x.mean(0)))[0].argmax() for one in x[:, None]]
+    assert of_batch.apart == (torch.stack(alone) != base(x).argmax(1)).float().mean().item() > 0
+    noisy = probe(RandomNoise(base, 0.3, 1), *tried[:-1], AdaptiveConfig(steps=2, draws=1, votes=1))
+    assert noisy.apart is None and noisy.deviation > 0

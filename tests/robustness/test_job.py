@@ -16,19 +16,19 @@ from rayproj.engine.checkpoint import commits
 from rayproj.errors import UserError
 from rayproj.robustness.adaptive import AdaptiveConfig
 from rayproj.robustness.autoattack import Attack, AttackConfig
+from rayproj.robustness.checks import Checker, Checks, gathered
+from rayproj.robustness.checks import header_of as header_of_checks
 from rayproj.robustness.job import (
     COLUMNS,
+    FROM_IMAGES,
     Attacker,
     DefenceConfig,
     Kind,
     RobustnessConfig,
     builder,
-    cost_of,
     header_of,
-    masking,
     share,
     summary,
-    transfer,
 )
 from rayproj.robustness.threats import Norm
 from rayproj.storage.store import Store
@@ -83,7 +83,7 @@ def config_of(folder: str) -> RobustnessConfig:
         },
         threats={"linf": ThreatConfig(Norm.linf, 0.08), "l1": ThreatConfig(Norm.l1, 2.0)},
         attack=AttackConfig([Attack.apgd_ce, Attack.apgd_t], steps=10, targets=2),
-        adaptive=AdaptiveConfig(steps=5, draws=2, votes=3, queries=20),
+        adaptive=AdaptiveConfig(steps=5, draws=2, votes=3, queries=20, radii=[0.01, 30.0], defence_steps=[1]),
         radii=[0.5, 1.0, 3.0],
         examples=60,
         shard_size=20,
@@ -96,6 +96,14 @@ def made(config: RobustnessConfig, name: str, shards: range | None = None, out: 
     for shard in shards or range(dataset.header.num_shards):
         commit_shard(dataset, shard, attacker.make(shard), "test", 0.0)
     return dataset
+
+
+def checked(config: RobustnessConfig, attacked: dict[str, Dataset]) -> Checks:
+    dataset = Dataset.create(f"{config.out}/checks-{'-'.join(attacked)}", header_of_checks(config, attacked, 0))
+    checker = Checker({"out": dataset.uri}, "cpu")
+    for shard in range(dataset.header.num_shards):
+        commit_shard(dataset, shard, checker.make(shard), "test", 0.0)
+    return gathered(dataset)
 
 
 def test_the_tables_are_what_the_attacked_images_say(folder: str) -> None:
@@ -139,17 +147,30 @@ def test_a_defence_that_comes_later_leaves_what_is_there_as_it_was(folder: str) 
 
 def test_a_defence_is_judged_beside_its_base(folder: str) -> None:
     config = config_of(folder)
+    config.examples = 20
     for name in ("anti", "noisy"):
         dataset = made(config, name)
-        found = summary(dataset, cost_of(config, name, dataset, "cpu", 0))
+        measured = checked(config, {name: dataset})
+        found = summary(dataset, measured.costs[name], measured.probes[name])
         one = found["threats"]["linf"]
         assert one["columns"]["static"]["value"] < one["columns"]["clean"]["value"]
         assert found["clean"] == one["columns"]["defended"], "its own, and not the base's"
         held = [c["value"] for n, c in one["columns"].items() if n not in ("clean", "static")]
         assert one["robust"]["value"] <= min(held)
-        assert len(one["checklist"]) == 7 and all(check["evidence"] for check in one["checklist"])
+        assert [p["radius"] for p in one["curve"]] == pytest.approx([0.0008, 2.4])
+        assert one["curve"][0]["value"] > 0.8 and one["curve"][1]["value"] == 0, "with no bound nothing stays right"
+        assert [p["steps"] for p in one["defence_steps"]] == ([1] if name == "anti" else []), "noise has no steps"
+        for search in ("square", "rays"):
+            left = one["queries"][search]
+            assert (left[0]["queries"], left[-1]["queries"]) == (0, 20)
+            assert (left[0]["value"], left[-1]["value"]) == (
+                one["columns"]["defended"]["value"],
+                one["columns"][search]["value"],
+            )
+        assert len(one["checklist"]) == 13 and all(check["evidence"] for check in one["checklist"])
         assert found["cost"]["passes"] == ((4, 2) if name == "anti" else (4, 0)) and found["cost"]["seconds"][1] > 0
-        assert (found["cost"]["deviations"]["linf"] == 0) == (name == "anti")
+        assert (one["probe"]["deviation"] == 0) == (name == "anti") == (one["probe"]["apart"] == 0)
+        assert one["probe"]["unbounded"] == 0 and one["probe"]["images"] == 20
 
 
 def train_diffusion(world, folder: str) -> None:  # type: ignore[no-untyped-def]
@@ -168,6 +189,8 @@ def diffusion(folder: str) -> str:
 
 OPTIONS: dict[Kind, dict[str, float]] = {
     Kind.hedge: {"steps": 2}, Kind.auxiliary: {"steps": 2}, Kind.entropy: {"steps": 2}, Kind.generative: {"steps": 2},
+    Kind.one_step: {"doubt": 0.1}, Kind.self_supervised: {"steps": 1, "radii": 1}, Kind.control: {"steps": 2},
+    Kind.contrastive: {"steps": 1},
     Kind.quantiser: {}, Kind.noise: {"copies": 2}, Kind.anti_adversary: {"steps": 2},
 }  # fmt: skip
 
@@ -181,14 +204,15 @@ def test_every_kind_is_attacked_and_its_cost_told(folder: str, diffusion: str, k
     config.examples = config.shard_size = 16
     config.out = f"{folder}/{kind.value}"
     dataset = made(config, "it")
-    found = summary(dataset, cost_of(config, "it", dataset, "cpu", 0))
+    measured = checked(config, {"it": dataset})
+    found = summary(dataset, measured.costs["it"], measured.probes["it"])
     columns = found["threats"]["linf"]["columns"]
     assert found["threats"]["linf"]["robust"]["value"] <= min(columns[c]["value"] for c in COLUMNS[2:])
-    assert (found["cost"]["passes"] is None) == (kind is Kind.entropy)
+    assert (found["cost"]["passes"] is None) == (kind in (Kind.entropy, Kind.contrastive, Kind.control))
     said = dataset.header.provenance
     assert (said.get("model_commit"), said.get("images")) == (
         commits(Store(diffusion))[-1].step if kind is Kind.generative else None,
-        Dataset.open(f"{folder}/train").manifest_hash() if kind is Kind.auxiliary else None,
+        Dataset.open(f"{folder}/train").manifest_hash() if kind in FROM_IMAGES else None,
     ), "what it is made of is pinned"
 
 
@@ -211,23 +235,31 @@ def test_a_diffusion_model_draws_images_again_by_their_number(folder: str, diffu
     assert (again.float() - codec.float()).abs().mean() > (hardly.float() - codec.float()).abs().mean() + 1
 
 
-def test_signs_of_masked_gradients_are_looked_for(folder: str) -> None:
-    found = masking(config_of(folder), "plain", "cpu", 0)
-    assert len(found) == 2 * 7 and not any(sign["seen"] for sign in found)
-    assert [sign["threat"] for sign in found] == ["linf"] * 7 + ["l1"] * 7
-
-
-def test_what_breaks_one_is_tried_on_the_others(folder: str) -> None:
+def test_checks_are_the_same_whoever_makes_them(folder: str) -> None:
     config = config_of(folder)
     config.out, config.classifiers = f"{folder}/transferred", {"plain": f"{folder}/run", "twin": f"{folder}/run"}
-    datasets = {name: made(config, name) for name in config.classifiers}
-    found = transfer(config, datasets, "cpu")
-    assert found.keys() == {"linf", "l1"} and found["l1"].keys() == {"plain", "twin"}
-    for threat, by in found.items():
-        broken = round(
-            60 * sum(v for k, v in summary(datasets["plain"])["threats"][threat]["by"].items() if k != "clean")
-        )
-        assert by["plain"] == {"twin": share(np.zeros(broken, bool))}, "what breaks it breaks its twin"
+    config.threats = {"linf": config.threats["linf"]}
+    config.defences = {"anti": DefenceConfig("plain", Kind.anti_adversary, {"steps": 1})}
+    config.adaptive = AdaptiveConfig(steps=2, queries=2, radii=[])
+    datasets = {name: made(config, name) for name in config.attacked}
+    header = header_of_checks(config, datasets, 0)
+    tasks, where = header.provenance["tasks"], [Dataset.create(f"{config.out}/checks{k}", header) for k in range(2)]
+    # Those of the second run are made the other way round, each by somebody who has made none before.
+    one = Checker({"out": where[0].uri}, "cpu")
+    for k in range(len(tasks)):
+        commit_shard(where[0], k, one.make(k), "test", 0.0)
+    for k in [k for k, (kind, _, _) in reversed(list(enumerate(tasks))) if kind in ("transfer", "probe")]:
+        commit_shard(where[1], k, Checker({"out": where[1].uri}, "cpu").make(k), "other", 1.0)
+    assert len(tasks) == 2 * (1 + 3) + 1 + 1 and len(where[1].records()) == 2 * 3 + 1
+    assert all(where[0].records()[k].sha256 == record.sha256 for k, record in where[1].records().items())
+    found = gathered(where[0])
+    by = summary(datasets["plain"])["threats"]["linf"]["by"]
+    broken = round(60 * sum(v for k, v in by.items() if k != "clean"))
+    expected = {"twin": share(np.zeros(broken, bool))}
+    assert found.transfer["linf"]["plain"] == expected, "what breaks it breaks its twin"
+    assert found.transfer["linf"].keys() == {"plain", "twin"} and found.costs["anti"].passes == (3, 1)
+    signs = found.masking["plain"]
+    assert len(signs) == 7 and not any(sign["seen"] for sign in signs) and signs[0]["threat"] == "linf"
 
 
 def test_intervals_are_clopper_and_pearsons() -> None:
@@ -244,5 +276,9 @@ def test_what_cannot_be(folder: str) -> None:
         builder(DefenceConfig("plain", options={"stepz": 1}), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="A generative defence needs"):
         builder(DefenceConfig("plain", Kind.generative), config, lambda x: x, "cpu", 0)
+    with pytest.raises(UserError, match="of the kind 'one_step' needs"):
+        builder(DefenceConfig("plain", Kind.one_step), config, lambda x: x, "cpu", 0)
+    with pytest.raises(UserError, match="a classifier of one network"):
+        builder(DefenceConfig("plain", Kind.control, images=f"{folder}/train"), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="no trained classifier"):
         header_of(RobustnessConfig(test=f"{folder}/test", classifiers={"a": f"{folder}/nowhere"}), "a", 0)
