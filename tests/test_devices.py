@@ -76,7 +76,7 @@ def test_changes_of_images() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.none])
 def test_epistemic_networks(kind: Kind) -> None:
     torch.manual_seed(0)
-    config = EpistemicConfig(kind, index=6, members=4, samples=3, predict=9, conv_prior=0.5)
+    config = EpistemicConfig(kind, index=6, members=4, samples=3, predict=9, conv_prior=0.5, mlp_prior=0.5)
     network = build(ClassifierConfig(channels=(8, 16), dropout=0.0, epistemic=config), 3, 24, 5).eval()
     assert isinstance(network, EpistemicNetwork)
     away, images, labels = copy.deepcopy(network), pictures()[..., :24], torch.tensor([0, 4, 1, 2])
