@@ -241,6 +241,10 @@ class Epinet(EpistemicNetwork):
         priors = ("prior.", "conv_prior.", "mlp_prior.")
         return {name for name, _ in self.named_parameters() if name.startswith(priors)}
 
+    def apart(self) -> dict[str, Tensor]:
+        """All but the base: weights and priors by name."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("base.")}
+
     def train(self, mode: bool = True) -> Epinet:
         """A base that is frozen stays as it predicts, without dropout."""
         super().train(mode)

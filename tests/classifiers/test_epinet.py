@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rayproj.jobs.train_classifier import Config, worker  # type: ignore[attr-defined]
+from safetensors import safe_open
 from scipy import stats
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -21,13 +23,13 @@ from rayproj import config as configuration
 from rayproj.classifiers.augment import AugmentConfig
 from rayproj.classifiers.ensembles import BatchEnsemble, Ensemble, MCDropout
 from rayproj.classifiers.epinet import Bootstrap, Epinet, EpistemicConfig, EpistemicNetwork, Kind, ProjectedMLP, weights
-from rayproj.classifiers.model import StartConfig
+from rayproj.classifiers.model import StartConfig, digest, put_epinet
 from rayproj.classifiers.networks import ClassifierConfig, ConvNet, Network, build, centred
 from rayproj.classifiers.objective import Loss, Objective, ObjectiveConfig
 from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.writer import commit_shard
-from rayproj.engine.checkpoint import load_ema
+from rayproj.engine.checkpoint import commits, load_ema
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
@@ -35,6 +37,7 @@ from rayproj.evaluation.joint import exact_polyadic_nll, joint_nll, marginal_nll
 from rayproj.export import export
 from rayproj.keyed import places
 from rayproj.storage.store import Store
+from rayproj.synthesis.plan import commit_hash
 from tests.support.ranks import run_ranks
 from tests.support.regression import Recorder
 
@@ -486,6 +489,32 @@ def test_an_exported_epinet_predicts_the_mean_over_its_indices(trained: Path, tm
     torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
     described = json.loads((Path(folder) / "config.json").read_text())["architecture"]
     assert described["name"] == "Epinet" and described["epistemic"]["kind"] == "epinet"
+    # Its own weights lie apart, and fit on that base alone.
+    before, base = classifiers.load(f"{trained}/epinet", "cpu"), classifiers.load(f"{trained}/base", "cpu")
+    with safe_open(Path(folder) / "epinet.safetensors", "pt") as file:
+        said, names = file.metadata(), set(file.keys())
+    state = before.state_dict()
+    assert names == {name for name in state if not name.startswith("base.")}
+    commit = commits(Store(f"{trained}/base"))[-1]
+    assert said["base"] == digest(base.state_dict()) and said["base_run"] == "base"
+    assert said["base_commit"] == commit_hash(commit)
+    config = configuration.section(ClassifierConfig, Store(f"{trained}/epinet").read("config.yaml"), "classifier")
+    start = StartConfig(f"{trained}/base", epinet=str(folder))
+    joined = ClassificationTask(config, header(200, 32), 7, start=start).build()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in joined.state_dict().items())
+    wider = replace(config, epistemic=replace(config.epistemic, hidden=(60,)))
+    with pytest.raises(UserError, match=r"is another than `classifier.epistemic` describes \(first difference: epinet"):
+        ClassificationTask(wider, header(200, 32), 7, start=start).build()
+    joined.base.head.bias.data[0] += 1e-6  # type: ignore[union-attr,index,operator]
+    with pytest.raises(
+        UserError, match=r"was trained on another base \(run 'base', weights .* than 'other'.*give start.run"
+    ):
+        put_epinet(joined, str(folder), "other")
+    with pytest.raises(UserError, match=r"has no epinet.safetensors"):
+        put_epinet(joined, str(tmp_path), "other")
+    with pytest.raises(UserError, match=r"set classifier.epistemic.kind=epinet"):
+        put_epinet(base, str(folder), "other")
+    assert StartConfig(epinet=str(folder)).problems()
 
 
 @pytest.mark.parametrize("kind", KINDS)
