@@ -110,10 +110,28 @@ def obfuscations_of(result: dict[str, Any]) -> list[str]:
     return [*known, *(name for name in measured if name not in known and name not in of_sets)]
 
 
+def _accuracies(result: dict[str, Any], names: Sequence[str]) -> np.ndarray:
+    """Top 1, [models, names]; not a number where a model has none."""
+    return np.array([[result["metrics"][m].get(f"{n}-top-1", np.nan) for n in names] for m in result["models"]])
+
+
+def radar(result: dict[str, Any]) -> bytes | None:
+    """SVG: top 1 of each model along a spoke for each obfuscation, those held out in bold; None of less than three."""
+    names = [name for name in obfuscations_of(result) if name != CLEAN]
+    if len(names) < 3:
+        return None
+    clean = _accuracies(result, [CLEAN])[:, 0]
+    rows = [
+        f"{m} (clean {100 * c:.0f} %)" if np.isfinite(c) else m for m, c in zip(result["models"], clean, strict=True)
+    ]
+    marks = [k for k, name in enumerate(names) if name in HELD_OUT]
+    return figures.svg(figures.radar(_accuracies(result, names), rows, [n.split(":")[-1] for n in names], marks))
+
+
 def heat_map(result: dict[str, Any]) -> bytes:
     """SVG: top 1 by obfuscation and model; what a model was trained with is marked."""
     names = obfuscations_of(result)
-    values = np.array([[result["metrics"][m].get(f"{n}-top-1", np.nan) for n in names] for m in result["models"]])
+    values = _accuracies(result, names)
     marks = np.array([[n in result["seen"][model] for n in names] for model in result["models"]])
     held_out = [k for k, n in enumerate(names) if n in HELD_OUT]
     own = [k for k, n in enumerate(names) if n not in (CLEAN, *OBFUSCATIONS)]
