@@ -251,7 +251,8 @@ def evaluate(config: ShiftConfig, world: World, link: Link) -> dict[str, Any]:
                 f"The classes of shift.shifted.{condition.name} are not those of shift.test, in their order: "
                 f"{', '.join(classes)}."
             )
-    all_conditions += hard_conditions(config, world)
+    hard = hard_conditions(config, world)
+    all_conditions += hard
     done, judges = 0, _Judges(config, world)
     if config.validation:
         judges.fit(Dataset.open(config.validation))
@@ -284,9 +285,8 @@ def evaluate(config: ShiftConfig, world: World, link: Link) -> dict[str, Any]:
             {"name": c.name, "family": c.family, "severity": c.severity, "n": sizes[c.name]} for c in all_conditions
         ],
         "hard": {
-            c.name: {"references": config.hard[c.name.removeprefix("hard for ")], "wrong": len(c.ids)}
-            for c in all_conditions
-            if c.ids is not None
+            c.name: {"references": list(runs), "n": sizes[c.name]}
+            for c, runs in zip(hard, config.hard.values(), strict=True)
         },
         "temperatures": {
             name: {str(c): judges.temperatures[name, c] for c in counts} for name, counts in judges.counts.items()
