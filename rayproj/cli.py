@@ -94,6 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     gallery.add_argument("--draws", type=int, default=6, metavar="N", help="pictures of each (default: %(default)d)")
     gallery.add_argument("--photos", default="", metavar="URI", help="a dataset of other pictures to compose with")
     gallery.add_argument("--learned", default="", metavar="RUN", help="run dir of jobs/learn_obfuscations.py")
+    gallery.add_argument(
+        "--names", nargs="+", default=["all"], metavar="NAME", help="of them, sets, or your own as package.module:Class"
+    )
     _add_evaluate(commands)
     _add_study(commands)
     _add_responsibility(commands)
@@ -288,7 +291,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "gallery":
         from rayproj.report.obfuscations import write_gallery
 
-        print(write_gallery(arguments.images, arguments.file, arguments.draws, arguments.photos, arguments.learned))
+        given = (arguments.draws, arguments.photos, arguments.learned, arguments.names)
+        print(write_gallery(arguments.images, arguments.file, *given))
         return 0
     if arguments.command == "evaluate":
         from rayproj.report import skewsize

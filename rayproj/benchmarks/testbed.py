@@ -90,7 +90,7 @@ def agent(name: str, inputs: int) -> EpistemicNetwork:
         return MCDropout(EpistemicConfig(dropout=0.1), Perceptron(inputs))
     if name == "batch ensemble":
         return BatchEnsemble(EpistemicConfig(members=10), Perceptron(inputs))
-    return Epinet(EpistemicConfig(index=8, hidden=(15, 15), prior=4.0), Perceptron(inputs), 1)
+    return Epinet(EpistemicConfig(index=8, hidden=(15, 15), prior=4.0), Perceptron(inputs), (inputs,))
 
 
 AGENTS = ("base", "ensemble of 10", "ensemble of 10 with priors", "dropout", "batch ensemble", "epinet")

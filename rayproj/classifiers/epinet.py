@@ -5,6 +5,7 @@ differ, more data would tell. The epinet of that paper is here, what it is compa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
@@ -41,7 +42,15 @@ class EpistemicConfig:
     index: int = 20  # of an epinet: dimensions of z ~ N(0, I)
     hidden: tuple[int, ...] = (50,)  # of an epinet: widths of its layers; (): a linear hypermodel of the head
     prior: float = 1.0  # of an epinet and an ensemble: scale of the fixed random part; 0: none
-    conv_prior: float = 0.0  # of an epinet: scale of a fixed random network of the image itself; 0: none
+    conv_prior: float = 0.0  # of an epinet: scale of fixed random convolutional networks of the image itself; 0: none
+    mlp_prior: float = 0.0  # the same of multilayer perceptrons of its pixels, for small images; 0: none
+    stop_gradient: bool = (
+        True  # of an epinet: whether its base, where that is trained, learns nothing through its features
+    )
+    temperature: float = 1.0  # of an epinet: what its base's logits are divided by
+    scale: float = (
+        1.0  # of an epinet: what it is multiplied by, priors and all, before it is added to its base's logits
+    )
     members: int = 10  # of an ensemble and a batch ensemble
     dropout: float = 0.1  # of mc_dropout: share of the channels that are left out before every layer
     samples: int = 8  # of an epinet: indices of each example in a step of training
@@ -53,8 +62,10 @@ class EpistemicConfig:
         found = [f"epistemic.{name} must be positive." for name in positive if getattr(self, name) < 1]
         if not 0 <= self.dropout < 1:
             found.append(f"epistemic.dropout must lie in [0, 1), not {self.dropout:g}.")
-        if min(self.prior, self.conv_prior) < 0:
-            found.append("epistemic.prior and conv_prior must not be negative.")
+        if min(self.prior, self.conv_prior, self.mlp_prior) < 0:
+            found.append("epistemic.prior, conv_prior and mlp_prior must not be negative.")
+        if min(self.temperature, self.scale) <= 0:
+            found.append("epistemic.temperature and scale must be positive.")
         if self.kind in (Kind.none, Kind.mc_dropout) and self.bootstrap is not Bootstrap.none:
             kinds = "an epinet, an ensemble or a batch_ensemble"
             found.append(f"epistemic.bootstrap is for {kinds}, not for {self.kind.value}.")
@@ -185,29 +196,54 @@ class ConvPrior(nn.Module):
         return self.head(self.layers(x)).flatten(1).unflatten(1, (self.index, -1)).transpose(1, 2)
 
 
+class MLPPrior(nn.Module):
+    """As many small random perceptrons of the input as z has dimensions: [B, classes, D] of [B, ...] (ibid., appendix: the
+    additive prior of its epinets of the testbed, with the same two layers of five)."""
+
+    def __init__(self, inputs: int, classes: int, index: int, hidden: tuple[int, ...] = (5, 5)) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(
+            torch.randn(index, a, b) * (2 / a) ** 0.5 for a, b in pairwise((inputs, *hidden, classes))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *deeper = self.weights
+        found = torch.einsum("bi,dih->dbh", x.flatten(1), first)
+        for weight in deeper:
+            found = F.relu(found) @ weight
+        return found.permute(1, 2, 0)
+
+
 class Epinet(EpistemicNetwork):
-    """f(x, z) = μ(x) + σ(sg[φ(x)], z) with z ~ N(0, I): a base network's logits, and a small network of its features and
-    the index, of which a part is learnt and a part is random for ever (Osband et al. 2023, eq. 4-6).
+    """f(x, z) = μ(x) / T + s σ(sg[φ(x)], z) with z ~ N(0, I): a base network's logits, and a small network of its features
+    and the index, of which a part is learnt and a part is random for ever (Osband et al. 2023, eq. 4-6). T and s are 1
+    unless the config says otherwise.
 
     Args:
         base: gives logits and features; trained too, or frozen (`trainable: ^epinet`).
-        image_channels: of the images, for the convolutional prior.
+        shape: of an image, (channels, height, width), for the priors of the image itself.
     """
 
-    def __init__(self, config: EpistemicConfig, base: Base, image_channels: int) -> None:
+    def __init__(self, config: EpistemicConfig, base: Base, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.config = config
         self.base: Any = base
-        shape = (base.head.in_features, base.head.out_features, config.index, tuple(config.hidden))
-        self.epinet = ProjectedMLP(*shape)
-        self.prior = ProjectedMLP(*shape) if config.prior else None
-        self.conv_prior = ConvPrior(image_channels, shape[1], config.index) if config.conv_prior else None
-        for part in (self.prior, self.conv_prior):
+        features, classes, index = base.head.in_features, base.head.out_features, config.index
+        self.epinet = ProjectedMLP(features, classes, index, tuple(config.hidden))
+        self.prior = ProjectedMLP(features, classes, index, tuple(config.hidden)) if config.prior else None
+        self.conv_prior = ConvPrior(shape[0], classes, index) if config.conv_prior else None
+        self.mlp_prior = MLPPrior(math.prod(shape), classes, index) if config.mlp_prior else None
+        for part in (self.prior, self.conv_prior, self.mlp_prior):
             if part is not None:
                 part.requires_grad_(False)
 
     def fixed(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.startswith(("prior.", "conv_prior."))}
+        priors = ("prior.", "conv_prior.", "mlp_prior.")
+        return {name for name, _ in self.named_parameters() if name.startswith(priors)}
+
+    def apart(self) -> dict[str, Tensor]:
+        """All but the base: weights and priors by name."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("base.")}
 
     def train(self, mode: bool = True) -> Epinet:
         """A base that is frozen stays as it predicts, without dropout."""
@@ -234,18 +270,22 @@ class Epinet(EpistemicNetwork):
         return torch.special.ndtr((direction * z).sum(2))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits of the base [B, classes], its features [B, F] and what the convolutional prior has [B, classes, D]."""
-        features, random = self.base.pooled(images), None
-        if self.conv_prior is not None:
-            random = self.conv_prior((images.float() / 127.5 - 1).to(features.dtype))
-        return self.base.classify(features), features.detach(), random
+        """Logits of the base [B, classes], its features [B, F] and what the priors of the image have [B, classes, D]."""
+        config, features, random = self.config, self.base.pooled(images), None
+        priors = [(config.conv_prior, self.conv_prior), (config.mlp_prior, self.mlp_prior)]
+        for scale, prior in priors:
+            if prior is not None:
+                found = scale * prior((images.float() / 127.5 - 1).to(features.dtype))
+                random = found if random is None else random + found
+        logits = self.base.classify(features) / config.temperature
+        return logits, features.detach() if config.stop_gradient else features, random
 
     def decode(self, encoded: tuple[Tensor, Tensor, Tensor | None], z: Tensor) -> Tensor:
         logits, features, random = encoded
         z = z.to(features.dtype)
-        found = logits + self.epinet(features, z)
+        found = self.epinet(features, z)
         if self.prior is not None:
             found = found + self.config.prior * self.prior(features, z)
         if random is not None:
-            found = found + self.config.conv_prior * torch.einsum("bcd,zbd->zbc", random, z.expand(-1, len(random), -1))
-        return found.float()
+            found = found + torch.einsum("bcd,zbd->zbc", random, z.expand(-1, len(random), -1))
+        return (logits + self.config.scale * found).float()

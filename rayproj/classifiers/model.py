@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rayproj import config as configuration
 from rayproj.classifiers.adapters import Adapted
 from rayproj.classifiers.adversary import ERRORS, LATEST
-from rayproj.classifiers.epinet import EpistemicNetwork
+from rayproj.classifiers.epinet import Epinet, EpistemicNetwork
 from rayproj.classifiers.networks import ClassifierConfig, build
 from rayproj.classifiers.objective import GROUP_WEIGHTS
 from rayproj.classifiers.soups import soup
@@ -21,6 +25,16 @@ from rayproj.errors import UserError
 from rayproj.storage.store import Store
 
 KEPT = (GROUP_WEIGHTS, ERRORS, LATEST)
+EPINET = "epinet.safetensors"  # of an export: an epinet without its base, with the digest of that
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names and bytes of tensors, by name."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def weights_of(run_dir: str) -> dict[str, torch.Tensor]:
@@ -76,12 +90,16 @@ class StartConfig:
     learned: str = ""  # a soup that jobs/soup.py learned: <soup.out>/<set>:<how>
     # Of a start with adapters: the weights of its branches (of the clean and the adversarial one), which become one network.
     mix: list[float] = field(default_factory=list)
+    # Folder of `rayproj export` of an epinet, to be put on the run: on the very base that it learned on.
+    epinet: str = ""
 
     def problems(self) -> list[str]:
         several = sum(map(bool, (self.run, self.soup, self.learned))) > 1
         found = ["start: give one of run, soup and learned."] if several else []
         if self.soup and abs(sum(self.soup.values()) - 1) > 1e-6:
             found.append(f"start.soup: the weights sum to {sum(self.soup.values()):g}, and should to 1.")
+        if self.epinet and not self:
+            found.append("start.epinet needs the base that it was trained on: give its run in start.run.")
         return found if self or not self.mix else [*found, "start.mix needs start.run or start.soup."]
 
     def __bool__(self) -> bool:
@@ -124,4 +142,40 @@ class StartConfig:
                 f"'{members[0]}' is another network than `classifier` describes (first difference: {wrong[0]})."
             )
         place.load_state_dict(given)
+        if self.epinet:
+            put_epinet(wanted, self.epinet, members[0])
         return wanted
+
+
+def put_epinet(network: nn.Module, folder: str, base: str) -> None:
+    """Give an epinet the weights of another one, which was trained on the same base.
+
+    Args:
+        folder: of `rayproj export`, with an epinet.safetensors.
+        base: where the network's base is from, as messages call it.
+
+    Raises:
+        UserError: there is none, or it is of another base or of another size.
+    """
+    from safetensors.torch import load
+
+    store = Store(folder)
+    if not isinstance(network, Epinet):
+        raise UserError("start.epinet is for an epinet; set classifier.epistemic.kind=epinet.")
+    if not store.exists(EPINET):
+        raise UserError(
+            f"start.epinet: '{folder}' has no {EPINET}; give the folder of 'rayproj export' of an epinet's run."
+        )
+    data = store.read(EPINET)
+    said = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
+    if said["base"] != (own := digest(network.base.state_dict())):
+        raise UserError(
+            f"The epinet of '{folder}' was trained on another base (run '{said['base_run']}', weights {said['base'][:12]}) "
+            f"than '{base}' (weights {own[:12]}); give start.run the run that it was trained on."
+        )
+    given, apart = load(data), network.apart()
+    if wrong := sorted(set(apart) ^ set(given)) or [n for n in apart if apart[n].shape != given[n].shape]:
+        raise UserError(
+            f"The epinet of '{folder}' is another than `classifier.epistemic` describes (first difference: {wrong[0]})."
+        )
+    network.load_state_dict(given, strict=False)

@@ -288,7 +288,7 @@ def build(config: ClassifierConfig, channels: int, side: int, classes: int) -> n
     if epistemic.kind is Kind.none:
         return Adapted(plain(), config.adapters, config.branches) if config.adapters else plain()
     if epistemic.kind is Kind.epinet:
-        return Epinet(epistemic, plain(), channels)
+        return Epinet(epistemic, plain(), (channels, side, side))
     if epistemic.kind is Kind.ensemble:
         members = [plain() for _ in range(epistemic.members)]
         return Ensemble(members, [plain() for _ in members if epistemic.prior], epistemic.prior)

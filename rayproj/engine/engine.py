@@ -150,6 +150,9 @@ class Engine:
             compile_blocks(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         numel = {id(p): p.numel() for p in trainable.values()}  # ZeRO-3 is about to empty them
+        # What is frozen has no master weights: bf16 would round it for ever.
+        frozen = {name: p for name, p in model.named_parameters() if bf16 and not p.requires_grad}
+        self.exact: dict[str, Tensor] = {name: to_host(p).flatten() for name, p in frozen.items()}
         opt = config.optimizer
         alone = config.zero_stage == 0
         self.group = dist.new_group([world.rank], use_local_synchronization=True) if alone else None
@@ -324,8 +327,12 @@ class Engine:
     def _fixed(self) -> dict[str, Tensor]:
         """Frozen parameters and buffers, flat, fp32. Collective at ZeRO-3."""
         with self._whole(list(self.module.parameters())):
-            state = self.module.state_dict()
-            return {name: t.detach().float().flatten().clone() for name, t in state.items() if name not in self.sizes}
+            state = {name: self.exact.get(name, t) for name, t in self.module.state_dict().items()}
+            return {
+                name: t.detach().to(self.world.device, torch.float32, copy=True).flatten()
+                for name, t in state.items()
+                if name not in self.sizes
+            }
 
     def _whole(self, parameters: list[nn.Parameter], modifier: int | None = None) -> Any:
         """At ZeRO-3, a block in which frozen parameters are whole; else nothing."""
@@ -435,6 +442,7 @@ class Engine:
     def _load_fixed(self, fixed: dict[str, Tensor]) -> None:
         if not fixed:
             return
+        self.exact = {name: _checked(fixed, name, t.numel()) for name, t in self.exact.items()}
         with self._whole(list(self.module.parameters()), modifier=0):
             for name, tensor in self.module.state_dict().items():
                 if name not in self.sizes:

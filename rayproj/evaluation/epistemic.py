@@ -24,6 +24,7 @@ from rayproj.evaluation.joint import exact_polyadic_nll, joint_nll, marginal_nll
 from rayproj.evaluation.uncertainty import (
     brier_score,
     decomposition,
+    detection,
     margin,
     risk_coverage_area,
     rms_calibration_error,
@@ -86,9 +87,10 @@ def with_indices(network: EpistemicNetwork, count: int) -> EpistemicNetwork:
 def measures(found: Outcome, labels: np.ndarray, tau: int = 10, kappa: int = 2, seed: int = 0) -> dict[str, float]:
     """Every measure of labelled images, by name; of losses also the standard error of their mean.
 
-    "joint_nll" is of tau images that follow each other; "dyadic_nll" of tau draws of kappa anchors, "dyadic_nll_exact" its
-    mean over all draws, and "dyadic_nll_independent" what that would be of labels that are independent given the marginal
-    prediction.
+    "error_auroc" says how well confidence tells wrong guesses from right ones (Hendrycks and Gimpel 2017), not a number if
+    all are of one kind. "joint_nll" is of tau images that follow each other; "dyadic_nll" of tau draws of kappa anchors,
+    "dyadic_nll_exact" its mean over all draws, and "dyadic_nll_independent" what that would be of labels that are
+    independent given the marginal prediction.
     """
     log_p, right = found.log_p.astype(np.float64), found.probabilities.argmax(1) == labels
     marginal = marginal_nll(log_p)
@@ -110,8 +112,15 @@ def measures(found: Outcome, labels: np.ndarray, tau: int = 10, kappa: int = 2, 
         "calibration_error": calibration_error(labels, found.probabilities),
         "rms_calibration_error": rms_calibration_error(labels, found.probabilities),
         "risk_coverage_area": risk_coverage_area(labels, found.probabilities),
+        "error_auroc": _auroc(found.scores["confidence"], right),
         **{f"doubt_{name}": float(values.mean()) for name, values in found.doubt.items()},
     }
+
+
+def _auroc(doubt: np.ndarray, right: np.ndarray) -> float:
+    if right.all() or not right.any():
+        return math.nan
+    return detection(doubt[right], doubt[~right])["auroc"]
 
 
 def by_labels_together(found: Outcome) -> dict[str, float]:

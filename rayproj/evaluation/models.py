@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rayproj import classifiers
 from rayproj import config as configuration
+from rayproj.classifiers.model import digest
 from rayproj.data.dataset import Dataset
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
@@ -226,11 +227,7 @@ def _checked(out: Tensor, classes: tuple[str, ...], model: str) -> Tensor:
 
 
 def _of_weights(model: torch.nn.Module) -> str:
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+    return digest(model.state_dict())[:16]
 
 
 def _of_file(path: Path) -> str:

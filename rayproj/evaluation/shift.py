@@ -41,6 +41,9 @@ class ShiftConfig:
     test: str = "???"  # labelled images like those of training
     validation: str = ""  # more of them, on which the temperature of each network is fitted; "": 1
     shifted: dict[str, str] = field(default_factory=dict)  # name -> images of the same classes that look otherwise
+    # name -> runs of other classifiers: the test images that all of these get wrong, as ImageNet-A is what a ResNet-50 does
+    # (Hendrycks et al. 2021). None of them is judged, nor began a run that is: it would be wrong by choice.
+    hard: dict[str, list[str]] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)  # name -> images of no class of the networks
     corruptions: list[str] = field(default_factory=lambda: list(CORRUPTIONS))  # of the test images
     severities: list[int] = field(default_factory=lambda: list(SEVERITIES))
@@ -75,6 +78,10 @@ class ShiftConfig:
             found.append(f"shift.obfuscations: {error}")
         if not self.networks:
             found.append("shift.networks names no run.")
+        for name, runs in self.hard.items():
+            if not runs:
+                found.append(f"shift.hard.{name} names no run.")
+            found += [_own(name, run) for run in runs if run in self.networks.values()]
         if self.baseline and self.baseline not in self.networks:
             found.append(f"shift.baseline='{self.baseline}' is not in shift.networks.")
         if not self.indices or min(self.indices) < 1:
@@ -82,13 +89,21 @@ class ShiftConfig:
         return found
 
 
+def _own(name: str, run: str) -> str:
+    return (
+        f"shift.hard.{name}: '{run}' is judged itself, or began a run that is, which would be wrong of these images by "
+        "choice; give the run of a classifier that was trained by itself."
+    )
+
+
 @dataclass(frozen=True)
 class Condition:
     """Images under which the networks are judged.
 
     Attributes:
-        family: "in_distribution", "shifted", "corrupted" or "obfuscated".
+        family: "in_distribution", "shifted", "hard", "corrupted" or "obfuscated".
         change: uint8 images [B, C, H, W] and their rows [B, 3] to others; whatever else changes images goes here.
+        ids: which images of the dataset; None: the first.
     """
 
     name: str
@@ -96,10 +111,17 @@ class Condition:
     dataset: str
     change: Callable[[Tensor, Tensor], Tensor] = lambda images, row: images
     severity: int = 0
+    ids: np.ndarray | None = None
+
+    def images(self, config: ShiftConfig) -> np.ndarray:
+        """Their numbers, at most `samples`."""
+        if self.ids is not None:
+            return self.ids[: config.samples]
+        return np.arange(min(config.samples, Dataset.open(self.dataset).header.num_samples))
 
 
 def conditions(config: ShiftConfig) -> Iterator[Condition]:
-    """All with labels, those of the test images as they are first."""
+    """All with labels but the hard ones, those of the test images as they are first."""
     yield Condition("test", "in_distribution", config.test)
     for name, uri in config.shifted.items():
         yield Condition(name, "shifted", uri)
@@ -118,6 +140,35 @@ def conditions(config: ShiftConfig) -> Iterator[Condition]:
                 return obfuscate(name, images, row, SEED, assets, severity)[0]
 
             yield Condition(f"{name} {severity}" if severity else name, "obfuscated", config.test, hide, severity)
+
+
+@torch.no_grad()
+def hard_conditions(config: ShiftConfig, world: World) -> list[Condition]:
+    """The test images that all references of a name get wrong; on every rank alike.
+
+    Raises:
+        UserError: a reference began a run that is judged, or too few images are left to be measured.
+    """
+    found, dataset = [], Dataset.open(config.test)
+    for name, runs in config.hard.items():
+        for run in runs:
+            if any(run in _before(judged) for judged in config.networks.values()):
+                raise UserError(_own(name, run))
+        references, mine = [load(run, world.device) for run in runs], [np.zeros(0, np.int64)]
+        for ids in _share(np.arange(dataset.header.num_samples), world, config.batch):
+            images, labels = _images(dataset, ids, world)
+            wrong = torch.stack([reference(images).argmax(1) != labels for reference in references]).all(0)
+            mine.append(ids[wrong.cpu().numpy()])
+        parts: list[Any] = [None] * world.world_size
+        dist.all_gather_object(parts, np.concatenate(mine))
+        ids, least = np.concatenate(parts), max(config.tau, config.kappa)
+        if len(ids) < least:
+            raise UserError(
+                f"shift.hard.{name}: of {dataset.header.num_samples} test images the references get {len(ids)} wrong, and "
+                f"{least} are needed; give weaker or fewer references, or more images in shift.test."
+            )
+        found.append(Condition(f"hard for {name}", "hard", config.test, ids=ids))
+    return found
 
 
 Outcomes = dict[tuple[str, int], Outcome]
@@ -155,7 +206,7 @@ class _Judges:
         """What each says of the images, and their labels; the ranks share the images, and all get all."""
         dataset = Dataset.open(condition.dataset)
         found, truth = dict[tuple[str, int], list[Outcome]](), []
-        for ids in _share(min(self.config.samples, dataset.header.num_samples), self.world, self.config.batch):
+        for ids in _share(condition.images(self.config), self.world, self.config.batch):
             images, labels = _images(dataset, ids, self.world)
             row = torch.zeros(len(ids), 3, dtype=torch.int64, device=images.device)
             row[:, 0] = torch.from_numpy(ids)
@@ -192,7 +243,7 @@ def evaluate(config: ShiftConfig, world: World, link: Link) -> dict[str, Any]:
     """
     all_conditions = list(conditions(config))
     if world.rank == 0:
-        link.report({"type": "total", "steps": len(all_conditions) + len(config.unknown) + 1})
+        link.report({"type": "total", "steps": len(all_conditions) + len(config.hard) + len(config.unknown) + 1})
     classes = Dataset.open(config.test).header.classes
     for condition in all_conditions:
         if Dataset.open(condition.dataset).header.classes != classes:
@@ -200,6 +251,8 @@ def evaluate(config: ShiftConfig, world: World, link: Link) -> dict[str, Any]:
                 f"The classes of shift.shifted.{condition.name} are not those of shift.test, in their order: "
                 f"{', '.join(classes)}."
             )
+    hard = hard_conditions(config, world)
+    all_conditions += hard
     done, judges = 0, _Judges(config, world)
     if config.validation:
         judges.fit(Dataset.open(config.validation))
@@ -231,6 +284,10 @@ def evaluate(config: ShiftConfig, world: World, link: Link) -> dict[str, Any]:
         "conditions": [
             {"name": c.name, "family": c.family, "severity": c.severity, "n": sizes[c.name]} for c in all_conditions
         ],
+        "hard": {
+            c.name: {"references": list(runs), "n": sizes[c.name]}
+            for c, runs in zip(hard, config.hard.values(), strict=True)
+        },
         "temperatures": {
             name: {str(c): judges.temperatures[name, c] for c in counts} for name, counts in judges.counts.items()
         },
@@ -278,11 +335,20 @@ def _costs(config: ShiftConfig, judges: _Judges) -> list[dict[str, Any]]:
 
 def _training_flops(run: str, images: Tensor, count: int) -> float:
     """Of a whole run, with that many of its members if it is an ensemble, and of the runs that it began with."""
-    text = Store(run).read("config.yaml")
-    train, start = (configuration.value(text, name) for name in ("train", "start"))
+    train = configuration.value(Store(run).read("config.yaml"), "train")
     network = epistemic.with_indices(load(run, str(images.device)), count).train()
     own = epistemic.training_flops(network, images) * train["steps"] * train["batch"]
-    return own + sum(_training_flops(before, images, 1) for before in [start["run"], *start["soup"]] if before)
+    return own + sum(_training_flops(before, images, 1) for before in _began_with(run))
+
+
+def _began_with(run: str) -> list[str]:
+    start = configuration.value(Store(run).read("config.yaml"), "start")
+    return [before for before in [start["run"], *start["soup"]] if before]
+
+
+def _before(run: str) -> set[str]:
+    """A run, what it began with, what that began with, and so on."""
+    return {run}.union(*(_before(before) for before in _began_with(run)))
 
 
 def _images(dataset: Dataset, ids: np.ndarray, world: World) -> tuple[Tensor, Tensor]:
@@ -293,6 +359,6 @@ def _images(dataset: Dataset, ids: np.ndarray, world: World) -> tuple[Tensor, Te
     return torch.from_numpy(batch["image"]).to(world.device), torch.from_numpy(batch["label"]).to(world.device)
 
 
-def _share(count: int, world: World, batch: int) -> list[np.ndarray]:
-    mine = np.array_split(np.arange(count), world.world_size)[world.rank]
+def _share(ids: np.ndarray, world: World, batch: int) -> list[np.ndarray]:
+    mine = np.array_split(ids, world.world_size)[world.rank]
     return [mine[i : i + batch] for i in range(0, len(mine), batch)]

@@ -20,7 +20,8 @@ def export(run_dir: str, to: str) -> Path:
     """Write the newest averaged weights of a run, with a model card, into a new folder.
 
     A diffusion run becomes a diffusers pipeline with its code, an autoencoder run a diffusers `AutoencoderKL` in `vae/`,
-    a classifier run `model.safetensors`, `config.json` and the torch.export program `model.pt2`.
+    a classifier run `model.safetensors`, `config.json` and the torch.export program `model.pt2`; of an epinet there is also
+    `epinet.safetensors`, all but its base, with the base's digest.
 
     Args:
         run_dir: of jobs/train_diffusion.py, finetune_private.py, train_classifier.py or train_autoencoder.py.

@@ -9,12 +9,28 @@ from safetensors.torch import save_file
 
 from rayproj import classifiers
 from rayproj import config as configuration
+from rayproj.classifiers.epinet import Epinet
+from rayproj.classifiers.model import EPINET, digest
 from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.data.dataset import Dataset
-from rayproj.engine.checkpoint import load_ema
+from rayproj.engine.checkpoint import commits, load_ema
 from rayproj.engine.engine import load_flat
 from rayproj.export.card import Card, describe, guarantee, last_part, no_guarantee
 from rayproj.storage.store import Store, to_json
+from rayproj.synthesis.plan import commit_hash
+
+
+def _base_of(model: Epinet, text: bytes) -> dict[str, str]:
+    """What tells the base of an epinet: the digest of its weights, and the run and commit that it is from, if it is as it
+    was there."""
+    base, run = digest(model.base.state_dict()), configuration.value(text, "start")["run"]
+    said = {"base": base, "base_run": last_part(run) if run else "", "base_commit": ""}
+    if run and commits(Store(run)):
+        weights, commit = load_ema(Store(run))
+        flat = {name: tensor.flatten() for name, tensor in model.base.state_dict().items()}
+        if weights.keys() >= flat.keys() and all(torch.equal(weights[n], t) for n, t in flat.items()):
+            said["base_commit"] = commit_hash(commit)
+    return said
 
 
 def write_classifier(run: Store, folder: Path) -> Card:
@@ -25,6 +41,8 @@ def write_classifier(run: Store, folder: Path) -> Card:
     load_flat(model, weights)  # of the commit that the card names, if another came in between
     shape = header.fields["image"].shape
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    if isinstance(model, Epinet):
+        save_file(model.apart(), folder / EPINET, metadata={"format": "pt", **_base_of(model, text)})
     architecture = configuration.to_dict(configuration.section(ClassifierConfig, text, "classifier"))
     config = {
         "architecture": {"name": type(model).__name__, **architecture},

@@ -8,7 +8,7 @@ a given filter; patches are optimised against classifiers of this project alone.
 """
 
 from rayproj.obfuscation.assets import Assets, AssetsConfig
-from rayproj.obfuscation.base import Obfuscation
+from rayproj.obfuscation.base import KEY, Obfuscation, between, whole
 from rayproj.obfuscation.registry import (
     CLEAN,
     HELD_OUT,
@@ -18,20 +18,25 @@ from rayproj.obfuscation.registry import (
     chosen,
     mixture,
     obfuscate,
+    of_name,
     regenerate,
 )
 
 __all__ = [
     "CLEAN",
     "HELD_OUT",
+    "KEY",
     "OBFUSCATIONS",
     "TRAINING",
     "Assets",
     "AssetsConfig",
     "ObfuscateConfig",
     "Obfuscation",
+    "between",
     "chosen",
     "mixture",
     "obfuscate",
+    "of_name",
     "regenerate",
+    "whole",
 ]

@@ -69,17 +69,18 @@ KEY = whole(0, 2**24 - 1)
 
 @dataclass
 class Obfuscation(ABC):
-    """One of the benchmark's, with the parameters of a batch as its fields, each annotated with what it is drawn from.
+    """One of the benchmark's or of a user's own, a dataclass with the parameters of a batch as its fields, each annotated
+    with what it is drawn from.
 
     Lengths are shares of an image's shorter side, so that they mean the same at any size.
 
     Attributes:
-        group: of the benchmark's kinds.
+        group: of the benchmark's kinds, or "own".
         held_out: that classifiers are not to be trained on it, so that it shows what they make of new ones.
         needs: what of the assets must have been learned.
     """
 
-    group: ClassVar[str]
+    group: ClassVar[str] = "own"
     held_out: ClassVar[bool] = False
     needs: ClassVar[str] = ""
 
@@ -141,13 +142,26 @@ class Obfuscation(ABC):
             )
 
     def __call__(self, images: Tensor, assets: Assets) -> Tensor:
-        """uint8 [B, C, H, W] of images of the same shape; C is 1 or 3. An image's result depends on no other image."""
+        """uint8 [B, C, H, W] of images of the same shape; C is 1 or 3. An image's result depends on no other image.
+
+        Raises:
+            UserError: the obfuscation, a user's own, gives something else.
+        """
         size = len(images) if images.is_cuda else max(1, AT_ONCE // images[0].numel())
         if size >= len(images):
-            return self.changed(images, assets)
+            return self._checked(images, assets)
         columns = [getattr(self, name).split(size) for name in self.ranges()]
-        parts = [type(self)(*part).changed(x, assets) for *part, x in zip(*columns, images.split(size), strict=True)]
+        parts = [type(self)(*part)._checked(x, assets) for *part, x in zip(*columns, images.split(size), strict=True)]
         return torch.cat(parts)
+
+    def _checked(self, images: Tensor, assets: Assets) -> Tensor:
+        found = self.changed(images, assets)
+        if found.shape != images.shape or found.dtype is not torch.uint8:
+            said = [f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in (images, found)]
+            raise UserError(
+                f"{self.name()} makes {said[1]} of {said[0]}; an obfuscation gives uint8 of the same shape."
+            )
+        return found
 
     @abstractmethod
     def changed(self, images: Tensor, assets: Assets) -> Tensor:

@@ -1,7 +1,11 @@
-"""The obfuscations by name, alone and as a mixture in training."""
+"""The obfuscations by name, alone and as a mixture in training.
+
+A user's own is a dataclass derived from `Obfuscation`, which goes by where it is imported from, "package.module:Class".
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,16 +63,15 @@ SETS = {
 
 def chosen(names: Sequence[str], assets: AssetsConfig | None = None) -> tuple[str, ...]:
     """The obfuscations of a list of names and of sets: all, training, held_out, or a group (without what is held out). Of
-    sets, those are left out that need what was not learned.
+    sets, those are left out that need what was not learned. A user's own are in no set, and come last.
 
     Raises:
-        UserError: a name that is neither, or a set of which nothing is left.
+        UserError: a name that is neither, a set of which nothing is left, or one that cannot be imported.
     """
     found: list[str] = []
     for name in names:
-        if name not in OBFUSCATIONS and name not in SETS:
-            raise UserError(f"There is no obfuscation '{name}'; there are {', '.join([*OBFUSCATIONS, *SETS])}.")
-        if name in OBFUSCATIONS:
+        if name not in SETS:
+            of_name(name)
             found.append(name)
             continue
         there = [n for n in SETS[name] if assets is None or assets.learned or not OBFUSCATIONS[n].needs]
@@ -77,7 +80,39 @@ def chosen(names: Sequence[str], assets: AssetsConfig | None = None) -> tuple[st
                 f"The obfuscations '{name}' need the run dir of jobs/learn_obfuscations.py in assets.learned."
             )
         found += there
-    return tuple(name for name in OBFUSCATIONS if name in found)
+    own = [name for name in dict.fromkeys(found) if name not in OBFUSCATIONS]
+    return (*(name for name in OBFUSCATIONS if name in found), *own)
+
+
+def of_name(name: str) -> type[Obfuscation]:
+    """One of the benchmark's, or a user's own by "package.module:Class".
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name in OBFUSCATIONS:
+        return OBFUSCATIONS[name]
+    module, colon, of_class = name.partition(":")
+    if not colon:
+        names = ", ".join([*OBFUSCATIONS, *SETS])
+        raise UserError(f"There is no obfuscation '{name}'; there are {names}, and your own as package.module:Class.")
+    try:
+        kind = getattr(importlib.import_module(module), of_class)
+    except Exception as error:  # whatever the user's module does
+        raise UserError(
+            f"The obfuscation '{name}' cannot be imported ({type(error).__name__}: {error}); it is package.module:Class, of "
+            "a module on the PYTHONPATH of every worker."
+        ) from error
+    try:
+        fits = issubclass(kind, Obfuscation) and "__dataclass_fields__" in vars(kind) and kind.ranges() is not None
+    except (TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"'{name}' is no obfuscation; derive a dataclass from rayproj.obfuscation.Obfuscation whose fields are each "
+            "annotated with their range, as Annotated[Tensor, between(0, 1)]."
+        )
+    return kind  # type: ignore[no-any-return]
 
 
 def obfuscate(
@@ -92,15 +127,15 @@ def obfuscate(
         uint8 of the same shape, and the parameters of each image.
 
     Raises:
-        UserError: it needs what was not learned.
+        UserError: it needs what was not learned, or is a user's own and gives something else.
     """
-    drawn = OBFUSCATIONS[name].draw(row, seed, severity)
-    return drawn(images, assets), drawn.records()
+    drawn = of_name(name).draw(row, seed, severity)
+    return drawn(images, assets), drawn.records() or [{} for _ in row]
 
 
 def regenerate(name: str, images: Tensor, records: Sequence[dict[str, Any]], assets: Assets) -> Tensor:
     """The same images again from the parameters of `obfuscate`, bit for bit, on the same kind of device."""
-    return OBFUSCATIONS[name].of(records, images.device)(images, assets)
+    return of_name(name).of(records, images.device)(images, assets)
 
 
 @dataclass
@@ -108,7 +143,8 @@ class ObfuscateConfig:
     """Obfuscations of training images."""
 
     # Of which one is drawn for an image: names, or all, training, held_out, colour, composition, learned, overlay,
-    # transformation. []: none. Whoever trains on those that are held out has nothing left that would be new.
+    # transformation, or your own as package.module:Class. []: none. Whoever trains on those that are held out has nothing
+    # left that would be new.
     names: list[str] = field(default_factory=list)
     share: float = 0.5  # of the images that are obfuscated
     without: list[str] = field(default_factory=list)  # of them, names or sets that are left out: to be tested on
@@ -121,7 +157,7 @@ class ObfuscateConfig:
             drawn = self.drawn
         except UserError as error:
             return [*found, str(error)]
-        lacking = [name for name in drawn if OBFUSCATIONS[name].needs and not self.assets.learned]
+        lacking = [name for name in drawn if of_name(name).needs and not self.assets.learned]
         if self.names and not drawn:
             found.append("obfuscate.without leaves none of obfuscate.names.")
         if unknown := sorted(set(self.weights) - set(drawn)):

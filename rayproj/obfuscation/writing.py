@@ -16,7 +16,7 @@ from rayproj.data.reader import Reader
 from rayproj.data.writer import Sample
 from rayproj.obfuscation.assets import Assets, AssetsConfig
 from rayproj.obfuscation.base import SEVERITIES
-from rayproj.obfuscation.registry import CLEAN, DRAW, OBFUSCATIONS, chosen, obfuscate
+from rayproj.obfuscation.registry import CLEAN, DRAW, chosen, obfuscate, of_name
 from rayproj.storage.store import Store
 
 NOTICE = (
@@ -76,7 +76,7 @@ def header_of(config: WriteConfig, seed: int) -> Header:
     names = chosen(config.names, config.assets)
     assets = Assets.load(config.assets)
     for name in names:
-        OBFUSCATIONS[name].require(assets)
+        of_name(name).require(assets)
     shown = (CLEAN, *names) if config.clean else names
     picture = source.fields["image"]
     fields = {
@@ -99,7 +99,7 @@ def header_of(config: WriteConfig, seed: int) -> Header:
         provenance={
             "obfuscated_from": images.uri,
             **manifest,
-            "obfuscations": {n: {f: asdict(r) for f, r in OBFUSCATIONS[n].ranges().items()} for n in names},
+            "obfuscations": {n: {f: asdict(r) for f, r in of_name(n).ranges().items()} for n in names},
             "draws": config.draws,
             "severity": config.severity,
             "assets": assets.provenance,

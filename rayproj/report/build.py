@@ -278,6 +278,8 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
         found["confusion"] = data_uri(figures.svg(matrices), "svg+xml")
     for name in stages.of("evaluate_obfuscations"):
         found[f"heat map of {name}"] = data_uri(obfuscations.heat_map(stages.results[name]), "svg+xml")
+        if spokes := obfuscations.radar(stages.results[name]):
+            found[f"radar of {name}"] = data_uri(spokes, "svg+xml")
     for name in filter(partial(_may_be_shown, stages), stages.of("obfuscate")):
         found[f"gallery of {name}"] = data_uri(figures.png(_gallery(stages, name)), "png")
     spans = [{"stage": name, **span} for name in stages.stores for span in stages.lines(name, "timeline.jsonl")]

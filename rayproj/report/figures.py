@@ -20,6 +20,7 @@ INK = "#7a869a"  # axes and text: between the two backgrounds
 COLOURS = {"real": "#2a9d8f", "public": "#e09f3e", "private": "#c8553d"}
 PANELS = 4  # in a row
 SERIES = ["#4c86c6", "#e09f3e", "#c8553d", "#2a9d8f", "#8d6cc1", "#7a869a"]
+STYLES = ["-", "--", ":", "-."]
 
 plt.rcParams.update(
     {
@@ -462,6 +463,36 @@ def heat_map(values: np.ndarray, rows: list[str], columns: list[str], marks: np.
     axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
+    return figure
+
+
+def radar(values: np.ndarray, rows: list[str], columns: list[str], marks: list[int]) -> Figure:
+    """Shares in [0, 1], from the centre outwards, a spoke for each column and a line for each row.
+
+    Args:
+        values: [rows, columns]; not a number where there is none: there a line is broken.
+        marks: columns whose names are printed bold.
+    """
+    axis: Any  # of a kind that matplotlib's types do not tell
+    figure, axis = plt.subplots(figsize=(7.6, 6.2), subplot_kw={"projection": "polar"}, layout="constrained")
+    angles = 2 * np.pi * np.arange(len(columns)) / len(columns)
+    for number, (name, line) in enumerate(zip(rows, values, strict=True)):
+        look = {"color": SERIES[number % len(SERIES)], "linestyle": STYLES[number // len(SERIES) % len(STYLES)]}
+        closed = np.append(line, line[:1])
+        axis.plot(np.append(angles, angles[:1]), closed, linewidth=1.4, marker=".", label=name, **look)
+    axis.set_theta_zero_location("N")
+    axis.set_theta_direction(-1)
+    axis.set_ylim(0, 1)
+    axis.set_yticks([0.25, 0.5, 0.75, 1.0], ["25", "50", "75", "100 %"], fontsize=7)
+    axis.set_xticks(angles, columns, fontsize=8)
+    for number, (label, angle) in enumerate(zip(axis.get_xticklabels(), angles, strict=True)):
+        side = np.sin(angle)
+        label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+        label.set_fontweight("bold" if number in marks else "normal")
+    axis.grid(color=INK, alpha=0.35, linewidth=0.6)
+    axis.spines[:].set_visible(False)
+    axis.set_rlabel_position(180 / len(columns))  # between the first two spokes
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

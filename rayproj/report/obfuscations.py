@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from rayproj.data.encodings import ENCODINGS
 from rayproj.errors import UserError
 from rayproj.evaluation.obfuscations import SETS, TOP
 from rayproj.obfuscation.assets import Assets, AssetsConfig
-from rayproj.obfuscation.registry import CLEAN, OBFUSCATIONS, chosen, obfuscate
+from rayproj.obfuscation.registry import CLEAN, HELD_OUT, OBFUSCATIONS, chosen, obfuscate, of_name
 from rayproj.obfuscation.writing import NOTICE, open_images
 from rayproj.report import figures
 from rayproj.report.pages import data_uri, rendered
@@ -21,7 +23,15 @@ from rayproj.report.pages import data_uri, rendered
 LEAST = 160  # pixels of a picture's side on the page; smaller images are drawn larger
 
 
-def write_gallery(uri: str, file: str, draws: int = 6, photos: str = "", learned: str = "", seed: int = 0) -> str:
+def write_gallery(
+    uri: str,
+    file: str,
+    draws: int = 6,
+    photos: str = "",
+    learned: str = "",
+    names: Sequence[str] = ("all",),
+    seed: int = 0,
+) -> str:
     """Write an HTML page: each obfuscation in words, with its ranges, and so many draws of its parameters, of an image each
     as far as there are as many.
 
@@ -40,9 +50,9 @@ def write_gallery(uri: str, file: str, draws: int = 6, photos: str = "", learned
     sections: list[dict[str, Any]] = [
         {"name": CLEAN, "text": "The images as they are.", "pictures": [(_uri(x), "") for x in shown.numpy()]}
     ]
-    for name in chosen(["all"], config):
+    for name in chosen(names, config):
         changed, records = obfuscate(name, shown, row, seed, assets)
-        kind = OBFUSCATIONS[name]
+        kind = of_name(name)
         sections.append(
             {
                 "name": name,
@@ -91,11 +101,39 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
     return {"columns": columns, "rows": rows, "top": top, **kept}
 
 
+def obfuscations_of(result: dict[str, Any]) -> list[str]:
+    """What a result of jobs/evaluate_obfuscations.py has accuracies of: the clean images, the benchmark's, users' own."""
+    of_sets = {f"{kind}-{title}" for kind in ("mean", "worst") for title in SETS}
+    keys = [key for metrics in result["metrics"].values() for key in metrics]
+    measured = dict.fromkeys(found[1] for key in keys if (found := re.fullmatch("(.+)-top-1", key)))
+    known = [name for name in (CLEAN, *OBFUSCATIONS) if name in measured]
+    return [*known, *(name for name in measured if name not in known and name not in of_sets)]
+
+
+def _accuracies(result: dict[str, Any], names: Sequence[str]) -> np.ndarray:
+    """Top 1, [models, names]; not a number where a model has none."""
+    return np.array([[result["metrics"][m].get(f"{n}-top-1", np.nan) for n in names] for m in result["models"]])
+
+
+def radar(result: dict[str, Any]) -> bytes | None:
+    """SVG: top 1 of each model along a spoke for each obfuscation, those held out in bold; None of less than three."""
+    names = [name for name in obfuscations_of(result) if name != CLEAN]
+    if len(names) < 3:
+        return None
+    clean = _accuracies(result, [CLEAN])[:, 0]
+    rows = [
+        f"{m} (clean {100 * c:.0f} %)" if np.isfinite(c) else m for m, c in zip(result["models"], clean, strict=True)
+    ]
+    marks = [k for k, name in enumerate(names) if name in HELD_OUT]
+    return figures.svg(figures.radar(_accuracies(result, names), rows, [n.split(":")[-1] for n in names], marks))
+
+
 def heat_map(result: dict[str, Any]) -> bytes:
     """SVG: top 1 by obfuscation and model; what a model was trained with is marked."""
-    measured = result["metrics"].values()
-    names = [name for name in (CLEAN, *OBFUSCATIONS) if any(f"{name}-top-1" in metrics for metrics in measured)]
-    values = np.array([[result["metrics"][m].get(f"{n}-top-1", np.nan) for n in names] for m in result["models"]])
+    names = obfuscations_of(result)
+    values = _accuracies(result, names)
     marks = np.array([[n in result["seen"][model] for n in names] for model in result["models"]])
-    lines = [names.index(n) for n in names[1:] if OBFUSCATIONS[n].held_out][:1]
-    return figures.svg(figures.heat_map(values, result["models"], names, marks, [1, *lines]))
+    held_out = [k for k, n in enumerate(names) if n in HELD_OUT]
+    own = [k for k, n in enumerate(names) if n not in (CLEAN, *OBFUSCATIONS)]
+    lines = sorted({1, *held_out[:1], *own[:1]})
+    return figures.svg(figures.heat_map(values, result["models"], names, marks, lines))

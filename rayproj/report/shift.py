@@ -24,6 +24,7 @@ TITLES = {
     "calibration_error": "calibration error",
     "rms_calibration_error": "its RMS",
     "risk_coverage_area": "risk over coverage",
+    "error_auroc": "wrong told from right, AUROC",
     "doubt_epistemic": "epistemic doubt",
 }
 
@@ -45,7 +46,9 @@ def by_number(counts: dict[str, Any]) -> dict[str, Any]:
 
 
 def mean_of(by_condition: dict[str, dict[str, float]], names: list[str], measure: str) -> float:
-    return float(np.mean([by_condition[name][measure] for name in names]))
+    """Over what has the measure; not a number if nothing has."""
+    values = [value for name in names if not np.isnan(value := by_condition[name].get(measure, np.nan))]
+    return float(np.mean(values)) if values else np.nan
 
 
 def largest(result: dict[str, Any]) -> dict[str, str]:

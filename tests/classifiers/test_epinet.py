@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rayproj.jobs.train_classifier import Config, worker  # type: ignore[attr-defined]
+from safetensors import safe_open
 from scipy import stats
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -21,13 +23,13 @@ from rayproj import config as configuration
 from rayproj.classifiers.augment import AugmentConfig
 from rayproj.classifiers.ensembles import BatchEnsemble, Ensemble, MCDropout
 from rayproj.classifiers.epinet import Bootstrap, Epinet, EpistemicConfig, EpistemicNetwork, Kind, ProjectedMLP, weights
-from rayproj.classifiers.model import StartConfig
+from rayproj.classifiers.model import StartConfig, digest, put_epinet
 from rayproj.classifiers.networks import ClassifierConfig, ConvNet, Network, build, centred
 from rayproj.classifiers.objective import Loss, Objective, ObjectiveConfig
 from rayproj.classifiers.task import ClassificationTask
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.writer import commit_shard
-from rayproj.engine.checkpoint import load_ema
+from rayproj.engine.checkpoint import commits, load_ema
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
@@ -35,6 +37,7 @@ from rayproj.evaluation.joint import exact_polyadic_nll, joint_nll, marginal_nll
 from rayproj.export import export
 from rayproj.keyed import places
 from rayproj.storage.store import Store
+from rayproj.synthesis.plan import commit_hash
 from tests.support.ranks import run_ranks
 from tests.support.regression import Recorder
 
@@ -57,7 +60,7 @@ def images(count: int = 7) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_indices_at_once_are_as_one_by_one(kind: Kind) -> None:
     """Shared by all images, and each with its own."""
-    model, x = of(kind, **({"conv_prior": 0.5} if kind is Kind.epinet else {})), images()
+    model, x = of(kind, **({"conv_prior": 0.5, "mlp_prior": 0.5} if kind is Kind.epinet else {})), images()
     z = model.indices(5)
     together = model(x, z)
     assert together.shape == (len(z), len(x), CLASSES) and together.std(0).max() > 1e-3, "indices make a difference"
@@ -98,20 +101,21 @@ def test_the_projected_mlp_is_its_formula(hidden: tuple[int, ...]) -> None:
 
 
 def test_the_index_zero_is_the_base_and_without_layers_it_is_linear() -> None:
-    model, x = of(Kind.epinet, conv_prior=1.0), images()
+    model, x = of(Kind.epinet, conv_prior=1.0, mlp_prior=1.0), images()
     base: Any = model.base
     torch.testing.assert_close(model(x, torch.zeros(1, 1, 6))[0], base(x))
-    model = of(Kind.epinet, hidden=(), conv_prior=1.0)
+    model = of(Kind.epinet, hidden=(), conv_prior=1.0, mlp_prior=1.0)
     z, base = model.indices(2), model.base
     mixed = model(x, 2 * z[:1] - 3 * z[1:])[0] - base(x)
     alone = model(x, z) - base(x)
     torch.testing.assert_close(mixed, 2 * alone[0] - 3 * alone[1], rtol=1e-4, atol=1e-5)
 
 
-def test_an_epinet_without_layers_is_a_gaussian_process() -> None:
-    """f(x, z) = μ(x) + Σ z_d (w_d φ(x) + b_d) has the covariance Σ (w_d φ + b_d)(w_d φ' + b_d)', so that under a probit
-    likelihood the joint probability of labels is that of an orthant."""
-    model, x = of(Kind.epinet, hidden=(), prior=0.7), images(3)
+@pytest.mark.parametrize(("temperature", "scale"), [(1.0, 1.0), (0.5, 1.6)])
+def test_an_epinet_without_layers_is_a_gaussian_process(temperature: float, scale: float) -> None:
+    """f(x, z) = μ(x) / T + s Σ z_d (w_d φ(x) + b_d) has the covariance s² Σ (w_d φ + b_d)(w_d φ' + b_d)', so that under a
+    probit likelihood the joint probability of labels is that of an orthant."""
+    model, x = of(Kind.epinet, hidden=(), prior=0.7, temperature=temperature, scale=scale), images(3)
     base, config = model.base, model.config  # type: ignore[union-attr]
     epinet, prior = model.epinet, model.prior  # type: ignore[union-attr]
     nn.init.normal_(epinet.bias)  # type: ignore[union-attr,arg-type]
@@ -121,9 +125,9 @@ def test_an_epinet_without_layers_is_a_gaussian_process() -> None:
             s * (torch.einsum("dh,bh->bd", m.weight[0], phi) + m.bias[0])  # type: ignore[union-attr,operator]
             for s, m in ((1, epinet), (config.prior, prior))  # type: ignore[union-attr]
         ).double()
-        mean = base(x)[:, 0].double()  # type: ignore[operator]
+        mean = base(x)[:, 0].double() / temperature  # type: ignore[operator]
         latent = model(x, model.indices(20_000))[..., 0].double()
-    cov = (factor @ factor.T).numpy()
+    cov = scale**2 * (factor @ factor.T).numpy()
     assert np.allclose(np.cov(latent.T), cov, atol=0.05 * cov.max())
     log_p = torch.special.log_ndtr(latent)
     exact = -np.log(stats.multivariate_normal(np.zeros(3), cov + np.eye(3)).cdf(mean.numpy()))
@@ -131,15 +135,53 @@ def test_an_epinet_without_layers_is_a_gaussian_process() -> None:
 
 
 def test_no_gradient_reaches_the_base_through_the_epinet_nor_the_priors() -> None:
-    model, x = of(Kind.epinet, conv_prior=1.0), images()
+    model, x = of(Kind.epinet, conv_prior=1.0, mlp_prior=1.0), images()
     base: Any = model.base
     logits = model(x, model.indices(4))
     part = (logits - base(x)).square().sum()
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert not any(name.startswith(("prior", "conv_prior")) for name in wanted) and model.fixed()
+    assert not any(name.startswith(("prior", "conv_prior", "mlp_prior")) for name in wanted) and model.fixed()
     gradients = dict(zip(wanted, torch.autograd.grad(part, list(wanted.values())), strict=True))
     assert all(g.abs().max() < 1e-4 for n, g in gradients.items() if n.startswith("base"))
     assert all(g.abs().max() > 1e-3 for n, g in gradients.items() if n.startswith("epinet"))
+
+
+def test_without_the_stop_the_base_learns_through_its_features() -> None:
+    """As by autograd on features that are cut off: what the base gets is that gradient, carried back."""
+    model, x = of(Kind.epinet, stop_gradient=False), images()
+    base: Any = model.base
+    z = model.indices(4)
+    part = (model(x, z) - base(x).detach()).square().sum()
+    features = base.pooled(x)
+    inner = features.detach().requires_grad_(True)
+    decoded = base.classify(inner) + model.epinet(inner, z) + model.prior(inner, z)  # type: ignore[operator]
+    (of_features,) = torch.autograd.grad((decoded - base(x).detach()).square().sum(), inner)
+    learned = list(base.features.parameters())
+    carried = torch.autograd.grad(features, learned, of_features)
+    for found, expected in zip(torch.autograd.grad(part, learned), carried, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    stopped = of(Kind.epinet)
+    torch.testing.assert_close(stopped(x, z), model(x, z))
+
+
+def test_the_perceptrons_of_a_prior_are_as_written() -> None:
+    """Two relu layers of five of the pixels in [-1, 1], one perceptron for each dimension of z."""
+    model, x = of(Kind.epinet, prior=0.0, mlp_prior=0.3, scale=2.0), images()
+    z = model.indices(3)
+    prior: Any = model.mlp_prior
+    pixels = x.float() / 127.5 - 1
+    random = sum(z[:, :, d, None] * one(prior, pixels, d) for d in range(6))
+    epinet: Any = model.epinet
+    with torch.no_grad():
+        epinet.weight.zero_()
+    base: Any = model.base
+    torch.testing.assert_close(model(x, z), base(x) + 2 * 0.3 * random, rtol=1e-4, atol=1e-5)
+    assert random.std() > 0.1  # type: ignore[union-attr]
+
+
+def one(prior: Any, x: Tensor, d: int) -> Tensor:
+    first, second, third = (weight[d] for weight in prior.weights)
+    return F.relu(F.relu(x.flatten(1) @ first) @ second) @ third
 
 
 def test_an_ensemble_is_its_members() -> None:
@@ -250,7 +292,7 @@ class OnEfficientNet(nn.Module):
 
 def test_any_network_with_a_linear_head_is_a_base() -> None:
     base, x = OnEfficientNet().eval(), images(2)
-    model = Epinet(EpistemicConfig(Kind.epinet), base, 3)
+    model = Epinet(EpistemicConfig(Kind.epinet), base, SHAPE)
     torch.testing.assert_close(model(x, torch.zeros(1, 1, 20))[0], base.head(base.pooled(x)))
     assert model(x, model.indices(30)).std(0).min() > 0
 
@@ -337,6 +379,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "base": {},
     "epinet": {"start": "base", "trainable": "^epinet", "classifier": {"epistemic": {"kind": "epinet", "index": 8}}},
     "joint": {"classifier": {"epistemic": {"kind": "epinet", "index": 8, "samples": 4}}},
+    "in_bf16": {
+        "start": "base",
+        "trainable": "^epinet",
+        "precision": "bf16",
+        "classifier": {"epistemic": {"kind": "epinet", "index": 8, "mlp_prior": 0.1}},
+    },
 }
 
 
@@ -345,10 +393,11 @@ def train_arms(world: World, folder: str) -> None:
         values: dict[str, Any] = {
             "data": f"{folder}/train",
             "augment": {"shift": 0, "flip": False},
+            "trainable": arm.get("trainable", ""),
             "train": {"steps": 100, "batch": 50, "engine": {"ema": 0.9, "optimizer": {"lr": 3e-3}}},
             "run": {"dir": f"{folder}/{name}"},
-            **arm,
         }
+        values["train"]["engine"]["precision"] = arm.get("precision", "fp32")
         values["classifier"] = {"channels": [8, 16, 32], "dropout": 0.0, **arm.get("classifier", {})}
         if "start" in arm:
             values["start"] = {"run": f"{folder}/{arm['start']}"}
@@ -366,13 +415,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_epinet_on_a_frozen_base_leaves_it_and_the_prior_as_they_were(trained: Path) -> None:
-    base, epinet = load_ema(Store(f"{trained}/base"))[0], load_ema(Store(f"{trained}/epinet"))[0]
-    for name, tensor in base.items():
-        assert torch.equal(epinet[f"base.{name}"], tensor)
-    # The model of the same seed before training: all but the base is as it was drawn.
-    config = configuration.section(ClassifierConfig, Store(f"{trained}/epinet").read("config.yaml"), "classifier")
-    before = dict(ClassificationTask(config, header(200, 32), 0).build().named_parameters())
-    for run in ("epinet", "joint"):
+    base = load_ema(Store(f"{trained}/base"))[0]
+    for run in ("epinet", "in_bf16"):
+        epinet = load_ema(Store(f"{trained}/{run}"))[0]
+        assert all(torch.equal(epinet[f"base.{name}"], tensor) for name, tensor in base.items())
+    for run in ("epinet", "joint", "in_bf16"):
+        # The model of the same seed before training: all but the base is as it was drawn.
+        config = configuration.section(ClassifierConfig, Store(f"{trained}/{run}").read("config.yaml"), "classifier")
+        before = dict(ClassificationTask(config, header(200, 32), 0).build().named_parameters())
         after = load_ema(Store(f"{trained}/{run}"))[0]
         changed = {n.split(".")[0] for n, t in after.items() if not torch.equal(t, before[n].detach().flatten())}
         assert changed == {"base", "epinet"}
@@ -392,9 +442,9 @@ def losses_of(trained: Path, run: str) -> tuple[float, float]:
 
 
 def test_an_epinet_knows_more_about_labels_together(trained: Path) -> None:
-    base, frozen, joint = (losses_of(trained, run) for run in ARMS)
+    base, *others = (losses_of(trained, run) for run in ARMS)
     assert base[1] == pytest.approx(10 * base[0], rel=1e-6), "one index: labels are independent"
-    for found in (frozen, joint):
+    for found in others:
         assert found[1] < 0.8 * base[1] and found[0] < base[0] + 0.05
 
 
@@ -404,6 +454,8 @@ def test_an_epinet_knows_more_about_labels_together(trained: Path) -> None:
         ({"kind": "epinet", "index": 0}, "epistemic.index must be positive"),
         ({"kind": "mc_dropout", "dropout": 1.0}, "epistemic.dropout must lie in"),
         ({"kind": "ensemble", "prior": -1.0}, "must not be negative"),
+        ({"kind": "epinet", "mlp_prior": -1.0}, "must not be negative"),
+        ({"kind": "epinet", "temperature": 0.0}, "temperature and scale must be positive"),
         ({"kind": "mc_dropout", "bootstrap": "bernoulli"}, "not for mc_dropout"),
     ],
 )
@@ -437,6 +489,32 @@ def test_an_exported_epinet_predicts_the_mean_over_its_indices(trained: Path, tm
     torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
     described = json.loads((Path(folder) / "config.json").read_text())["architecture"]
     assert described["name"] == "Epinet" and described["epistemic"]["kind"] == "epinet"
+    # Its own weights lie apart, and fit on that base alone.
+    before, base = classifiers.load(f"{trained}/epinet", "cpu"), classifiers.load(f"{trained}/base", "cpu")
+    with safe_open(Path(folder) / "epinet.safetensors", "pt") as file:
+        said, names = file.metadata(), set(file.keys())
+    state = before.state_dict()
+    assert names == {name for name in state if not name.startswith("base.")}
+    commit = commits(Store(f"{trained}/base"))[-1]
+    assert said["base"] == digest(base.state_dict()) and said["base_run"] == "base"
+    assert said["base_commit"] == commit_hash(commit)
+    config = configuration.section(ClassifierConfig, Store(f"{trained}/epinet").read("config.yaml"), "classifier")
+    start = StartConfig(f"{trained}/base", epinet=str(folder))
+    joined = ClassificationTask(config, header(200, 32), 7, start=start).build()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in joined.state_dict().items())
+    wider = replace(config, epistemic=replace(config.epistemic, hidden=(60,)))
+    with pytest.raises(UserError, match=r"is another than `classifier.epistemic` describes \(first difference: epinet"):
+        ClassificationTask(wider, header(200, 32), 7, start=start).build()
+    joined.base.head.bias.data[0] += 1e-6  # type: ignore[union-attr,index,operator]
+    with pytest.raises(
+        UserError, match=r"was trained on another base \(run 'base', weights .* than 'other'.*give start.run"
+    ):
+        put_epinet(joined, str(folder), "other")
+    with pytest.raises(UserError, match=r"has no epinet.safetensors"):
+        put_epinet(joined, str(tmp_path), "other")
+    with pytest.raises(UserError, match=r"set classifier.epistemic.kind=epinet"):
+        put_epinet(base, str(folder), "other")
+    assert StartConfig(epinet=str(folder)).problems()
 
 
 @pytest.mark.parametrize("kind", KINDS)

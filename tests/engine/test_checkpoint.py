@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from rayproj.engine import checkpoint
 from rayproj.engine.checkpoint import Best, CheckpointConfig, Commit, Saver, commits, due, expired, load_ema, restore
-from rayproj.engine.engine import Engine, Snapshot
+from rayproj.engine.engine import Engine, Precision, Snapshot
 from rayproj.errors import UserError
 from rayproj.storage.store import IntegrityError, Store, sha256_hex
 from tests.support import regression
@@ -316,6 +317,34 @@ def test_a_run_goes_on_at_another_world_size_and_stage(tmp_path, without_dropout
             assert set(rank[kind]) == set(without_dropout[kind])
             for name, expected in without_dropout[kind].items():
                 torch.testing.assert_close(rank[kind][name], expected, rtol=1e-5, atol=1e-6)
+
+
+class InBf16(WithoutDropout):
+    def losses(self, model: Any, batch: Any) -> torch.Tensor:
+        return super().losses(lambda x: model(x.bfloat16()).float(), batch)  # type: ignore[arg-type]
+
+
+class Forgetful(InBf16):
+    """As when what a run began with is gone."""
+
+    def build(self) -> torch.nn.Module:
+        model: Any = super().build()
+        model[0].bias.data.zero_()
+        return model
+
+
+def train_in_bf16(world, uri):  # type: ignore[no-untyped-def]
+    for steps, task in ((2, InBf16()), (4, Forgetful())):
+        settings = regression.config(steps, 1)
+        settings.engine.precision = Precision.bf16
+        found = regression.run(world, uri, settings, f"to {steps}", task)
+    return found["ema"]
+
+
+def test_what_is_frozen_is_kept_in_fp32_where_the_model_is_in_bf16(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    found, drawn = run_ranks(train_in_bf16, 1, str(tmp_path))[0], WithoutDropout().build().state_dict()["0.bias"]
+    assert torch.equal(found["0.bias"], drawn) and not torch.equal(drawn.bfloat16().float(), drawn)
+    assert torch.equal(load_ema(Store(str(tmp_path)))[0]["0.bias"], drawn)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])

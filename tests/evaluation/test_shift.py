@@ -13,6 +13,7 @@ import torch
 from rayproj.jobs.evaluate_shift import Config  # type: ignore[attr-defined]
 from rayproj.jobs.train_classifier import Config as TrainConfig  # type: ignore[attr-defined]
 from rayproj.jobs.train_classifier import worker
+from sklearn.metrics import roc_auc_score
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
@@ -21,7 +22,7 @@ from rayproj.data.writer import commit_shard
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.corruptions import corrupted
-from rayproj.evaluation.shift import ShiftConfig, conditions, evaluate, load
+from rayproj.evaluation.shift import ShiftConfig, conditions, evaluate, hard_conditions, load
 from rayproj.keyed import places
 from rayproj.obfuscation.assets import Assets, AssetsConfig
 from rayproj.obfuscation.registry import obfuscate
@@ -54,16 +55,19 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
+REFERENCES: dict[str, dict[str, Any]] = {"weak": {"steps": 2, "seed": 1}, "weaker": {"steps": 1, "seed": 2}}
+
+
 def train(world: World, folder: str) -> None:
-    for name, arm in NETWORKS.items():
+    for name, arm in (NETWORKS | REFERENCES).items():
         values = {
             "data": f"{folder}/train",
             "start": {"run": f"{folder}/{arm['start']}" if "start" in arm else ""},
             "trainable": arm.get("trainable", ""),
             "augment": {"shift": 0, "flip": False},
             "classifier": {"channels": [8, 16], "dropout": 0.0, "epistemic": arm.get("epistemic", {})},
-            "train": {"steps": 40, "batch": 30, "engine": {"ema": 0.5, "optimizer": {"lr": 5e-3}}},
-            "run": {"dir": f"{folder}/{name}"},
+            "train": {"steps": arm.get("steps", 40), "batch": 30, "engine": {"ema": 0.5, "optimizer": {"lr": 5e-3}}},
+            "run": {"dir": f"{folder}/{name}", "seed": arm.get("seed", 0)},
         }
         config = configuration.from_dict(TrainConfig, values)
         Store(config.run.dir).write("config.yaml", configuration.to_yaml(config).encode())
@@ -76,6 +80,7 @@ def config(folder: str) -> ShiftConfig:
         test=f"{folder}/test",
         validation=f"{folder}/validation",
         shifted={"darker": f"{folder}/darker"},
+        hard={"weak": [f"{folder}/weak"], "both": [f"{folder}/weak", f"{folder}/weaker"]},
         unknown={"fourth": f"{folder}/fourth"},
         corruptions=["gaussian_noise", "impulse_noise"],
         severities=[1, 5],
@@ -90,7 +95,9 @@ def config(folder: str) -> ShiftConfig:
 
 
 def evaluate_on(world: World, folder: str) -> dict[str, Any]:
-    return evaluate(config(folder), world, Recorder("b"))
+    with pytest.raises(UserError) as refused:
+        hard_conditions(replace(config(folder), tau=121), world)
+    return {"refused": str(refused.value), **evaluate(config(folder), world, Recorder("b"))}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +143,7 @@ def test_ranks_share_the_work(folder: Path, found: dict[str, Any]) -> None:
             for count, by in counts.items():
                 for condition, values in by.items():
                     theirs = other["measures"][name][count][condition]
-                    assert theirs == pytest.approx(values, rel=1e-4, abs=1e-5), (name, count, condition)
+                    assert theirs == pytest.approx(values, rel=1e-4, abs=1e-5, nan_ok=True), (name, count, condition)
     assert shared[0]["costs"] and shared[1]["costs"] is None
 
 
@@ -145,7 +152,7 @@ def test_what_is_found(folder: Path, found: dict[str, Any]) -> None:
         "base": ["1"], "epinet": ["1", "2", "10", "25"], "ensemble": ["1", "2", "3"],
     }  # fmt: skip
     names = ["test", "darker", *(f"{c} {s}" for c in ("gaussian_noise", "impulse_noise") for s in (1, 5))]
-    names += ["LineShift", "SwirlWarp"]
+    names += ["LineShift", "SwirlWarp", "hard for weak", "hard for both"]
     assert [c["name"] for c in found["conditions"]] == names and found["conditions"][0]["n"] == 100
     accuracy = {name: by["accuracy"] for name, by in found["measures"]["base"]["1"].items()}
     assert accuracy["test"] > 0.95 and accuracy["darker"] < accuracy["test"]
@@ -179,6 +186,46 @@ def test_what_is_found(folder: Path, found: dict[str, Any]) -> None:
     assert found["unknown"]["ensemble"]["3"]["fourth"]["total"]["auroc"] > 0.5
 
 
+def test_hard_images_are_what_all_references_get_wrong(folder: Path, found: dict[str, Any]) -> None:
+    batch = Reader(Dataset.open(f"{folder}/test")).gather(np.arange(120))
+    images, labels = torch.from_numpy(batch["image"]), torch.from_numpy(batch["label"])
+    with torch.no_grad():
+        wrong = [load(f"{folder}/{name}", "cpu")(images).argmax(1) != labels for name in REFERENCES]
+        network = load(f"{folder}/ensemble", "cpu")
+        p = (network(images, network.indices(3)) / found["temperatures"]["ensemble"]["3"]).softmax(2).mean(0)
+    right, n = p.argmax(1) == labels, {c["name"]: c["n"] for c in found["conditions"]}
+    for name, chosen in (("weak", wrong[0]), ("both", wrong[0] & wrong[1])):
+        assert n[f"hard for {name}"] == min(100, chosen.sum()) and 5 <= chosen.sum() < 120
+        ids = chosen.nonzero()[:100, 0]  # of all test images, not of the first hundred alone
+        by = found["measures"]["ensemble"]["3"][f"hard for {name}"]
+        assert by["accuracy"] == pytest.approx(right[ids].float().mean().item())
+        if 0 < right[ids].sum() < len(ids):
+            expected = roc_auc_score(~right[ids].numpy(), 1 - p[ids].max(1)[0].numpy())
+            assert by["error_auroc"] == pytest.approx(expected, abs=1e-6)
+        else:
+            assert np.isnan(by["error_auroc"])
+    by = found["measures"]["base"]["1"]["darker"]
+    assert 0 < by["accuracy"] < 1 and 0 <= by["error_auroc"] <= 1
+    assert found["hard"]["hard for both"] == {
+        "references": [f"{folder}/weak", f"{folder}/weaker"], "n": min(100, int((wrong[0] & wrong[1]).sum()))
+    }  # fmt: skip
+
+
+def test_what_is_judged_chooses_no_hard_images(folder: Path) -> None:
+    given = replace(config(str(folder)), hard={"own": [f"{folder}/base"]})
+    assert "'" + f"{folder}/base' is judged itself" in given.problems()[0]
+    given = replace(given, networks={"epinet": f"{folder}/epinet"})
+    assert not given.problems()
+    with pytest.raises(UserError, match=r"shift.hard.own: .*base' is judged itself, or began a run that is"):
+        hard_conditions(given, World(0, 1, 0, "cpu"))
+    assert replace(given, hard={"none": []}).problems() == ["shift.hard.none names no run."]
+
+
+def test_too_few_hard_images_are_said(found: dict[str, Any]) -> None:
+    said = found["refused"]
+    assert "of 120 test images the references get" in said and "121 are needed; give weaker or fewer references" in said
+
+
 def test_costs(found: dict[str, Any]) -> None:
     cost = {(row["network"], row["indices"]): row for row in found["costs"]}
     assert cost["ensemble", 30]["extrapolated"] and not cost["ensemble", 3]["extrapolated"]
@@ -199,6 +246,7 @@ def test_the_page_has_it_all(found: dict[str, Any]) -> None:
         "in distribution": ["test"], "darker": ["darker"],
         "corrupted": ["gaussian_noise 1", "gaussian_noise 5", "impulse_noise 1", "impulse_noise 5"],
         "obfuscated": ["LineShift", "SwirlWarp"],
+        "hard for weak": ["hard for weak"], "hard for both": ["hard for both"],
     }  # fmt: skip
     for text in (
         *NETWORKS,
@@ -208,6 +256,8 @@ def test_the_page_has_it_all(found: dict[str, Any]) -> None:
         "mCE, normalised",
         "ensemble *",
         "data:image/svg",
+        "weak and ",
+        "hard by choice",
     ):
         assert text in html
     shown = found["measures"]["epinet"]["25"]["test"]["dyadic_nll_exact"]

@@ -21,7 +21,9 @@ from rayproj.evaluation.guessing import GuessConfig, result_of
 from rayproj.evaluation.models import ExaminedConfig
 from rayproj.obfuscation import HELD_OUT, OBFUSCATIONS, TRAINING, Assets, AssetsConfig, obfuscate
 from rayproj.obfuscation.writing import WriteConfig
+from rayproj.report import figures
 from rayproj.report.build import build
+from rayproj.report.obfuscations import radar
 from rayproj.storage.store import Store, to_json
 from tests.evaluation.test_guessing import guess, write_onnx
 from tests.obfuscation.test_writing import obfuscated, write_images
@@ -49,7 +51,8 @@ def test_the_page_shows_each_at_several_draws(tmp_path: Path, capsys: pytest.Cap
 def root(tmp_path: Path) -> Path:
     """Test images under two obfuscations, one model trained with one of them, another not, and their evaluation."""
     source = write_images(f"{tmp_path}/data/test")
-    images = obfuscated(WriteConfig(source.uri, f"{tmp_path}/obfuscated", ["InvertLines", "LowContrastTriangles"]))
+    names = ["InvertLines", "RotateImage", "LowContrastTriangles"]
+    images = obfuscated(WriteConfig(source.uri, f"{tmp_path}/obfuscated", names))
     write_onnx(tmp_path / "m.onnx")
     models = {name: ExaminedConfig(str(tmp_path / "m.onnx"), classes=["a", "b"]) for name in ("plain", "hardened")}
     config = GuessConfig(images.uri, out=f"{tmp_path}/guesses", models=models, intervals=10)
@@ -75,9 +78,26 @@ def test_the_report_has_table_heat_map_and_pictures(root: Path) -> None:
     for column, (value, interval) in zip(found["columns"], found["rows"]["plain"], strict=True):
         assert value == metrics[f"{column}-top-1"] and f"{100 * value:.1f} %" in html
         assert f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}" in html
+    assert "Accuracy of each classifier along a spoke for each obfuscation" in html
     assert "Accuracy by classifier and obfuscation" in html and "Images under obfuscations" in html
     assert "in a box, what a classifier was trained with" in html and "these figures do not compare with theirs" in html
     assert set(TRAINING) & {"InvertLines"} and "label among 10 guesses" in html
+
+
+def test_a_radar_has_a_spoke_for_each_obfuscation_and_a_closed_line_for_each_classifier() -> None:
+    values = np.array([[0.1, 0.2, 0.3, 0.4], [0.9, np.nan, 0.7, 0.6]])
+    figure = figures.radar(values, ["plain", "hardened"], ["A", "B", "C", "D"], [3])
+    (axis,) = figure.axes
+    for line, expected in zip(axis.lines, values, strict=True):
+        assert np.allclose(line.get_xdata()[:4], [0, np.pi / 2, np.pi, 3 * np.pi / 2])
+        assert np.array_equal(line.get_ydata(), [*expected, expected[0]], equal_nan=True)
+        assert line.get_xdata()[4] == line.get_xdata()[0]
+    assert [text.get_fontweight() for text in axis.get_xticklabels()] == ["normal"] * 3 + ["bold"]
+    assert axis.get_ylim() == (0, 1) and [text.get_text() for text in figure.legends[0].texts] == ["plain", "hardened"]
+    two = {"models": ["m"], "metrics": {"m": {"Clean-top-1": 1.0, "A-top-1": 0.5, "B-top-1": 0.5}}}
+    assert radar(two) is None, "of less than three there is no area"
+    two["metrics"]["m"]["SwirlWarp-top-1"] = 0.25  # type: ignore[call-overload,index]
+    assert b"<svg" in (radar(two) or b"")
 
 
 def test_obfuscated_private_images_are_not_shown(root: Path) -> None:
