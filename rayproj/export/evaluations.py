@@ -209,7 +209,16 @@ class OfJudge(Evaluation):
         return cls(result, _drawn_by(run, {**given.models, **given.attempts}), tests)
 
     def factors(self) -> list[str]:
-        return [f"{attribute}, as a classifier perceives it: below" for attribute in self.result["attributes"]]
+        known = self.result.get("perception", {})
+        right = {
+            attribute: f", which is right on {100 * of['value']:.1f} % ({100 * of['low']:.1f} to {100 * of['high']:.1f}) of "
+            f"{of['n']:,} labelled real images"
+            for attribute, of in known.items()
+        }
+        return [
+            f"{attribute}, as a classifier perceives it{right.get(attribute, ', how often it is right is not known')}: below"
+            for attribute in self.result["attributes"]
+        ]
 
     def metrics(self) -> list[str]:
         of_quality = [f"quality over {q['samples']:,} images, {name}" for name, q in self.result["quality"].items()]
@@ -233,12 +242,14 @@ class OfJudge(Evaluation):
                 [(words(key), *(of.get(key) for of in measures.values())) for key in known],
             )
         perceived = [
-            (attribute, name, kind, share["share"])
+            (attribute, name, kind, share["share"], ((models[name].get("adjusted") or {}).get(kind) or {}).get("share"))
             for attribute, models in result["attributes"].items()
             for name in self.names if name in models
             for kind, share in models[name]["distribution"].items()
         ]  # fmt: skip
-        lines += table(["attribute", "set", "perceived", "share of images"], perceived)
+        lines += table(
+            ["attribute", "set", "perceived", "share of images", "without the classifier's mistakes"], perceived
+        )
         copied = [
             (name, what, one[what]["count"], one[what]["of"], f"{one[what]['low']:.4g} to {one[what]['high']:.4g}")
             for name, one in result["extraction"].items() if name in self.names
