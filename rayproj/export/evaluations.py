@@ -38,6 +38,12 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def measured(quality: dict[str, Any], key: str) -> Any:
+    """A measure of quality, said in words where the images are too few for it."""
+    few = key == "frechet_distance_limit" and key in quality and quality[key] is None
+    return "too few images" if few else quality.get(key)
+
+
 def header_of(uri: str) -> Header | None:
     return Dataset.open(uri).header if Store(uri).exists("dataset.json") else None
 
@@ -186,7 +192,7 @@ class OfGenerator(Evaluation):
         columns = [name for name in ("real", *self.names) if name in measures]
         heads = ["measure", *("real images" if name == "real" else f"set {name}" for name in columns)]
         known = dict.fromkeys(key for name in columns for key in measures[name])
-        lines = table(heads, [(words(key), *(measures[name].get(key) for name in columns)) for key in known])
+        lines = table(heads, [(words(key), *(measured(measures[name], key) for name in columns)) for key in known])
         return lines + _marks(self.result, self.names)
 
     def caveats(self) -> list[str]:
@@ -239,7 +245,7 @@ class OfJudge(Evaluation):
             known = dict.fromkeys(key for of in measures.values() for key in of)
             lines += table(
                 [f"{extractor}, {quality['samples']:,} images", *(f"set {name}" for name in measures)],
-                [(words(key), *(of.get(key) for of in measures.values())) for key in known],
+                [(words(key), *(measured(of, key) for of in measures.values())) for key in known],
             )
         perceived = [
             (attribute, name, kind, share["share"], ((models[name].get("adjusted") or {}).get(kind) or {}).get("share"))

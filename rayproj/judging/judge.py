@@ -10,7 +10,7 @@ import numpy as np
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
-from rayproj.evaluation.quality import quality
+from rayproj.evaluation.quality import limit_takes, quality
 from rayproj.evaluation.watermark import MARKED, read_key, survivals
 from rayproj.judging import extraction, outputs, paired, people, perception, records
 from rayproj.judging.prompts import categories
@@ -130,6 +130,7 @@ def _quality(config: JudgeConfig, scores: dict[str, Scores]) -> dict[str, Any]:
     return {
         title: {
             "samples": count,
+            "limit_takes": limit_takes(real[f].shape[1]),
             "models": {
                 name: quality(_some(real[f], count), _some(scores[name].columns[f], count)) for name in config.models
             },

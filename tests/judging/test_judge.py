@@ -186,9 +186,17 @@ def test_a_study_is_in_the_report(config: JudgeConfig, found: dict[str, Any], tm
     assert "| other |" not in card.partition("asked people")[2]
 
 
-def test_quality_is_told_with_its_numbers(found: dict[str, Any]) -> None:
+def test_quality_is_told_with_its_numbers(config: JudgeConfig, found: dict[str, Any]) -> None:
     (of,) = found["quality"].values()
     assert of["samples"] == 32 and set(of["models"]) == {"asked", "other"}
+    assert all(model["frechet_distance_limit"] is None for model in of["models"].values()), (
+        "32 images do not lead there"
+    )
+    assert "over 1,280 features it takes 2,560 images of each, and these are 32." in page(found)
+    card = OfJudge.of(config, found, Store(config.models["asked"] + "_run")).tables()
+    assert "| frechet distance limit | too few images |" in card
+    enough = {**found, "quality": {"wide": of | {"samples": 2560}}}
+    assert "infinitely many images is not told" not in page(enough)
     # Both models draw the same pictures, under other prompts, but for their marks.
     assert of["models"]["asked"]["mmd"] == pytest.approx(of["models"]["other"]["mmd"], rel=0.15)
 
