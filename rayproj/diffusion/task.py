@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,11 +31,11 @@ from rayproj.engine.training import TrainConfig
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.evaluation.frechet import FeatureStatistics, frechet_distance
-from rayproj.responsibility.safety import Safety, SafetyConfig
 from rayproj.storage.store import Store
 
 VALIDATED = 8  # times at which the loss on held-out examples is measured
-GREY = 128  # of a preview that does not pass the safety rules
+GREY = 128  # of a preview that may not be shown
+Judge = Callable[[np.ndarray], list[list[str]]]
 
 
 @dataclass
@@ -63,9 +63,6 @@ class DiffusionConfig:
     time_std: float = 1.0
     time_mixture: list[list[float]] = field(default_factory=list)  # [low, high, weight] of each uniform of a mixture
     preview: SamplerConfig = field(default_factory=SamplerConfig)
-    safety: SafetyConfig = field(
-        default_factory=SafetyConfig
-    )  # what previews have to pass; others are shown as even grey
 
     @property
     def conditioned(self) -> dict[str, ConditionConfig]:
@@ -109,7 +106,7 @@ class DiffusionTask:
     ) -> None:
         self.config, self.header, self.seed = config, latents, seed
         self.codec, self.text, self.held_out = codec, text, held_out
-        self.safety: Safety | None = None  # of previews; `show` opens it
+        self.reasons: Judge | None = None
         self.process = Process(config.process)
         self.starts_trained = bool(config.init or config.denoiser.weights)
         double, *sides = latents.fields["moments"].shape
@@ -150,19 +147,21 @@ class DiffusionTask:
                     f"denoiser.channels take multiples of {halved}; choose other source.buckets."
                 )
 
-    def show(self, device: str, train: TrainConfig) -> None:
+    def show(self, device: str, train: TrainConfig, reasons: Judge | None = None) -> None:
         """Get what it takes to make previews and to validate on a device, as far as they are asked for.
 
+        Args:
+            reasons: says of previews uint8 [n, C, H, W] why each may not be shown; such are of an even grey.
+
         Raises:
-            UserError: the autoencoder, the text encoder, a model of the safety rules or the held-out latents are gone, or do
-                not fit.
+            UserError: the autoencoder, the text encoder or the held-out latents are gone, or do not fit.
         """
         drawn = train.validate_every and self.config.validation and self.config.validation_drawn
         if train.preview_every or drawn:
             self.codec = Codec.load(self.header.provenance["autoencoder"], device)
         if train.preview_every:
             self.text = encoder_of(self.header, device) if self.config.prompts else None
-            self.safety = Safety(self.config.safety, device) if self.config.safety.rules else None
+            self.reasons = reasons
         if train.validate_every and self.config.validation:
             self.held_out = held_out(self.config, self.fields, device)
 
@@ -252,8 +251,8 @@ class DiffusionTask:
             model, self.codec, condition, ids, self.latent_shape, self.seed, self.config.preview, self.process
         )
         found = images.cpu().numpy()
-        if self.safety:
-            found[[bool(names) for names in self.safety.reasons(found)]] = GREY
+        if self.reasons:
+            found[[bool(names) for names in self.reasons(found)]] = GREY
         return found
 
 

@@ -25,7 +25,7 @@ from rayproj.errors import UserError
 from rayproj.evaluation.watermark import key_name, mark, read_key
 from rayproj.judging import records
 from rayproj.responsibility.policy import Blocked, PolicyConfig
-from rayproj.responsibility.safety import SafetyConfig
+from rayproj.responsibility.safety import Safety, SafetyConfig
 from rayproj.storage.store import Store
 from rayproj.synthesis.plan import (
     Cells,
@@ -313,19 +313,19 @@ def test_previews_that_do_not_pass_the_safety_rules_are_grey(folder: Path) -> No
         "prompts": ["a red square", "a blue disc"], "preview": {"steps": 2},
     }  # fmt: skip
 
-    def previews(**changes: Any) -> np.ndarray:
-        config = configuration.from_dict(DiffusionConfig, values | changes)
+    def previews(rules: dict[str, RuleConfig]) -> np.ndarray:
+        config = configuration.from_dict(DiffusionConfig, values)
         task = DiffusionTask(config, Dataset.open(config.latents).header, 0)
-        task.show("cpu", TrainConfig(preview_every=1))
+        task.show("cpu", TrainConfig(preview_every=1), Safety(SafetyConfig(rules)).reasons)
         found = task.preview(task.build().eval())
         assert found is not None and found.shape == (8, 3, 8, 8)
         return found
 
-    before = previews()
+    before = previews({})
     contrast = scorer(RuleConfig(Scorer.contrast, at_most=0.0))({"image": before})
-    rules = {"loud": {"scorer": "contrast", "at_most": float(np.median(contrast))}}
+    rules = {"loud": RuleConfig(Scorer.contrast, at_most=float(np.median(contrast)))}
     passed = (contrast <= np.median(contrast))[:, None, None, None]
-    assert passed.sum() == 4 and np.array_equal(previews(safety={"rules": rules}), np.where(passed, before, 128))
+    assert passed.sum() == 4 and np.array_equal(previews(rules), np.where(passed, before, 128))
 
 
 def test_the_policy_judges_what_is_drawn(folder: Path) -> None:
