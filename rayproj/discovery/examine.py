@@ -152,6 +152,7 @@ class Bench:
         if self.config.safety.rules:
             fields[TRIES] = Field("int")
         drawn, whole = [row for chosen in rows for row in chosen], configuration.to_dict(self.config)
+        said = {f.name: whole[f.name] for f in dataclasses.fields(ExamineConfig) if f.name != "safety"}
         return Header(
             name=f"{stage.name} of {len(self.labels)} labels",
             fields=fields,
@@ -169,7 +170,7 @@ class Bench:
                 "index": index,
                 **({"paired": True} if stage.paired else {}),
                 **({"safety": safety.described(self.config.safety)} if self.config.safety.rules else {}),
-                "examine": {f.name: whole[f.name] for f in dataclasses.fields(ExamineConfig)},
+                "examine": said,
             },
         )
 
