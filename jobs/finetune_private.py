@@ -20,6 +20,7 @@ from rayproj.privacy.ledger import epsilon_spent, secret_key, spent
 from rayproj.privacy.plan import PrivacyConfig, plan
 from rayproj.privacy.sampling import PoissonSampling
 from rayproj.privacy.step import PrivateStep
+from rayproj.responsibility.safety import Safety, SafetyConfig
 from rayproj.runtime.command import command
 from rayproj.runtime.group import GroupConfig
 from rayproj.runtime.run import Run, RunConfig
@@ -33,6 +34,9 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    safety: SafetyConfig = field(
+        default_factory=SafetyConfig
+    )  # what previews have to pass; others are shown as even grey
     run: RunConfig = field(default_factory=RunConfig)
     cluster: GroupConfig = field(default_factory=GroupConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -53,7 +57,7 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     header = latents.header
     task = task_of(config, header)
     if config.privacy.unsafe_metrics:
-        task.show(world.device, config.train)
+        task.show(world.device, config.train, Safety(config.safety, world.device).reasons)
     mechanism = plan(config.privacy, header.num_samples, config.train.steps)
     config.train.steps = mechanism.steps
     if world.rank == 0:  # at every start: steps that are done again are charged again

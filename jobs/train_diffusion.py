@@ -16,6 +16,7 @@ from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
 from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
+from rayproj.responsibility.safety import Safety, SafetyConfig
 from rayproj.runtime.command import command
 from rayproj.runtime.group import GroupConfig
 from rayproj.runtime.run import Run, RunConfig
@@ -28,6 +29,9 @@ from rayproj.tracking.tracker import TrackingConfig
 class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    safety: SafetyConfig = field(
+        default_factory=SafetyConfig
+    )  # what previews have to pass; others are shown as even grey
     run: RunConfig = field(default_factory=RunConfig)
     cluster: GroupConfig = field(default_factory=GroupConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -42,7 +46,7 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     datasets = [Dataset.open(uri) for uri in (config.diffusion.latents, *config.diffusion.buckets)]
     task = task_of(config, datasets[0].header)
     task.take([latents.header for latents in datasets[1:]])
-    task.show(world.device, config.train)
+    task.show(world.device, config.train, Safety(config.safety, world.device).reasons)
     batch, seed = config.train.batch, config.run.seed
     shapes: dict[tuple[int, ...], list[Dataset]] = {}
     for latents in datasets:

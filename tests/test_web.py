@@ -26,6 +26,42 @@ JSON = {"content-type": "application/json; charset=utf-8", "host": "127.0.0.1:80
     ],
 )
 def test_other_sites_and_other_forms_are_refused(headers: dict[str, str], status: int | None) -> None:
-    found = refusal({**JSON, **headers})
+    found = refusal("POST", {**JSON, **headers}, [])
     assert (found and found[0]) == status
-    assert refusal({"host": "x"}) is not None, "no form is told"
+    assert refusal("POST", {"host": "localhost"}, []) is not None, "no form is told"
+    assert refusal("GET", {**JSON, **headers}, []) is None, "other sites may link here"
+
+
+@pytest.mark.parametrize(
+    ("host", "taken"),
+    [
+        ("localhost:8000", True),
+        ("LocalHost", True),
+        ("127.0.0.1:8000", True),
+        ("[::1]:8000", True),
+        ("192.0.2.7", True),  # an address: no name that could be turned
+        ("study.example", True),
+        ("Study.Example:443", True),
+        ("study.example.", True),
+        ("evil.example:8000", False),
+        ("localhost.evil.example", False),
+        ("evil-study.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("[::1", False),
+        ("0.0.0.0.0", False),
+        ("", False),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS"])
+def test_a_name_turned_to_this_server_is_refused(method: str, host: str, taken: bool) -> None:
+    """DNS rebinding: to the browser page and server are then one site, `Sec-Fetch-Site: same-origin`."""
+    headers = {**JSON, "host": host, "origin": f"http://{host}", "sec-fetch-site": "same-origin"}
+    found = refusal(method, headers, ["0.0.0.0", "Study.example"])
+    assert (found is None) == taken
+    if not taken:
+        assert found == (
+            421,
+            "This server has no such name; come by its address, or list the name as hosts in its config.",
+        )
+    else:
+        assert refusal(method, headers, []) is None or "study" in host.lower(), "a name is to be listed"

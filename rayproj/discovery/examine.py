@@ -28,9 +28,13 @@ from rayproj.discovery.generators import ROW, Asked, Generator, GeneratorConfig,
 from rayproj.discovery.slices import Slice, Term, described
 from rayproj.errors import UserError
 from rayproj.evaluation.models import Examined, ExaminedConfig, open_classifier
+from rayproj.responsibility import safety
+from rayproj.responsibility.safety import Safety, SafetyConfig
 
 OWN = "classifier"  # the name of the one whose failures are looked for
 SHOWS = "shows"  # the field with the captioner's words
+TRIES = "tries"  # the field with how many images were drawn until one passed the safety rules
+APART = 1 << 24  # between the numbers, of 32 bits, of an image and of the one that is drawn in its place
 
 
 @dataclass
@@ -49,12 +53,16 @@ class ExamineConfig:
     words: bool = True  # whether descriptions of images are looked at too, or the attributes alone
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)
+    # What drawn images have to pass before they are looked at, written or shown: others are drawn in their place.
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     batch: int = 64  # images drawn and classified at once
 
     def problems(self) -> list[str]:
         found = [] if self.batch > 0 else ["discover.batch must be positive."]
         if OWN in self.others:
             found.append(f"discover.others: give the one called '{OWN}' another name.")
+        if self.safety.rules and self.generator.images:
+            found.append("discover.safety is for images that are drawn; jobs/curate.py sifts those of a dataset.")
         if not self.attributes and not self.words:
             found.append("discover needs attributes, words=true, or both.")
         return found
@@ -141,7 +149,10 @@ class Bench:
             fields[FEATURE] = Field("npy", (dimensions,))
         if stage.finding and self.captions:
             fields[SHOWS] = Field("str")
+        if self.config.safety.rules:
+            fields[TRIES] = Field("int")
         drawn, whole = [row for chosen in rows for row in chosen], configuration.to_dict(self.config)
+        said = {f.name: whole[f.name] for f in dataclasses.fields(ExamineConfig) if f.name != "safety"}
         return Header(
             name=f"{stage.name} of {len(self.labels)} labels",
             fields=fields,
@@ -158,7 +169,8 @@ class Bench:
                 "classifiers": {name: c.digest for name, c in self.classifiers.items()},
                 "index": index,
                 **({"paired": True} if stage.paired else {}),
-                "examine": {f.name: whole[f.name] for f in dataclasses.fields(ExamineConfig)},
+                **({"safety": safety.described(self.config.safety)} if self.config.safety.rules else {}),
+                "examine": said,
             },
         )
 
@@ -199,6 +211,7 @@ class Examiner:
         self.rows = np.array(said["rows"] or [-1] * self.header.num_samples)
         self.embed = open_embedder(own.embedder, device) if FEATURE in self.header.fields else None
         self.caption = open_captioner(own.captions, said["index"], device) if SHOWS in self.header.fields else None
+        self.safety = Safety(safety.planned(said["safety"]), device) if TRIES in self.header.fields else None
 
     def make(self, shard: int) -> list[dict[str, Any]]:
         ids = np.array(self.header.shard_range(shard))
@@ -207,6 +220,8 @@ class Examiner:
     def _examine(self, ids: np.ndarray) -> list[dict[str, Any]]:
         slices = [self.slices[i] for i in ids]
         columns = self.bench.generator.draw(Asked(slices, self.ids[ids], self.rows[ids]))
+        if self.safety:
+            columns[TRIES] = self._make_safe(self.safety, columns["image"], slices, ids)
         images = torch.from_numpy(columns["image"]).to(self.device)
         columns["label"] = np.array([self.header.classes.index(of.label) for of in slices])
         columns["slice"] = np.array([self.numbers[i] for i in ids])
@@ -222,6 +237,26 @@ class Examiner:
         arrays = [name for name, f in self.header.fields.items() if f.array]
         values = {n: columns[n] if n in arrays else columns[n].tolist() for n in self.header.fields}
         return [{"key": f"{i:08d}", **{n: v[k] for n, v in values.items()}} for k, i in enumerate(ids)]
+
+    def _make_safe(self, judge: Safety, images: np.ndarray, slices: list[Slice], ids: np.ndarray) -> np.ndarray:
+        """Draw those that may not be shown anew, in place; how many it took of each, int64.
+
+        Raises:
+            UserError: of a sample none may be shown.
+        """
+
+        def again(at: np.ndarray, number: int) -> np.ndarray:
+            asked = Asked([slices[k] for k in at], self.ids[ids[at]] + number * APART, self.rows[ids[at]])
+            return self.bench.generator.draw(asked)["image"]
+
+        withheld = judge.replaced(images, again)
+        for of, reasons in zip(slices, withheld, strict=True):
+            if len(reasons) == judge.config.tries:
+                raise UserError(
+                    f"Of {of.name} none of {judge.config.tries} images passed discover.safety.rules "
+                    f"({', '.join(reasons[-1])}); leave it out, raise discover.safety.tries, or loosen the rule."
+                )
+        return np.array([1 + len(reasons) for reasons in withheld])
 
 
 @dataclass(frozen=True)
@@ -255,6 +290,14 @@ class Results:
     def name(self) -> str:
         """Of the stage."""
         return str(self.dataset.header.provenance["stage"])
+
+
+def tries_of(dataset: Dataset) -> np.ndarray:
+    """How many images were drawn for each sample until one passed the safety rules, int64."""
+    count = dataset.header.num_samples
+    if TRIES not in dataset.header.fields:
+        return np.ones(count, np.int64)
+    return Reader(dataset, [TRIES]).gather(np.arange(count))[TRIES]
 
 
 def results(bench: Bench, dataset: Dataset) -> Results:

@@ -30,7 +30,7 @@ import numpy as np
 from rayproj.data.dataset import Dataset
 from rayproj.discovery.adversarial import scaled_up
 from rayproj.discovery.clusters import clusters, stability
-from rayproj.discovery.examine import OWN, Bench, Results
+from rayproj.discovery.examine import OWN, Bench, Results, tries_of
 from rayproj.discovery.generators import prompt_of
 from rayproj.discovery.propose import Looked, Proposal, propose
 from rayproj.discovery.search import DiscoverConfig, Make, ReplicationConfig, Search, joined, prepared, shared
@@ -324,16 +324,21 @@ def counterfactuals(search: Search, findings: list[dict[str, Any]]) -> None:
     every = list(dict.fromkeys(of for own in slices for of in [own, *map(own.without, own.terms)]))
     count = search.config.counterfactuals
     drawn = search.run("pairs", [(of, count) for of in every], confirming=True, paired=True)
-    failed = {of: drawn.failed[OWN][k * count : (k + 1) * count] for k, of in enumerate(every)}
+    failed, first = (
+        {of: column[k * count : (k + 1) * count] for k, of in enumerate(every)}
+        for column in (drawn.failed[OWN], tries_of(drawn.dataset) == 1)
+    )
     for finding, own in zip(findings, slices, strict=True):
         finding["counterfactuals"] = []
         for term in own.terms:
             other = own.without(term)
-            only, back = np.flatnonzero(failed[own] & ~failed[other]), int((failed[other] & ~failed[own]).sum())
+            same = first[own] & first[other]  # of the same noise
+            only = np.flatnonzero(same & failed[own] & ~failed[other])
+            back = int((same & failed[other] & ~failed[own]).sum())
             finding["counterfactuals"].append({
                 "term": term.name,
-                "rate": Rate(int(failed[own].sum()), count).described(),
-                "rate_without": Rate(int(failed[other].sum()), count).described(),
+                "rate": Rate(int(failed[own][same].sum()), int(same.sum())).described(),
+                "rate_without": Rate(int(failed[other][same].sum()), int(same.sum())).described(),
                 "only_with": len(only),
                 "only_without": back,
                 "p": sign_test(len(only), back, "greater"),

@@ -67,6 +67,11 @@ def by_cell(
     return {"cells": measured, "compared": equal, "left_out": left_out, "worst": worst}
 
 
+def limit_takes(dimensions: int) -> int:
+    """How many images of each set `frechet_limit` takes in features of so many dimensions."""
+    return 2 * dimensions
+
+
 def frechet_limit(first: np.ndarray, second: np.ndarray, points: int = 6, seed: int = 0) -> float | None:
     """The Fréchet distance at infinitely many images: the estimate is biased upwards by about c/n, so it is what a straight
     line through estimates at several n has at 1/n = 0 (Chong and Forsyth 2020, arXiv 1911.07023).
@@ -75,7 +80,7 @@ def frechet_limit(first: np.ndarray, second: np.ndarray, points: int = 6, seed: 
         None with fewer than twice as many images as features: the line is not straight there.
     """
     n = min(len(first), len(second))
-    if n < 2 * first.shape[1]:
+    if n < limit_takes(first.shape[1]):
         return None
     rng = np.random.default_rng(seed)
     sizes = np.linspace(n // 2, n, points).astype(int)

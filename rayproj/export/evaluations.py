@@ -38,6 +38,12 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def measured(quality: dict[str, Any], key: str) -> Any:
+    """A measure of quality, said in words where the images are too few for it."""
+    few = key == "frechet_distance_limit" and key in quality and quality[key] is None
+    return "too few images" if few else quality.get(key)
+
+
 def header_of(uri: str) -> Header | None:
     return Dataset.open(uri).header if Store(uri).exists("dataset.json") else None
 
@@ -186,7 +192,7 @@ class OfGenerator(Evaluation):
         columns = [name for name in ("real", *self.names) if name in measures]
         heads = ["measure", *("real images" if name == "real" else f"set {name}" for name in columns)]
         known = dict.fromkeys(key for name in columns for key in measures[name])
-        lines = table(heads, [(words(key), *(measures[name].get(key) for name in columns)) for key in known])
+        lines = table(heads, [(words(key), *(measured(measures[name], key) for name in columns)) for key in known])
         return lines + _marks(self.result, self.names)
 
     def caveats(self) -> list[str]:
@@ -209,7 +215,16 @@ class OfJudge(Evaluation):
         return cls(result, _drawn_by(run, {**given.models, **given.attempts}), tests)
 
     def factors(self) -> list[str]:
-        return [f"{attribute}, as a classifier perceives it: below" for attribute in self.result["attributes"]]
+        known = self.result.get("perception", {})
+        right = {
+            attribute: f", which is right on {100 * of['value']:.1f} % ({100 * of['low']:.1f} to {100 * of['high']:.1f}) of "
+            f"{of['n']:,} labelled real images"
+            for attribute, of in known.items()
+        }
+        return [
+            f"{attribute}, as a classifier perceives it{right.get(attribute, ', how often it is right is not known')}: below"
+            for attribute in self.result["attributes"]
+        ]
 
     def metrics(self) -> list[str]:
         of_quality = [f"quality over {q['samples']:,} images, {name}" for name, q in self.result["quality"].items()]
@@ -230,15 +245,17 @@ class OfJudge(Evaluation):
             known = dict.fromkeys(key for of in measures.values() for key in of)
             lines += table(
                 [f"{extractor}, {quality['samples']:,} images", *(f"set {name}" for name in measures)],
-                [(words(key), *(of.get(key) for of in measures.values())) for key in known],
+                [(words(key), *(measured(of, key) for of in measures.values())) for key in known],
             )
         perceived = [
-            (attribute, name, kind, share["share"])
+            (attribute, name, kind, share["share"], ((models[name].get("adjusted") or {}).get(kind) or {}).get("share"))
             for attribute, models in result["attributes"].items()
             for name in self.names if name in models
             for kind, share in models[name]["distribution"].items()
         ]  # fmt: skip
-        lines += table(["attribute", "set", "perceived", "share of images"], perceived)
+        lines += table(
+            ["attribute", "set", "perceived", "share of images", "without the classifier's mistakes"], perceived
+        )
         copied = [
             (name, what, one[what]["count"], one[what]["of"], f"{one[what]['low']:.4g} to {one[what]['high']:.4g}")
             for name, one in result["extraction"].items() if name in self.names

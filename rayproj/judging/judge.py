@@ -10,9 +10,9 @@ import numpy as np
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
-from rayproj.evaluation.quality import quality
+from rayproj.evaluation.quality import limit_takes, quality
 from rayproj.evaluation.watermark import MARKED, read_key, survivals
-from rayproj.judging import extraction, outputs, paired, people, records
+from rayproj.judging import extraction, outputs, paired, people, perception, records
 from rayproj.judging.prompts import categories
 from rayproj.judging.redteam import red_team
 from rayproj.judging.scoring import FEATURE, SECOND, JudgeConfig, Scores
@@ -22,8 +22,9 @@ from rayproj.responsibility.provenance import read_anchors
 
 def judge(config: JudgeConfig) -> dict[str, Any]:
     """Alignment by measure, model and category; the models compared; what people prefer, and the measures against them;
-    quality over each extractor; perceived attributes; attempts at extraction; what the policy and the safety filter did;
-    whose provenance verifies; what the watermark survives; the playground under load.
+    quality over each extractor; perceived attributes, and how often their classifiers are right; attempts at extraction;
+    what the policy and the safety filter did; whose provenance verifies; what the watermark survives; the playground under
+    load.
 
     Raises:
         UserError: the models were not given the same prompts, or what others recorded cannot be read.
@@ -35,6 +36,10 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
     table = {m: {name: _of_prompts(found, m, prompts) for name, found in models.items()} for m in named}
     orders = {m: paired.orders(of) for m, of in table.items()}
     study, human = people.asked(config)
+    confusion = {
+        attribute: perception.confusion(config.attributes[attribute], uri, config.samples, config.batch)
+        for attribute, uri in config.labelled.items()
+    }
     drawn = {**config.models, **config.attempts}
     category = dict(zip(map(str, models[next(iter(models))].columns["prompt"]),
                         map(str, models[next(iter(models))].columns["category"]), strict=True))  # fmt: skip
@@ -54,8 +59,12 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         "agreement": paired.agreement(orders, human) if human else None,
         "quality": _quality(config, scores) if config.reference else {},
         "attributes": {
-            attribute: {name: _outputs(config, found, attribute) for name, found in models.items()}
+            attribute: {name: _outputs(config, found, attribute, confusion) for name, found in models.items()}
             for attribute in config.attributes
+        },
+        "perception": {
+            attribute: perception.described(matrix, next(iter(models.values())).attributes[attribute])
+            for attribute, matrix in confusion.items()
         },
         "policy": {name: found for name, uri in drawn.items() if (found := records.decided(uri))},
         "safety": {name: found for name, uri in drawn.items() if (found := records.filtered(uri))},
@@ -71,7 +80,8 @@ def check(config: JudgeConfig) -> None:
     """Read what others recorded, so that what is wrong with it is said before the work is done and not after.
 
     Raises:
-        UserError: the key, ratings, certificates, signed images or the playground's records are not there or are none.
+        UserError: the key, ratings, certificates, signed or labelled images or the playground's records are not there or are
+            none.
     """
     if config.watermark_key:
         read_key(config.watermark_key)
@@ -80,6 +90,8 @@ def check(config: JudgeConfig) -> None:
     if config.signed:
         records.need_reader(config.signed)
     records.served(config.playground)
+    for attribute, uri in config.labelled.items():
+        perception.opened(config.attributes[attribute], uri)
 
 
 def _same_prompts(models: dict[str, Scores]) -> list[str]:
@@ -118,6 +130,7 @@ def _quality(config: JudgeConfig, scores: dict[str, Scores]) -> dict[str, Any]:
     return {
         title: {
             "samples": count,
+            "limit_takes": limit_takes(real[f].shape[1]),
             "models": {
                 name: quality(_some(real[f], count), _some(scores[name].columns[f], count)) for name in config.models
             },
@@ -130,15 +143,17 @@ def _some(features: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
     return features[np.sort(np.random.default_rng(seed).permutation(len(features))[:count])]
 
 
-def _outputs(config: JudgeConfig, found: Scores, attribute: str) -> dict[str, Any]:
+def _outputs(config: JudgeConfig, found: Scores, attribute: str, confusion: dict[str, np.ndarray]) -> dict[str, Any]:
     columns = found.columns
     here = columns["category"] == config.people if config.people else np.ones(len(columns["prompt"]), bool)
     if not here.any():
         raise UserError(
             f"No prompt is of the category '{config.people}' (judge.people), which judge.attributes are of."
         )
-    kind = columns[f"attribute_{attribute}"][here]
-    return outputs.outputs(kind, columns["prompt"][here].astype(str), found.attributes[attribute])
+    kind, prompt = columns[f"attribute_{attribute}"][here], columns["prompt"][here].astype(str)
+    told = outputs.outputs(kind, prompt, found.attributes[attribute])
+    known = perception.adjusted(kind, prompt, confusion[attribute]) if attribute in confusion else None
+    return {**told, "adjusted": known and dict(zip(found.attributes[attribute], known, strict=True))}
 
 
 def _red_team(config: JudgeConfig, scores: dict[str, Scores]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ PIXELS = 32  # side at which pixels are compared
 # Options that no score depends on.
 ELSEWHERE = {
     "models", "attempts", "reference", "out", "batch", "human", "question", "adversarial", "policy", "cards",
-    "watermark_key", "playground", "trust", "signed", "pairs",
+    "watermark_key", "playground", "trust", "signed", "pairs", "labelled",
 }  # fmt: skip
 
 
@@ -56,6 +56,9 @@ class JudgeConfig:
     # classifier of this project.
     extractor: str = ""
     attributes: dict[str, ExaminedConfig] = field(default_factory=dict)  # perceived attribute -> the classifier of it
+    # Perceived attribute -> real images that bear its kinds as labels, unseen by the classifier: how often it is right on
+    # them (`samples` at most), and what the shares that it perceives would be without its mistakes.
+    labelled: dict[str, str] = field(default_factory=dict)
     people: str = "people"  # the category whose images these are looked for in; "": all
     # What people prefer: the run dir of jobs/serve_study.py or the .parquet file of `rayproj study export`, whose results go
     # into the report, or JSON lines {"first", "second", "wins", "losses"}; and by which of its questions models are ordered.
@@ -85,6 +88,8 @@ class JudgeConfig:
             found.append(f"judge.models: '{both[0]}' is the name of other images too; choose another.")
         if self.attempts and not self.learned_from:
             found.append("judge.attempts needs judge.learned_from, the images that they may be copies of.")
+        if unknown := sorted({*self.labelled} - {*self.attributes}):
+            found.append(f"judge.labelled: '{unknown[0]}' is none of judge.attributes; name its classifier there.")
         if REAL in {*self.models, *self.attempts}:
             found.append(f"judge.models: '{REAL}' names the real images; choose another name.")
         names = [uri.rstrip("/").rpartition("/")[2] for uri in self.cards]

@@ -8,7 +8,7 @@ anew without metadata, and are not cached. The question's number and the attenti
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ from rayproj.preferences.plan import LEFT, RIGHT, Question, Task
 from rayproj.preferences.ratings import Progress, Rating
 from rayproj.preferences.tokens import Seal, rater_of
 from rayproj.storage.store import Store
-from rayproj.web import refusal
+from rayproj.web import READS, refusal
 
 COOKIE = "rater"
 DAYS = 30
@@ -66,10 +66,11 @@ class Answer(BaseModel):
 
 
 class Guarded:
-    """Refuses what other sites send, and what is too large; puts the headers of `HEADERS` on every answer."""
+    """Refuses what comes by a name that is not among `hosts`, what other sites send, and what is too large; puts the headers
+    of `HEADERS` on every answer."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, hosts: Sequence[str]) -> None:
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -82,27 +83,28 @@ class Guarded:
             await send(message)
 
         request = Request(scope)
-        if request.method not in ("GET", "HEAD"):
+        if wrong := refusal(request.method, request.headers, self.hosts):
+            return await Response(wrong[1], wrong[0])(scope, receive, with_headers)
+        if request.method not in READS:
             length = request.headers.get("content-length", "")
-            if wrong := refusal(request.headers):
-                return await Response(wrong[1], wrong[0])(scope, receive, with_headers)
             if not length.isdigit() or int(length) > LARGEST:
                 return await Response("Too large.", 413)(scope, receive, with_headers)
         await self.app(scope, receive, with_headers)
 
 
-def application(uri: str, secure: bool = False) -> FastAPI:
+def application(uri: str, secure: bool = False, hosts: Sequence[str] = ()) -> FastAPI:
     """The application on the study of a run.
 
     Args:
         uri: the run's folder, with images that are prepared.
         secure: whether raters come by https, so that their cookie goes by nothing else.
+        hosts: names by which they come, besides localhost and addresses.
     """
     store = Store(uri)
     plan, seal = open_plan(store), Seal.of(store)
     progress = Progress(plan, store)
     most = min(plan.per_rater, sum(min(plan.limit, len(plan.sets[c.set])) for c in plan.comparisons))
-    app = FastAPI(openapi_url=None, middleware=[Middleware(Guarded)])
+    app = FastAPI(openapi_url=None, middleware=[Middleware(Guarded, hosts=hosts)])
 
     def signed_in(rater: Annotated[str | None, Cookie()] = None) -> str:
         found = rater_of(store, rater or "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj.errors import UserError
@@ -17,6 +17,8 @@ class ServeConfig:
 
     host: str = "127.0.0.1"  # 0.0.0.0: whoever reaches this machine
     port: int = 8000
+    # Its names, as a proxy before it has one; addresses and localhost hold too, and other names are refused.
+    hosts: list[str] = field(default_factory=list)
     certificate: str = ""  # a file of a TLS certificate, with `key`; without one put a proxy that has one before it
     key: str = ""
     https: bool = False  # a proxy before it speaks https with raters; their cookie then goes by nothing else
@@ -53,13 +55,13 @@ def serving(uri: str, name: str, config: ServeConfig) -> Iterator[str]:
         raise UserError(f"The study needs Ray Serve: pip install 'rayproj[serve]' ({error}).") from error
 
     class Server:
-        def __init__(self, uri: str, secure: bool) -> None:
-            self.uri, self.secure = uri, secure
+        def __init__(self, uri: str, secure: bool, hosts: list[str]) -> None:
+            self.uri, self.secure, self.hosts = uri, secure, hosts
 
         def __serve_build_asgi_app__(self) -> Any:
             from rayproj.preferences.app import application
 
-            return application(self.uri, self.secure)
+            return application(self.uri, self.secure, self.hosts)
 
     http = {"host": config.host, "port": config.port}
     if config.certificate:
@@ -67,10 +69,11 @@ def serving(uri: str, name: str, config: ServeConfig) -> Iterator[str]:
     deploy = serve.deployment(
         name="study", num_replicas=config.replicas, ray_actor_options={"num_cpus": config.cpus_per_replica}
     )
+    hosts = [config.host, *config.hosts]
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options=http)
-        serve.run(deploy(serve.ingress()(Server)).bind(uri, config.secure), name=name, route_prefix="/")
+        serve.run(deploy(serve.ingress()(Server)).bind(uri, config.secure, hosts), name=name, route_prefix="/")
     except RuntimeError as error:
         why = str(error).strip().splitlines()[-1].rstrip(".)")  # above it is the proxy's traceback
         raise UserError(f"The study could not be served on {config.address}: {why}; is the port free?") from error

@@ -50,6 +50,8 @@ class PlaygroundConfig:
     gpus_per_sampler: float = 0.0
     host: str = "127.0.0.1"  # this machine alone; "0.0.0.0": whoever reaches it
     port: int = 8000
+    # Its names, as a proxy before it has one; addresses and localhost hold too, and other names are refused.
+    hosts: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
         names = ("batch", "queue", "max_images", "max_steps", "max_characters", "samplers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,30 @@ class Safety:
         """For each of uint8 images [n, C, H, W] the rules that it does not pass."""
         outside = {name: rule.outside(self.judges[name]({"image": images})) for name, rule in self.config.rules.items()}
         return [[name for name, wrong in outside.items() if wrong[i]] for i in range(len(images))]
+
+    def replaced(self, images: np.ndarray, again: Callable[[np.ndarray, int], np.ndarray]) -> list[list[list[str]]]:
+        """Draw those that may not be shown anew, in place, at most `tries` times in all.
+
+        Args:
+            images: uint8 [n, C, H, W].
+            again: draws the images at some places int [m] from other noise, by the number of the try, from 1.
+
+        Returns:
+            Of each image the rules that each of those before it did not pass; as many as `tries` if none did.
+        """
+        withheld: list[list[list[str]]] = [[] for _ in images]
+        left = np.arange(len(images))
+        for number in range(self.config.tries):
+            if number:
+                images[left] = again(left, number)
+            reasons = self.reasons(images[left])
+            for place, names in zip(left, reasons, strict=True):
+                if names:
+                    withheld[place].append(names)
+            left = left[np.array([bool(names) for names in reasons], bool)]
+            if not len(left):
+                break
+        return withheld
 
 
 def described(config: SafetyConfig) -> dict[str, Any]:

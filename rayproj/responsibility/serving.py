@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
@@ -127,13 +127,17 @@ class Playground:
         self.counts = Counter[str]()
 
     @app.get("/", response_class=HTMLResponse)
-    async def show(self) -> HTMLResponse:
+    async def show(self, request: Request) -> HTMLResponse:
+        if wrong := self._refusal(request):
+            raise HTTPException(*wrong)
         inline = "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
         rules = f"default-src 'none'; img-src data:; connect-src 'self'; {inline}"
         return HTMLResponse(self.page, headers={"Content-Security-Policy": rules})
 
     @app.get("/health")
-    async def health(self) -> dict[str, Any]:
+    async def health(self, request: Request) -> dict[str, Any]:
+        if wrong := self._refusal(request):
+            raise HTTPException(*wrong)
         said = {name: self.provenance[name] for name in ("model_commit", "model_step")}
         return {"status": "ok", **said, "waiting": self.waiting, "counts": dict(sorted(self.counts.items()))}
 
@@ -152,9 +156,12 @@ class Playground:
             content = {"error": "The image could not be drawn; try again, and look into the server's log.", "where": ""}
             return JSONResponse(content, 500)
 
+    def _refusal(self, request: Request) -> tuple[int, str] | None:
+        return refusal(request.method, request.headers, [self.config.host, *self.config.hosts])
+
     async def _images(self, request: Request) -> dict[str, Any]:
         began = time.monotonic()
-        if wrong := refusal(request.headers):
+        if wrong := self._refusal(request):
             raise Refused(*wrong)
         asked = parse(await _json(request), self.config, self.offer)
         decision = await asyncio.to_thread(self.policy.decide, asked[0].prompt)

@@ -114,19 +114,14 @@ class Synthesizer:
         Raises:
             UserError: of a sample none may be shown.
         """
-        self.withheld = {i: names for i, names in self.withheld.items() if i not in ids}
-        left = np.arange(len(ids))
-        for number in range(judge.config.tries):
-            if number:
-                images[left] = self._sample(ids[left], ids[left] + number * self.header.num_samples)
-            reasons = judge.reasons(images[left])
-            for k, names in zip(left, reasons, strict=True):
-                if names:
-                    self.withheld.setdefault(int(ids[k]), []).append(names)
-            left = left[[bool(names) for names in reasons]]
-            if not len(left):
-                return
-        sample = int(ids[left[0]])
+        found = judge.replaced(
+            images, lambda at, number: self._sample(ids[at], ids[at] + number * self.header.num_samples)
+        )
+        self.withheld |= {int(i): reasons for i, reasons in zip(ids, found, strict=True)}
+        none = [int(i) for i in ids if len(self.withheld[int(i)]) == judge.config.tries]
+        if not none:
+            return
+        sample = none[0]
         cell = {name: self.axes[name][number] for name, number in self.cells.of(sample).items()}
         raise UserError(
             f"Of sample {sample} ({cell or 'no condition'}) none of {judge.config.tries} images passed "

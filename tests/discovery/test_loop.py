@@ -17,6 +17,7 @@ from pyarrow import parquet
 from torch import nn
 
 from rayproj import config as configuration
+from rayproj.curation.scorers import RuleConfig, Scorer, scorer
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.discovery import loop
@@ -488,6 +489,29 @@ def test_counterfactuals_are_the_same_images_without_a_term(tmp_path: Path) -> N
             assert images[first].mean() / 255 == pytest.approx(means[slices.index(own)][i])
             assert images[second].mean() / 255 == pytest.approx(means[slices.index(without)][i])
     assert any(pair["pairs"] for f in findings for pair in f["counterfactuals"]), "none differs; the test says nothing"
+
+    # With a rule that half of some slice break, others are drawn in their place, and pairs are of those that stayed.
+    contrast = scorer(RuleConfig(Scorer.contrast, at_most=0.0))
+    own, without = both[1], slices[4]
+    before = np.concatenate([images[slices.index(of) * count :][:count] for of in (own, without)])
+    bound = float(np.median(contrast({"image": before}).reshape(2, count), 1).max())
+    rules = {"loud": {"scorer": "contrast", "at_most": bound}}
+    values |= {"out": str(tmp_path / "safe"), "safety": {"rules": rules, "tries": 64}}
+    counterfactuals(prepared(configuration.from_dict(DiscoverConfig, values), 0, planted.make), findings[1:])
+    safe = Dataset.open(str(tmp_path / "safe" / "pairs"))
+    after = Reader(safe).gather(np.arange(2 * count))
+    passed = contrast({"image": before}) <= bound
+    assert contrast({"image": after["image"]}).max() <= bound and safe.header.provenance["safety"]["rules"]["loud"]
+    assert np.array_equal([np.array_equal(a, b) for a, b in zip(after["image"], before, strict=True)], passed)
+    assert np.array_equal(after["tries"] == 1, passed)
+    kept, (pair,) = passed[:count] & passed[count:], findings[1]["counterfactuals"]
+    assert 0 < kept.sum() == pair["rate"]["images"] == pair["rate_without"]["images"] < count
+    assert pair["only_with"] == int((failed[own] & ~failed[without] & kept).sum())
+    values |= {"out": str(tmp_path / "never"), "safety": {"rules": {"all": {"scorer": "contrast", "at_least": 999.0}}}}
+    with pytest.raises(
+        UserError, match=r"Of .* none of 16 images passed discover\.safety\.rules \(all\); leave it out"
+    ):
+        counterfactuals(prepared(configuration.from_dict(DiscoverConfig, values), 0, planted.make), findings[1:])
 
 
 def test_open_ended_with_a_pipeline_and_retrieved_captions(tmp_path: Path) -> None:

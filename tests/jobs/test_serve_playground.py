@@ -5,6 +5,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -93,6 +94,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     words = [
         f"playground.model={folder}/denoiser", f"playground.port={port}", f"run.dir={folder}/run",
         "playground.sampler={steps: 2, guidance: 2.0}", f"playground.queue={QUEUE}", "playground.batch=5",
+        "playground.hosts=[pictures.example]",
         f"playground.watermark.key={folder}/secret",
         f"playground.safety.rules={{loud: {{scorer: contrast, at_most: {bound}}}}}",
         f"playground.provenance={{key: {folder}/keys/key.pem, certificate: {folder}/keys/certificate.pem}}",
@@ -130,9 +132,9 @@ def ask_all(url: str, bodies: list[Any]) -> list[Answer]:
     return asyncio.run(run())
 
 
-def get(url: str) -> tuple[int, dict[str, str], str]:
+def get(url: str, **headers: str) -> tuple[int, dict[str, str], str]:
     async def run() -> tuple[int, dict[str, str], str]:
-        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
             return answer.status, dict(answer.headers), await answer.text()
 
     return asyncio.run(run())
@@ -193,6 +195,7 @@ def test_what_is_not_drawn_is_said_and_recorded(served: Served) -> None:
         ({"Content-Type": "text/plain"}, 415),
         ({"Content-Type": "application/json", "Sec-Fetch-Site": "cross-site"}, 403),
         ({"Content-Type": "application/json", "Origin": "https://example.org"}, 403),
+        ({"Content-Type": "application/json", "Host": "example.org", "Sec-Fetch-Site": "same-origin"}, 421),  # rebound
     ],
 )
 def test_a_page_of_another_site_can_have_nothing_drawn(served: Served, headers: dict[str, str], status: int) -> None:
@@ -205,6 +208,10 @@ def test_a_page_of_another_site_can_have_nothing_drawn(served: Served, headers: 
 
     got, answer = asyncio.run(run())
     assert got == status and answer["error"]
+    if name := headers.get("Host"):
+        for path, taken in (("/", 421), ("/health", 421), ("/-/healthz", 200)):  # the last one is the proxy's own
+            assert get(f"{served.url}{path}", Host=name)[0] == taken
+            assert get(f"{served.url}{path}", Host="Pictures.example")[0] == 200
 
 
 def test_it_measures_itself_and_keeps_pictures(served: Served, tmp_path: Path) -> None:
@@ -253,6 +260,73 @@ def test_the_page_needs_nothing_else(served: Served) -> None:
     assert all(f'<label for="{name}">' in page and f'id="{name}"' in page for name in fields)
     assert '<html lang="en">' in page and 'aria-live="polite"' in page and "width=device-width" in page
     assert "<option>flat</option><option>bold</option>" in page
+
+
+def test_a_person_draws_by_keys_on_a_phone_and_is_told_what_is_not_drawn(served: Served) -> None:
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("there is no chromium")
+    api = pytest.importorskip("playwright.sync_api")
+    contrast = scorer(RuleConfig(Scorer.contrast, at_most=0.0))({"image": served.images})
+    withheld = asked(int(np.argmax(contrast)))
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True).new_page()
+        complaints = list[str]()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(served.url)
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "it fits on a phone"
+        status, found = (
+            page.get_by_role("status"),
+            page.get_by_role("list", name="What was drawn").get_by_role("listitem"),
+        )
+
+        def focused() -> str:
+            """The label of what has the focus."""
+            return str(page.evaluate("(document.activeElement.labels?.[0] ?? document.activeElement).textContent"))
+
+        def draw(**values: object) -> None:
+            """By keys alone: from one field to the next, and Enter or the button at the end."""
+            page.get_by_role("textbox", name="What it shows").focus()
+            for name in ("What it shows", "style", "Seed", "Guidance", "Steps", "Pictures"):
+                assert focused().startswith(name), "in the order in which they are seen"
+                if name in values and name == "style":
+                    page.keyboard.type(str(values[name]))  # as one chooses in a list by its first letters
+                elif name in values:
+                    page.keyboard.press("Control+a")
+                    page.keyboard.type(str(values[name]))
+                page.keyboard.press("Tab")
+            assert focused() == "Draw"
+            page.keyboard.press("Space")
+            status.get_by_text("Drawing").wait_for(state="hidden")
+            status.get_by_text(".", exact=False).wait_for()
+
+        def pixels(place: int) -> np.ndarray:
+            return decode_image(
+                base64.b64decode(found.nth(place).get_by_role("img").get_attribute("src").partition(",")[2])
+            )
+
+        draw(**{"What it shows": "a red square", "Seed": 7, "Pictures": 2})
+        assert status.inner_text().startswith("Done in") and focused() == "Draw", "the focus stays"
+        for place, seed in enumerate((7, 8)):
+            image = found.nth(place).get_by_role("img", name=f"Made by a model: a red square, seed {seed}", exact=True)
+            assert image.is_visible() and image.evaluate("image => image.complete && image.naturalWidth") == 8
+        draw(**{"Seed": 8, "Pictures": 1})
+        assert found.count() == 3 and np.abs(pixels(0).astype(int) - pixels(2)).max() <= 1, "seed 8 is seed 8"
+        assert (pixels(0) != pixels(1)).any()
+
+        page.get_by_label("What it shows").fill("a nude person")
+        page.keyboard.press("Enter")
+        status.get_by_text("it asks for sexual images. Ask for something else.").wait_for()
+        assert found.count() == 3 and focused().startswith("What it shows"), "where it can be mended"
+
+        said = {"What it shows": withheld["prompt"] or " ", "Seed": withheld["seed"], "Guidance": withheld["guidance"]}
+        draw(**said, **withheld["properties"], Steps=withheld["steps"])
+        assert found.count() == 4 and "not shown, it did not pass: loud" in found.first.inner_text()
+        assert not found.first.get_by_role("img").count()
+        assert [c for c in complaints if "403 (Forbidden)" not in c] == []
+        browser.close()
 
 
 def test_its_records_are_read_for_a_report(served: Served, tmp_path: Path) -> None:

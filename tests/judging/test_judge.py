@@ -65,6 +65,31 @@ def write(
     return uri
 
 
+class Colour(torch.nn.Module):
+    """Probabilities of the colours of circles on white, by the direction in which the mean is off white."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        off = 1 - torch.tensor(list(COLOURS.values())) / 255
+        self.register_buffer("off", off / off.norm(dim=1, keepdim=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((1 - x).mean((2, 3)) @ self.off.T * 1000).softmax(1)
+
+
+def write_labelled(uri: str) -> str:
+    """Of each colour ten images, two of which bear the label of the next one: so often a perfect classifier is "wrong"."""
+    fields = {"image": Field("png", (3, 64, 64)), "label": Field("int")}
+    dataset = Dataset.create(uri, Header("labelled", fields, 41, 41, tuple(sorted(COLOURS))))
+    samples = [
+        {"key": f"{i:08d}", "image": image(f"two {list(COLOURS)[i % 4]} circles", i)}
+        | {"label": -1 if i == 40 else sorted(COLOURS).index(list(COLOURS)[(i % 4 + (i < 8)) % 4])}
+        for i in range(41)
+    ]
+    commit_shard(dataset, 0, samples, "test", 0.1)
+    return uri
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> JudgeConfig:
     path = tmp_path_factory.mktemp("judge")
@@ -75,6 +100,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> JudgeConfig:
     (path / "adversarial.csv").write_text("prompt,category\na nude man,sexual\na dog,none\n")
     (path / "human.jsonl").write_text(json.dumps({"first": "other", "second": "asked", "wins": 3, "losses": 40}))
     (path / "key").write_bytes(SECRET)
+    torch.jit.script(Colour()).save(f"{path}/colour.pt")
     config = JudgeConfig(
         out=str(path / "out"),
         models={
@@ -86,7 +112,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> JudgeConfig:
         attempts={"attempt": write(str(path / "attempt"), PROMPTS, PROMPTS, "prompt", 3.0)},
         prompts=str(path / "prompts.csv"),
         alignment=AlignmentConfig(known=real),
-        attributes={"imagenet": ExaminedConfig(model="efficientnet_lite0")},
+        attributes={
+            "imagenet": ExaminedConfig(model="efficientnet_lite0"),
+            "colour": ExaminedConfig(f"{path}/colour.pt", list(COLOURS), probabilities=True),
+        },
+        labelled={"colour": write_labelled(f"{path}/labelled")},
         people="two",
         human=str(path / "human.jsonl"),
         adversarial=str(path / "adversarial.csv"),
@@ -156,9 +186,17 @@ def test_a_study_is_in_the_report(config: JudgeConfig, found: dict[str, Any], tm
     assert "| other |" not in card.partition("asked people")[2]
 
 
-def test_quality_is_told_with_its_numbers(found: dict[str, Any]) -> None:
+def test_quality_is_told_with_its_numbers(config: JudgeConfig, found: dict[str, Any]) -> None:
     (of,) = found["quality"].values()
     assert of["samples"] == 32 and set(of["models"]) == {"asked", "other"}
+    assert all(model["frechet_distance_limit"] is None for model in of["models"].values()), (
+        "32 images do not lead there"
+    )
+    assert "over 1,280 features it takes 2,560 images of each, and these are 32." in page(found)
+    card = OfJudge.of(config, found, Store(config.models["asked"] + "_run")).tables()
+    assert "| frechet distance limit | too few images |" in card
+    enough = {**found, "quality": {"wide": of | {"samples": 2560}}}
+    assert "infinitely many images is not told" not in page(enough)
     # Both models draw the same pictures, under other prompts, but for their marks.
     assert of["models"]["asked"]["mmd"] == pytest.approx(of["models"]["other"]["mmd"], rel=0.15)
 
@@ -167,6 +205,29 @@ def test_attributes_are_of_the_category_of_people(found: dict[str, Any]) -> None
     of = found["attributes"]["imagenet"]["asked"]
     assert of["homogeneous"]["prompts"] == 4
     assert sum(kind["images"] for kind in of["distribution"].values()) == 16
+
+
+def test_how_often_a_classifier_of_attributes_is_right_is_told_and_its_mistakes_are_taken_out(
+    config: JudgeConfig, found: dict[str, Any]
+) -> None:
+    """The models draw red, blue, green and yellow alike, and of each label a fifth is of the colour before."""
+    of = found["perception"]["colour"]
+    assert list(found["perception"]) == ["colour"] and (of["value"], of["n"]) == (0.8, 40)
+    assert of["low"] < 0.8 < of["high"] and {r["share"] for r in of["recall"].values()} == {0.8}
+    given = 0.8 * np.eye(4) + 0.2 * np.roll(np.eye(4), -1, 1)
+    for model in config.models:
+        told = found["attributes"]["colour"][model]
+        raw = [kind["share"] for kind in told["distribution"].values()]
+        adjusted = [told["adjusted"][name]["share"] for name in COLOURS]
+        assert adjusted == pytest.approx(np.linalg.solve(given.T, raw), abs=1e-5)
+    assert found["attributes"]["imagenet"]["asked"]["adjusted"] is None
+    html = " ".join(page(found).split())
+    assert "right on 80.0 % (65.2 %–89.5 %) of 40 labelled real images" in html, "Wilson's interval"
+    assert "recognises red in 80.0 % of 10, blue" in html and html.count("<td>adjusted</td>") == 2
+    assert html.count("How often the classifier is right was not measured") == 1
+    card = OfJudge.of(config, found, Store(config.models["asked"] + "_run"))
+    assert "right on 80.0 % (65.2 to 89.5) of 40" in card.factors()[1] and "is not known" in card.factors()[0]
+    assert "| colour | asked | red | 0.25 | 0.25 |" in "\n".join(card.tables())
 
 
 def test_attempts_find_what_is_in_the_training_set(found: dict[str, Any]) -> None:
@@ -280,10 +341,15 @@ def test_without_a_marked_set_there_is_no_curve(found: dict[str, Any]) -> None:
         ({"signed": "/none"}, "There is no image in judge.signed"),
         ({"playground": ServedConfig(loads=["/none"])}, "is no file of 'rayproj playground load"),
         ({"playground": ServedConfig(run="/none")}, "There is no run at judge.playground.run"),
+        ({"labelled": {"imagenet": "LABELLED"}}, "has the class 'blue', and its classifier 'efficientnet_lite0' only"),
+        ({"labelled": {"colour": "REAL"}}, "have no labels"),
     ],
 )
 def test_what_is_not_there_is_said_before_the_work(config: JudgeConfig, changes: dict[str, Any], says: str) -> None:
     check(config)
+    if "labelled" in changes:
+        places = {"LABELLED": config.labelled["colour"], "REAL": config.reference}
+        changes = {"labelled": {name: places[of] for name, of in changes["labelled"].items()}}
     with pytest.raises(UserError, match=says):
         check(replace(config, **changes))
 
@@ -323,4 +389,5 @@ def test_bad_configs_are_said() -> None:
     twice = JudgeConfig(models={"a": "x"}, cards=["one/train", "two/train/"])
     assert "two of them end in 'train'" in twice.problems()[0]
     assert "needs judge.reference" in JudgeConfig(models={"a": "x"}, watermark_key="key").problems()[0]
+    assert "'b' is none of judge.attributes" in JudgeConfig(models={"a": "x"}, labelled={"b": "y"}).problems()[0]
     assert "is the name of other images too" in JudgeConfig(models={"reference": "x"}).problems()[0]

@@ -33,7 +33,7 @@ def served(uri: str) -> Iterator[str]:
     from rayproj.preferences.app import application
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(application(uri), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(application(uri, hosts=["raters.example"]), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         while not server.started:
@@ -205,6 +205,12 @@ def test_other_sites_and_odd_bodies_are_refused(running: tuple[Plan, Store, str]
     assert session.post(url, data="{" * 5000, headers={"Content-Type": "application/json"}).status_code == 413
     assert session.post(url, data=iter([b"{}"]), headers={"Content-Type": "application/json"}).status_code == 413
     assert session.post(url, data="{", headers={"Content-Type": "application/json"}).status_code == 422
+    for path in ("", "study.js", "api/task", f"api/task/{task['id']}/left"):
+        got = session.get(f"{address}/{path}", headers={"Host": "evil.example:8000"})
+        assert got.status_code == 421 and "list the name as hosts" in got.text, "a name turned to this server"
+    assert session.get(address, headers={"Host": "Raters.example"}).status_code == 200, "it is listed"
+    rebound = {"Host": "evil.example", "Origin": "http://evil.example", "Sec-Fetch-Site": "same-origin"}
+    assert session.post(url, json=body, headers=rebound).status_code == 421
     assert not store.list("ratings") and not store.list("checks")
 
 

