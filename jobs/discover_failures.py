@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayproj.data.dataset import Dataset
 from rayproj.discovery.loop import discover
 from rayproj.discovery.search import DiscoverConfig
 from rayproj.report import failures
 from rayproj.runtime.command import command
-from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.producer import Pool, PoolConfig
 from rayproj.runtime.run import Run, RunConfig
 from rayproj.storage.store import Store, to_json
 from rayproj.tracking.tracker import TrackingConfig
@@ -31,11 +30,8 @@ def main(config: Config) -> dict[str, Any]:
     with Run.open("discover_failures", config) as run:
         if run.result:
             return run.result
-
-        def make(dataset: Dataset, maker: str, values: dict[str, Any]) -> None:
-            produce(run, dataset, maker, config.pool, values)
-
-        found = discover(config.discover, config.run.seed, make)
+        with Pool(run, config.pool) as pool:
+            found = discover(config.discover, config.run.seed, pool.produce)
         store = Store(config.discover.out)
         store.write("failures.json", to_json(failures.issues(found)))
         store.write("failures.html", failures.page(found).encode())

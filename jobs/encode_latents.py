@@ -13,7 +13,7 @@ from rayproj.data.dataset import WEIGHTS, Dataset, Header, Inputs
 from rayproj.diffusion.encode import latent_header, text_encoder
 from rayproj.diffusion.text import TextConfig
 from rayproj.runtime.command import command
-from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.producer import Pool, PoolConfig
 from rayproj.runtime.run import Run, RunConfig
 from rayproj.storage.store import Store
 from rayproj.tracking.tracker import TrackingConfig
@@ -62,13 +62,14 @@ def main(config: Config) -> dict[str, Any]:
         if run.result:
             return run.result
         parts = {}
-        for part, uri in config.images.items():
-            latents = Dataset.create(f"{config.out}/{part}", latents_of(config, uri))
-            if (images := Store(uri)).exists(WEIGHTS):
-                latents.store.write(WEIGHTS, images.read(WEIGHTS))
-            maker: dict[str, Any] = {"images": uri, "autoencoder": config.autoencoder, "batch": config.batch}
-            maker |= {"properties": config.properties, "text": asdict(config.text), "low": config.low}
-            parts[part] = produce(run, latents, "rayproj.diffusion.encode:Encoder", config.pool, maker)
+        with Pool(run, config.pool) as pool:
+            for part, uri in config.images.items():
+                latents = Dataset.create(f"{config.out}/{part}", latents_of(config, uri))
+                if (images := Store(uri)).exists(WEIGHTS):
+                    latents.store.write(WEIGHTS, images.read(WEIGHTS))
+                maker: dict[str, Any] = {"images": uri, "autoencoder": config.autoencoder, "batch": config.batch}
+                maker |= {"properties": config.properties, "text": asdict(config.text), "low": config.low}
+                parts[part] = pool.produce(latents, "rayproj.diffusion.encode:Encoder", maker)
         return run.finish({"parts": parts, "samples": sum(part["samples"] for part in parts.values())})
 
 

@@ -18,7 +18,7 @@ from rayproj.robustness import checks
 from rayproj.robustness.job import RobustnessConfig, header_of, summary
 from rayproj.runtime.command import command
 from rayproj.runtime.group import GroupConfig
-from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.producer import Pool, PoolConfig
 from rayproj.runtime.run import Run, RunConfig
 from rayproj.runtime.supervisor import fit
 from rayproj.storage.store import Store
@@ -58,12 +58,13 @@ def main(config: Config) -> dict[str, Any]:
 def under_attack(run: Run, config: Config) -> dict[str, Any]:
     """Attack everything that is to be attacked, each image once, and measure the rest; name -> its tables."""
     wanted, datasets = config.robustness, {}
-    for name in wanted.attacked:
-        datasets[name] = dataset = Dataset.create(f"{wanted.out}/{name}", header_of(wanted, name, config.run.seed))
-        produce(run, dataset, "rayproj.robustness.job:Attacker", config.pool, {"out": dataset.uri})
-    header = checks.header_of(wanted, datasets, config.run.seed)
-    checked = Dataset.create(run.store.at("checks").uri, header)
-    produce(run, checked, "rayproj.robustness.checks:Checker", config.pool, {"out": checked.uri})
+    with Pool(run, config.pool) as pool:
+        for name in wanted.attacked:
+            datasets[name] = dataset = Dataset.create(f"{wanted.out}/{name}", header_of(wanted, name, config.run.seed))
+            pool.produce(dataset, "rayproj.robustness.job:Attacker", {"out": dataset.uri})
+        header = checks.header_of(wanted, datasets, config.run.seed)
+        checked = Dataset.create(run.store.at("checks").uri, header)
+        pool.produce(checked, "rayproj.robustness.checks:Checker", {"out": checked.uri})
     measured = checks.gathered(checked)
     found = {n: summary(dataset, measured.costs.get(n), measured.probes.get(n)) for n, dataset in datasets.items()}
     for name, signs in measured.masking.items():

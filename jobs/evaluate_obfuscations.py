@@ -12,7 +12,7 @@ from rayproj.data.dataset import Dataset
 from rayproj.evaluation.guessing import GuessConfig, header_of, result_of
 from rayproj.evaluation.obfuscations import summary
 from rayproj.runtime.command import command
-from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.producer import Pool, PoolConfig
 from rayproj.runtime.run import Run, RunConfig
 from rayproj.tracking.tracker import TrackingConfig
 
@@ -29,10 +29,11 @@ def main(config: Config) -> dict[str, Any]:
     with Run.open("evaluate_obfuscations", config) as run:
         if run.result:
             return run.result
-        for name in config.evaluate.models:
-            guesses = Dataset.create(f"{config.evaluate.out}/{name}", header_of(config.evaluate, name))
-            maker = {"config": asdict(config.evaluate), "model": name, "out": guesses.uri}
-            produce(run, guesses, "rayproj.evaluation.guessing:Guesser", config.pool, maker)
+        with Pool(run, config.pool) as pool:
+            for name in config.evaluate.models:
+                guesses = Dataset.create(f"{config.evaluate.out}/{name}", header_of(config.evaluate, name))
+                maker = {"config": asdict(config.evaluate), "model": name, "out": guesses.uri}
+                pool.produce(guesses, "rayproj.evaluation.guessing:Guesser", maker)
         result = result_of(config.evaluate)
         rows = [[name, *summary(metrics).values()] for name, metrics in result["metrics"].items()]
         columns = ["model", *summary(next(iter(result["metrics"].values())))]

@@ -17,7 +17,7 @@ from rayproj.judging.judge import check, judge
 from rayproj.judging.scoring import JudgeConfig, header_of
 from rayproj.report import judged
 from rayproj.runtime.command import command
-from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.producer import Pool, PoolConfig
 from rayproj.runtime.run import Run, RunConfig
 from rayproj.storage.store import Store, to_json
 from rayproj.tracking.tracker import TrackingConfig
@@ -38,11 +38,12 @@ def main(config: Config) -> dict[str, Any]:
         check(config.judge)
         for uri in config.judge.cards:
             card(uri)  # what cannot be written is said now, not after the work
-        index = _index(run, config)
-        for name in config.judge.sets():
-            scores = Dataset.create(f"{config.judge.out}/scores/{name}", header_of(config.judge, name, index))
-            values = {"config": asdict(config.judge), "name": name, "index": index, "out": scores.uri}
-            produce(run, scores, "rayproj.judging.scoring:Scorer", config.pool, values)
+        with Pool(run, config.pool) as pool:
+            index = _index(pool, config)
+            for name in config.judge.sets():
+                scores = Dataset.create(f"{config.judge.out}/scores/{name}", header_of(config.judge, name, index))
+                values = {"config": asdict(config.judge), "name": name, "index": index, "out": scores.uri}
+                pool.produce(scores, "rayproj.judging.scoring:Scorer", values)
         found = judge(config.judge)
         store = Store(config.judge.out)
         store.write("judged.json", to_json(found))
@@ -56,7 +57,7 @@ def main(config: Config) -> dict[str, Any]:
         return run.finish({"html": f"{store.uri}/judged.html", **found})
 
 
-def _index(run: Run, config: Config) -> str:
+def _index(pool: Pool, config: Config) -> str:
     """The features and captions of the known images; "" where none are configured."""
     known = config.judge.alignment.known
     if not known:
@@ -66,7 +67,7 @@ def _index(run: Run, config: Config) -> str:
     header = index_header(of, embedder, Dataset.open(known), EfficientNetLite0Features.dimensions)
     index = Dataset.create(f"{config.judge.out}/known", header)
     values = {"out": index.uri, "batch": config.judge.batch}
-    produce(run, index, "rayproj.discovery.captions:Indexer", config.pool, values)
+    pool.produce(index, "rayproj.discovery.captions:Indexer", values)
     return index.uri
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rayproj.data.dataset import Dataset
 from rayproj.robustness.mixing import SoupConfig, header_of, learned_soups, summary
 from rayproj.runtime.command import command
-from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.producer import Pool, PoolConfig
 from rayproj.runtime.run import Run, RunConfig
 from rayproj.tracking.tracker import TrackingConfig
 
@@ -29,10 +29,11 @@ def main(config: Config) -> dict[str, Any]:
         if run.result:
             return run.result
         soup, found = config.soup, {}
-        for name in soup.sets:
-            learned = learned_soups(soup, name, config.run.seed, run.store)
-            found[name] = Dataset.create(f"{soup.out}/{name}", header_of(soup, name, config.run.seed, learned))
-            produce(run, found[name], "rayproj.robustness.mixing:Judge", config.pool, {"out": found[name].uri})
+        with Pool(run, config.pool) as pool:
+            for name in soup.sets:
+                learned = learned_soups(soup, name, config.run.seed, run.store)
+                found[name] = Dataset.create(f"{soup.out}/{name}", header_of(soup, name, config.run.seed, learned))
+                pool.produce(found[name], "rayproj.robustness.mixing:Judge", {"out": found[name].uri})
         return run.finish(summary(soup, found.pop("test"), found, config.run.seed))
 
 

@@ -1,4 +1,4 @@
-"""A pool of actors that makes every planned shard of a dataset exactly once."""
+"""A pool of actors that makes every planned shard of a dataset exactly once, and of the next dataset."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PoolConfig:
 
 
 class _Maker:
-    """Builds the maker once, then makes and commits one shard a call."""
+    """Builds a dataset's maker once, then makes and commits one of its shards a call."""
 
     def __init__(self, name: str, threads: int, folder: str) -> None:
         set_environment(threads, folder)
@@ -48,6 +48,7 @@ class _Maker:
         import torch
 
         torch.set_num_threads(self.threads)
+        self.maker: Any = None  # of the dataset before: two would not always fit
         on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
         self.dataset = Dataset.open(uri)
         self.maker = import_entry(maker)(config, "cuda:0" if on_gpu else "cpu")
@@ -60,36 +61,57 @@ class _Maker:
         return self.name, began, time.time()
 
 
-class _Pool:
-    """The actors, and what each is at. One that Ray has no room for yet waits for a node, and is given nothing.
+class Pool:
+    """Actors that make one dataset after another: starting them costs seconds of imports. One that Ray has no room for yet
+    waits for a node, and is given nothing.
 
     Attributes:
         actors: by name.
-        busy: what each call is for: an actor, and its shard; None while it starts.
+        busy: what each call is for: an actor, and its shard; None while it builds its maker.
         failed_starts: in a row.
     """
 
-    def __init__(self, run: Run, dataset: Dataset, maker: str, config: PoolConfig, values: dict[str, Any]) -> None:
+    def __init__(self, run: Run, config: PoolConfig) -> None:
         gpus = config.gpus_per_actor
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
         self._actor = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=gpus, max_restarts=0)(_Maker)
         self._label = f"{run.id} {{}} ({uuid.uuid4().hex[:8]})"
         self._place = (max(1, int(config.cpus_per_actor)), os.getcwd())
-        self._task = (maker, values, dataset.uri)
+        self.run, self.config = run, config
+        self._task: tuple[Any, ...] = ()
+        self._ready: set[str] = set()  # names of the actors that have, or are building, the maker of this task
         self._started = self.failed_starts = 0
         self.actors: dict[str, Any] = {}
         self.busy: dict[ray.ObjectRef, tuple[str, int | None]] = {}
-        self.max_actors = config.actors
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(self.actors):
+            self.drop(name)
+
+    def begin(self, maker: str, values: dict[str, Any], uri: str) -> None:
+        """From here on shards of this dataset."""
+        self.settle()
+        self._task, self._ready, self.failed_starts = (maker, values, uri), set(), 0
+
+    def settle(self) -> None:
+        """Nobody waits for who is still at something: another has made it."""
+        for name in {holder for holder, _ in self.busy.values()}:
+            self.drop(name)
+        self.busy = {}
 
     def idle(self) -> list[str]:
         """Names of the actors with nothing to do, after replacing those that were lost."""
-        while len(self.actors) < self.max_actors:
+        while len(self.actors) < self.config.actors:
             name = f"maker {self._started}"
             self._started += 1
-            actor: Any = self._actor.options(name=self._label.format(name)).remote(name, *self._place)
-            self.actors[name] = actor
-            self.busy[actor.start.remote(*self._task)] = (name, None)
+            self.actors[name] = self._actor.options(name=self._label.format(name)).remote(name, *self._place)  # type: ignore[attr-defined]
+        for name in self.actors.keys() - self._ready:
+            self.busy[self.actors[name].start.remote(*self._task)] = (name, None)
+            self._ready.add(name)
         return [name for name in self.actors if name not in {holder for holder, _ in self.busy.values()}]
 
     def give(self, name: str, shard: int) -> None:
@@ -98,9 +120,93 @@ class _Pool:
     def drop(self, name: str) -> None:
         ray.kill(self.actors.pop(name), no_restart=True)
 
-    def close(self) -> None:
-        for name in list(self.actors):
-            self.drop(name)
+    def produce(
+        self,
+        dataset: Dataset,
+        maker: str,
+        values: dict[str, Any],
+        consumers: list[str] | None = None,
+        together: int = 1,
+    ) -> dict[str, Any]:
+        """Make every planned shard of `dataset` that is not committed yet.
+
+        Args:
+            maker: "package.module:Class"; `Class(values, device)` is built once in each actor, and its `.make(shard)`
+                returns the shard's samples.
+            consumers: trainings that read meanwhile; no shard is begun too far ahead of the slowest.
+            together: shards in a row that are best made by one maker.
+
+        Raises:
+            Interrupted: a stop was asked for; what is committed stays.
+            UserError: from a maker.
+            PoisonShard: shards failed again and again; all others are made.
+            RuntimeError: no maker can be started.
+        """
+        consumers, run, config = consumers or [], self.run, self.config
+        leases = Leases(
+            dataset.header.num_shards,
+            config.lease_seconds,
+            config.max_ahead if consumers else None,
+            together=together,
+            done=set(dataset.records()),
+        )
+        self.begin(maker, values, dataset.uri)
+        run.tracker.event({"type": "total", "steps": dataset.header.num_shards})
+        made, began, counted, last = 0, time.time(), 0, ""
+        while not leases.complete:
+            interrupt.check()
+            if run.stop_wished():
+                raise Interrupted
+            consumed = slowest(watermark.watermarks(dataset), consumers) if consumers else 0
+            for name in self.idle():
+                shard = leases.grant(name, time.monotonic(), consumed)
+                if shard is not None:
+                    faults.maybe("lease.before_give")
+                    self.give(name, shard)
+                    faults.maybe("lease.after_give")
+            if leases.aside and not leases.held and self.idle():
+                break  # a consumer waits for what cannot be made
+            done, _ = ray.wait(list(self.busy), timeout=0.2) if self.busy else ([], [])
+            if not done:
+                time.sleep(0 if self.busy else 0.1)
+            for ref in done:
+                name, shard = self.busy.pop(ref)
+                try:
+                    span = ray.get(ref)
+                except UserError as error:
+                    raise UserError(*error.args) from error
+                except Interrupted:
+                    raise
+                except Exception as error:
+                    last = _lost(run, self, leases, name, shard, error)
+                    continue
+                if shard is None:
+                    self.failed_starts = 0
+                    continue
+                faults.maybe("lease.before_finish")
+                new = leases.finish(shard, time.monotonic())
+                faults.maybe("lease.after_finish")
+                if new:  # a late maker's shard may have been made by another
+                    made += 1
+                    counted += len(dataset.header.shard_range(shard))
+                    _report(run, leases, shard, span, counted / (time.time() - began), counted)
+        if leases.aside:
+            raise PoisonShard(
+                f"{_named(leases.aside)} failed {leases.max_tries} times; {len(leases.done)} of {leases.num_shards} are "
+                f"committed, and the same command tries the rest again. The last maker {last}"
+            )
+        self.settle()
+        for path in dataset.orphans():  # nobody adds to it any more
+            dataset.store.delete_tree(path)
+        seconds = time.time() - began
+        return {
+            "samples": dataset.header.num_samples,
+            "shards": dataset.header.num_shards,
+            "made": made,
+            "images_per_second": counted / seconds if made else _recorded_speed(dataset),
+            "dataset": dataset.uri,
+            "manifest": dataset.manifest_hash(),
+        }
 
 
 def produce(
@@ -112,90 +218,12 @@ def produce(
     consumers: list[str] | None = None,
     together: int = 1,
 ) -> dict[str, Any]:
-    """Make every planned shard of `dataset` that is not committed yet.
-
-    Args:
-        maker: "package.module:Class"; `Class(values, device)` is built once in each actor, and its `.make(shard)`
-            returns the shard's samples.
-        consumers: trainings that read meanwhile; no shard is begun too far ahead of the slowest.
-        together: shards in a row that are best made by one maker.
-
-    Raises:
-        Interrupted: a stop was asked for; what is committed stays.
-        UserError: from a maker.
-        PoisonShard: shards failed again and again; all others are made.
-        RuntimeError: no maker can be started.
-    """
-    consumers = consumers or []
-    leases = Leases(
-        dataset.header.num_shards,
-        config.lease_seconds,
-        config.max_ahead if consumers else None,
-        together=together,
-        done=set(dataset.records()),
-    )
-    pool = _Pool(run, dataset, maker, config, values)
-    run.tracker.event({"type": "total", "steps": dataset.header.num_shards})
-    made, began, counted, last = 0, time.time(), 0, ""
-    try:
-        while not leases.complete:
-            interrupt.check()
-            if run.stop_wished():
-                raise Interrupted
-            consumed = slowest(watermark.watermarks(dataset), consumers) if consumers else 0
-            for name in pool.idle():
-                shard = leases.grant(name, time.monotonic(), consumed)
-                if shard is not None:
-                    faults.maybe("lease.before_give")
-                    pool.give(name, shard)
-                    faults.maybe("lease.after_give")
-            if leases.aside and not leases.held and pool.idle():
-                break  # a consumer waits for what cannot be made
-            done, _ = ray.wait(list(pool.busy), timeout=0.2) if pool.busy else ([], [])
-            if not done:
-                time.sleep(0 if pool.busy else 0.1)
-            for ref in done:
-                name, shard = pool.busy.pop(ref)
-                try:
-                    span = ray.get(ref)
-                except UserError as error:
-                    raise UserError(*error.args) from error
-                except Interrupted:
-                    raise
-                except Exception as error:
-                    last = _lost(run, pool, leases, name, shard, error)
-                    continue
-                if shard is None:
-                    pool.failed_starts = 0
-                    continue
-                faults.maybe("lease.before_finish")
-                new = leases.finish(shard, time.monotonic())
-                faults.maybe("lease.after_finish")
-                if new:  # a late maker's shard may have been made by another
-                    made += 1
-                    counted += len(dataset.header.shard_range(shard))
-                    _report(run, leases, shard, span, counted / (time.time() - began), counted)
-    finally:
-        pool.close()
-    if leases.aside:
-        raise PoisonShard(
-            f"{_named(leases.aside)} failed {leases.max_tries} times; {len(leases.done)} of {leases.num_shards} are "
-            f"committed, and the same command tries the rest again. The last maker {last}"
-        )
-    for path in dataset.orphans():  # nobody adds to it any more
-        dataset.store.delete_tree(path)
-    seconds = time.time() - began
-    return {
-        "samples": dataset.header.num_samples,
-        "shards": dataset.header.num_shards,
-        "made": made,
-        "images_per_second": counted / seconds if made else _recorded_speed(dataset),
-        "dataset": dataset.uri,
-        "manifest": dataset.manifest_hash(),
-    }
+    """`Pool.produce` by a pool for this dataset alone."""
+    with Pool(run, config) as pool:
+        return pool.produce(dataset, maker, values, consumers, together)
 
 
-def _lost(run: Run, pool: _Pool, leases: Leases, name: str, shard: int | None, error: Exception) -> str:
+def _lost(run: Run, pool: Pool, leases: Leases, name: str, shard: int | None, error: Exception) -> str:
     """A maker died or failed; returns how.
 
     Raises:

@@ -12,7 +12,7 @@ from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
 from rayproj.runtime.leases import PoisonShard
-from rayproj.runtime.producer import PoolConfig, produce
+from rayproj.runtime.producer import Pool, PoolConfig, produce
 from tests.support import images
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -37,6 +37,20 @@ def test_every_shard_once_though_a_maker_is_killed(open_run, tmp_path: Path) -> 
     assert found["manifest"] == images.write(str(tmp_path / "reference")).manifest_hash()
     notes = Reader(Dataset.open(str(tmp_path / "data")), ["note"]).gather(np.arange(50))["note"]
     assert list(notes) == [images.sample(i)["note"] for i in range(50)]
+
+
+def test_a_pool_makes_one_dataset_after_another_and_nobody_waits_for_who_is_late(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The late maker of a shard of the first is replaced; the others make the second too, by its own values."""
+    datasets = [Dataset.create(str(tmp_path / name), images.header(name=name)) for name in ("first", "second")]
+    with open_run(1) as run, Pool(run, PoolConfig(actors=2, lease_seconds=1)) as pool:
+        for dataset, also in zip(datasets, ({"hang_at": 1}, {}), strict=True):
+            values = {"log": str(tmp_path / f"{dataset.header.name}.log"), **also}
+            assert pool.produce(dataset, MAKER, values)["made"] == 4
+    makers = [set((tmp_path / f"{name}.pids").read_text().split()) for name in ("first", "second")]
+    assert len(makers[0]) == 2 and makers[0] & makers[1]
+    for dataset in datasets:
+        notes = Reader(dataset, ["note"]).gather(np.arange(50))["note"]
+        assert list(notes) == [images.sample(i)["note"] for i in range(50)]
 
 
 def test_only_what_is_missing_is_made(open_run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

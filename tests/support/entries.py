@@ -129,7 +129,7 @@ def waits_for_data(config: dict[str, Any], world: World, link: Link) -> dict[str
 
 
 class Maker:
-    """Makes shards of `images`; dies once, at a given shard, if told to."""
+    """Makes shards of `images`; dies or hangs once, at a given shard, if told to."""
 
     def __init__(self, config: dict[str, Any], device: str) -> None:
         self.config, self.header = config, images.header()
@@ -141,6 +141,8 @@ class Maker:
     def make(self, shard: int) -> list[dict[str, Any]]:
         with open(Path(self.config["log"]), "a") as file:
             file.write(f"{shard}\n")
+        with open(Path(self.config["log"]).with_suffix(".pids"), "a") as file:
+            file.write(f"{os.getpid()}\n")
         if "pause" in self.config:
             Path(self.config["log"]).with_name(f"maker-{os.getpid()}").touch()
             time.sleep(float(self.config["pause"]))
@@ -148,6 +150,9 @@ class Maker:
         if shard == self.config.get("die_at") and not once.exists():
             once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if shard == self.config.get("hang_at") and not once.exists():
+            once.touch()
+            time.sleep(600)
         if shard == self.config.get("poison"):
             raise ValueError("this shard cannot be made")
         if shard == self.config.get("user_error"):
