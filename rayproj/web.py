@@ -38,11 +38,25 @@ def refusal(method: str, headers: Mapping[str, str], names: Sequence[str]) -> tu
     return None
 
 
-def _known(host: str, names: Sequence[str]) -> bool:
+def name_problems(hosts: Sequence[str], key: str) -> list[str]:
+    """What is wrong with names that a config lists."""
+    return [
+        f"{key}: '{name}' is no name of a machine; give it without scheme, port and path."
+        for name in hosts
+        if _name(name) != name.lower()
+    ]
+
+
+def _name(host: str) -> str:
+    """Of a Host header, without the port; "" where it has none."""
     try:
-        name = (urlsplit(f"//{host}").hostname or "").removesuffix(".")
+        return (urlsplit(f"//{host}").hostname or "").removesuffix(".")
     except ValueError:  # a bracket that is not closed
-        return False
+        return ""
+
+
+def _known(host: str, names: Sequence[str]) -> bool:
+    name = _name(host)
     if name == "localhost" or name in [known.lower() for known in names]:
         return True
     try:

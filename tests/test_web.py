@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayproj.web import refusal
+from rayproj.web import name_problems, refusal
 
 JSON = {"content-type": "application/json; charset=utf-8", "host": "127.0.0.1:8000"}
 
@@ -65,3 +65,9 @@ def test_a_name_turned_to_this_server_is_refused(method: str, host: str, taken: 
         )
     else:
         assert refusal(method, headers, []) is None or "study" in host.lower(), "a name is to be listed"
+
+
+def test_names_that_no_host_can_have_are_said() -> None:
+    assert not name_problems(["study.example", "Study.Example", "127.0.0.1"], "serve.hosts")
+    for wrong in ("study.example:8000", "https://study.example", "study.example.", "study.example/path"):
+        assert f"serve.hosts: '{wrong}' is no name of a machine" in name_problems([wrong], "serve.hosts")[0]

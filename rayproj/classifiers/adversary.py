@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rayproj import keyed
 from rayproj.classifiers.adapters import ADVERSARIAL, CLEAN, Adapted
@@ -84,7 +85,7 @@ class AdversaryConfig:
 
 
 Losses = Callable[[Tensor], Tensor]
-"""Losses [B] of logits [B, K]: the objective's, with the labels in it."""
+"""Losses [n · B] of logits [n · B, K] of a batch n times over: the objective's, with the labels in it."""
 
 # Buffers of a model in which E-AT keeps what came of the attacks, whole numbers that no cast touches: int32 [threats, 2]
 # (misclassified, attacked) of the steps before, and int32 [4] (step, threat, misclassified, attacked) of the last one. They
@@ -119,9 +120,9 @@ def losses(
         return objective(logits) + config.beta * _mean([_divergence(one, logits.softmax(1)) for one in moved])
     found = _attacked(model, x, label, row, config, seed)
     if config.training is Training.adversarial:
-        return _mean([objective(one) for one in _logits(model, *_joined(found)).chunk(len(found))])
-    first, *others = _logits(model, *_joined([(x, clean), *found])).chunk(1 + len(found))
-    return config.alpha * objective(first) + (1 - config.alpha) * _mean([objective(one) for one in others])
+        return _mean(objective(_logits(model, *_joined(found))).chunk(len(found)))
+    first, *others = objective(_logits(model, *_joined([(x, clean), *found]))).chunk(1 + len(found))
+    return config.alpha * first + (1 - config.alpha) * _mean(others)
 
 
 def _logits(model: nn.Module, z: Tensor, branch: Tensor) -> Tensor:
@@ -150,9 +151,10 @@ def _attacked(
     numbers = list(range(len(config.threats)))
     if config.targeted:
         loss = _towards(keyed.uniform(seed, "target", row))
+    planned = isinstance(row, FakeTensor)  # a plan counts memory: there are no numbers to draw by
     if config.several in (Several.drawn, Several.extreme):
-        errors = _robust_errors(model, row) if config.several is Several.extreme else None
-        numbers = [drawn(len(numbers), row, seed, errors)]
+        errors = _robust_errors(model, row) if config.several is Several.extreme and not planned else None
+        numbers = [0 if planned else drawn(len(numbers), row, seed, errors)]
     start, told = row if config.random_start else None, (config.steps, config.step, loss, seed)
     with evaluating(model):
         if config.several is Several.steepest:
@@ -166,11 +168,11 @@ def _attacked(
             attack = pgd(oracle, x, label, start, config.threats[number].threat, *told)
             found.append((attack.images.detach(), branch))
             if config.several is Several.worst and len(numbers) > 1:
-                reached.append(loss(oracle.logits(found[-1][0]), label, label))
+                reached.append((cross_entropy if config.targeted else loss)(oracle.logits(found[-1][0]), label, label))
     if reached:
         worst, every = torch.stack(reached).argmax(0), torch.arange(len(x), device=x.device)
         return [tuple(torch.stack(all_)[worst, every] for all_ in zip(*found, strict=True))]  # type: ignore[list-item]
-    if config.several is Several.extreme:
+    if config.several is Several.extreme and not planned:
         _count(model, numbers[0], attack.broken, row)
     return found
 

@@ -44,13 +44,11 @@ class EpistemicConfig:
     prior: float = 1.0  # of an epinet and an ensemble: scale of the fixed random part; 0: none
     conv_prior: float = 0.0  # of an epinet: scale of fixed random convolutional networks of the image itself; 0: none
     mlp_prior: float = 0.0  # the same of multilayer perceptrons of its pixels, for small images; 0: none
-    stop_gradient: bool = (
-        True  # of an epinet: whether its base, where that is trained, learns nothing through its features
-    )
+    # Of an epinet: whether its base, where that is trained, learns nothing through its features.
+    stop_gradient: bool = True
     temperature: float = 1.0  # of an epinet: what its base's logits are divided by
-    scale: float = (
-        1.0  # of an epinet: what it is multiplied by, priors and all, before it is added to its base's logits
-    )
+    # Of an epinet: what it is multiplied by, priors and all, before it is added to its base's logits.
+    scale: float = 1.0
     members: int = 10  # of an ensemble and a batch ensemble
     dropout: float = 0.1  # of mc_dropout: share of the channels that are left out before every layer
     samples: int = 8  # of an epinet: indices of each example in a step of training
@@ -244,6 +242,11 @@ class Epinet(EpistemicNetwork):
     def apart(self) -> dict[str, Tensor]:
         """All but the base: weights and priors by name."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("base.")}
+
+    def options(self) -> dict[str, float]:
+        """What it computes with besides its weights."""
+        names = ("prior", "conv_prior", "mlp_prior", "temperature", "scale")
+        return {name: getattr(self.config, name) for name in names}
 
     def train(self, mode: bool = True) -> Epinet:
         """A base that is frozen stays as it predicts, without dropout."""

@@ -100,7 +100,7 @@ class StartConfig:
             found.append(f"start.soup: the weights sum to {sum(self.soup.values()):g}, and should to 1.")
         if self.epinet and not self:
             found.append("start.epinet needs the base that it was trained on: give its run in start.run.")
-        return found if self or not self.mix else [*found, "start.mix needs start.run or start.soup."]
+        return found if self or not self.mix else [*found, "start.mix needs start.run, start.soup or start.learned."]
 
     def __bool__(self) -> bool:
         return bool(self.run or self.soup or self.learned)
@@ -147,6 +147,19 @@ class StartConfig:
         return wanted
 
 
+def began_with(run_dir: str) -> list[str]:
+    """The run dirs of the classifiers that a run started from."""
+    start = configuration.value(Store(run_dir).read("config.yaml"), "start")
+    learned = start.get("learned", "").rpartition(":")[0]
+    mixed = Dataset.open(learned).header.provenance["soup"]["members"].values() if learned else ()
+    return [run.rstrip("/") for run in (start["run"], *start["soup"], *mixed) if run]
+
+
+def with_starts(run_dir: str) -> set[str]:
+    """A run, what it began with, what that began with, and so on."""
+    return {run_dir.rstrip("/")}.union(*(with_starts(run) for run in began_with(run_dir)))
+
+
 def put_epinet(network: nn.Module, folder: str, base: str) -> None:
     """Give an epinet the weights of another one, which was trained on the same base.
 
@@ -172,6 +185,13 @@ def put_epinet(network: nn.Module, folder: str, base: str) -> None:
         raise UserError(
             f"The epinet of '{folder}' was trained on another base (run '{said['base_run']}', weights {said['base'][:12]}) "
             f"than '{base}' (weights {own[:12]}); give start.run the run that it was trained on."
+        )
+    own_options, options = network.options(), json.loads(said["epistemic"])
+    if changed := [name for name in options if options[name] != own_options[name]]:
+        name = changed[0]
+        raise UserError(
+            f"The epinet of '{folder}' was trained with classifier.epistemic.{name}={options[name]}, which is "
+            f"{own_options[name]} here; give it that."
         )
     given, apart = load(data), network.apart()
     if wrong := sorted(set(apart) ^ set(given)) or [n for n in apart if apart[n].shape != given[n].shape]:

@@ -144,10 +144,10 @@ class Learned(Enum):
 def learned(
     network: nn.Module, states: Sequence[State], images: Tensor, label: Tensor, how: Learned, steps: int
 ) -> Weights:
-    """Weights of least cross-entropy on labelled images [B, ...], from those of the even mixture on by L-BFGS.
+    """Weights of least cross-entropy of β f(x) on labelled images [B, ...], from the even mixture and β = 1 on by L-BFGS.
+    What β is, is forgotten: it keeps weights from being chosen for how sure they are.
 
-    The problem is convex where the logits are linear in the weights. With many weights and few images the number of steps
-    is what keeps them near the even mixture.
+    With many weights and few images the number of steps is what keeps them near the even mixture.
 
     Args:
         steps: of L-BFGS, at most.
@@ -160,6 +160,7 @@ def learned(
     places = {name: layer(name) if by_layer else "" for name in stacked}
     names = sorted(set(places.values()))
     free = torch.zeros(len(names), len(states), dtype=torch.float64, device=label.device, requires_grad=True)
+    log_beta = torch.zeros((), dtype=torch.float64, device=label.device, requires_grad=True)
 
     def weights() -> Tensor:
         if how in (Learned.convex, Learned.convex_by_layer):
@@ -170,11 +171,11 @@ def learned(
         rows = dict(zip(names, weights(), strict=True))
         mixed = {name: torch.tensordot(rows[places[name]].to(all_), all_, 1) for name, all_ in stacked.items()}
         logits = torch.func.functional_call(network, {**first, **mixed}, (images,))
-        loss = F.cross_entropy(logits, label)
-        (free.grad,) = torch.autograd.grad(loss, free)
+        loss = F.cross_entropy(log_beta.exp().to(logits) * logits, label)
+        free.grad, log_beta.grad = torch.autograd.grad(loss, (free, log_beta))
         return loss
 
-    torch.optim.LBFGS([free], max_iter=steps, line_search_fn="strong_wolfe").step(closure)
+    torch.optim.LBFGS([free, log_beta], max_iter=steps, line_search_fn="strong_wolfe").step(closure)
     found = dict(zip(names, weights().tolist(), strict=True))
     return found if by_layer else found[""]
 

@@ -67,21 +67,20 @@ class ClassificationTask:
         images = augmented(batch["image"], row, self.seed, self.augment)
 
         def objective(logits: Tensor) -> Tensor:
-            return self.objective(model, logits, label, row)
+            times = len(logits) // len(label)
+            return self.objective(model, logits, label.repeat(times), row.repeat(times, 1))
 
         if self.config.epistemic.kind is not Kind.none:
-            return self._over_indices(model, images, label, row)
+            return self._over_indices(model, images, row, objective)
         if self.adversary.training is Training.none:
             return objective(model(images))
         return adversaries.losses(model, images, label, row, objective, self.adversary, self.seed)
 
-    def _over_indices(self, model: nn.Module, images: Tensor, label: Tensor, row: Tensor) -> Tensor:
+    def _over_indices(self, model: nn.Module, images: Tensor, row: Tensor, objective: adversaries.Losses) -> Tensor:
         epistemic: Any = model  # or what DeepSpeed has around it
         z, bootstrap = epistemic.training_indices(self.seed, row), self.config.epistemic.bootstrap
         logits = model(images, z)
-        indices = len(logits)
-        losses = self.objective(model, logits.flatten(0, 1), label.repeat(indices), row.repeat(indices, 1))
-        losses = losses.unflatten(0, (indices, -1))
+        losses = objective(logits.flatten(0, 1)).unflatten(0, logits.shape[:2])
         if bootstrap is not Bootstrap.none:
             losses = losses * weights(bootstrap, epistemic.quantiles(self.seed, row[:, 0], z))
         return losses.mean(0)

@@ -172,7 +172,7 @@ class Nearest:
 
 def _model(rule: RuleConfig) -> Score:
     if rule.model == NUDENET:
-        rule = replace(rule, model=_nudenet(), size=320, outputs=list(UNCOVERED))
+        rule = replace(rule, model=file_of(rule.model), size=320, outputs=list(UNCOVERED))
     if not Path(rule.model).is_file():
         raise UserError(f"The model '{rule.model}' of a rule is not there; check the path.")
     try:
@@ -194,8 +194,14 @@ def _model(rule: RuleConfig) -> Score:
     return score
 
 
-def _nudenet() -> str:
-    """The file in its package, which is not imported: it would need OpenCV."""
+def file_of(model: str) -> str:
+    """The file of a rule's model: of "nudenet" that in its package, which is not imported, as it would need OpenCV.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    if model != NUDENET:
+        return model
     spec = find_spec(NUDENET)
     if spec is None or spec.origin is None:
         raise UserError("A rule with model=nudenet needs that package; pip install 'rayproj[safety]'.")

@@ -29,11 +29,10 @@ from rayproj.discovery.slices import Slice, Term, described
 from rayproj.errors import UserError
 from rayproj.evaluation.models import Examined, ExaminedConfig, open_classifier
 from rayproj.responsibility import safety
-from rayproj.responsibility.safety import Safety, SafetyConfig
+from rayproj.responsibility.safety import TRIES, Safety, SafetyConfig
 
 OWN = "classifier"  # the name of the one whose failures are looked for
 SHOWS = "shows"  # the field with the captioner's words
-TRIES = "tries"  # the field with how many images were drawn until one passed the safety rules
 APART = 1 << 24  # between the numbers, of 32 bits, of an image and of the one that is drawn in its place
 
 

@@ -37,6 +37,7 @@ from rayproj.discovery.search import DiscoverConfig, Make, ReplicationConfig, Se
 from rayproj.discovery.slices import Slice, Term
 from rayproj.errors import UserError
 from rayproj.evaluation.proportions import Rate, adjusted, detectable, higher, ratio, sign_test
+from rayproj.responsibility.safety import SafetyConfig
 
 SHOWN, CLOSEST = 12, 6  # images of a finding, and of a cluster of failures, that are named
 
@@ -294,7 +295,10 @@ def elsewhere(search: Search, config: ReplicationConfig) -> Search:
     """
     # Of real images any values will do: slices of which there are none are not tested.
     attributes = {name: [] if config.generator.images else v for name, v in search.bench.attributes.items()}
-    own = dataclasses.replace(search.config, generator=config.generator, attributes=attributes, words=False)
+    rules = SafetyConfig() if config.generator.images else search.config.safety  # what is there cannot be drawn anew
+    own = dataclasses.replace(
+        search.config, generator=config.generator, attributes=attributes, words=False, safety=rules
+    )
     return dataclasses.replace(search, config=own, bench=Bench(own, search.bench.seed, "cpu"), done=[])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +28,20 @@ Parts = dict[str, int]
 """Bytes by what they are for."""
 
 
+class _WithoutContents(FakeTensorMode):
+    """Copies of its tensors, such as a model makes of its layers, are of the same mode."""
+
+    def __deepcopy__(self, memo: Any) -> _WithoutContents:
+        return self
+
+
+class _Answered(TorchFunctionMode):
+    """No value is asked for: `trunc_normal_` draws until nothing is outside, and here nothing is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return False if func is torch.Tensor.__bool__ else func(*args, **(kwargs or {}))
+
+
 class Model:
     """A task's model without its contents: the sizes of its parameters, and what it needs to run.
 
@@ -35,10 +50,10 @@ class Model:
     """
 
     def __init__(self, task: Task, bf16: bool = False) -> None:
-        self.task, self.fake, self.bf16 = task, FakeTensorMode(), bf16
+        self.task, self.fake, self.bf16 = task, _WithoutContents(), bf16
         # A task that starts from trained weights has a `network` without them: they may not be there yet.
         build: Callable[[], nn.Module] = getattr(task, "network", task.build)
-        with self.fake, torch.random.fork_rng():
+        with self.fake, torch.random.fork_rng(), _Answered():
             self.module = build()
             if bf16:
                 self.module.bfloat16()
@@ -161,8 +176,9 @@ def update(model: Model, layout: Layout) -> int:
 
 
 def snapshot(model: Model, layout: Layout) -> int:
-    """Bytes of the copy that a checkpoint takes on the host."""
-    return 4 * (3 + layout.averages) * -(-model.parameters // layout.world_size) + 4 * model.fixed
+    """Bytes of the copy that a checkpoint takes on the host, and beside bf16 weights of that of what is frozen."""
+    shared = 4 * (3 + layout.averages) * -(-model.parameters // layout.world_size)
+    return shared + 4 * model.fixed * (2 if layout.bf16 else 1)
 
 
 def checkpoint_bytes(model: Model, averages: int = 1) -> int:

@@ -87,7 +87,7 @@ def with_indices(network: EpistemicNetwork, count: int) -> EpistemicNetwork:
 def measures(found: Outcome, labels: np.ndarray, tau: int = 10, kappa: int = 2, seed: int = 0) -> dict[str, float]:
     """Every measure of labelled images, by name; of losses also the standard error of their mean.
 
-    "error_auroc" says how well confidence tells wrong guesses from right ones (Hendrycks and Gimpel 2017), not a number if
+    "error_auroc" says how well confidence tells wrong guesses from right ones (Hendrycks and Gimpel 2017), left out if
     all are of one kind. "joint_nll" is of tau images that follow each other; "dyadic_nll" of tau draws of kappa anchors,
     "dyadic_nll_exact" its mean over all draws, and "dyadic_nll_independent" what that would be of labels that are
     independent given the marginal prediction.
@@ -112,15 +112,15 @@ def measures(found: Outcome, labels: np.ndarray, tau: int = 10, kappa: int = 2, 
         "calibration_error": calibration_error(labels, found.probabilities),
         "rms_calibration_error": rms_calibration_error(labels, found.probabilities),
         "risk_coverage_area": risk_coverage_area(labels, found.probabilities),
-        "error_auroc": _auroc(found.scores["confidence"], right),
+        **_error_auroc(found.scores["confidence"], right),
         **{f"doubt_{name}": float(values.mean()) for name, values in found.doubt.items()},
     }
 
 
-def _auroc(doubt: np.ndarray, right: np.ndarray) -> float:
+def _error_auroc(doubt: np.ndarray, right: np.ndarray) -> dict[str, float]:
     if right.all() or not right.any():
-        return math.nan
-    return detection(doubt[right], doubt[~right])["auroc"]
+        return {}
+    return {"error_auroc": detection(doubt[right], doubt[~right])["auroc"]}
 
 
 def by_labels_together(found: Outcome) -> dict[str, float]:

@@ -16,6 +16,7 @@ from rayproj import classifiers
 from rayproj import config as configuration
 from rayproj.classifiers.ensembles import BatchEnsemble, Ensemble
 from rayproj.classifiers.epinet import EpistemicNetwork
+from rayproj.classifiers.model import began_with, with_starts
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.engine.task import train_only
@@ -81,7 +82,8 @@ class ShiftConfig:
         for name, runs in self.hard.items():
             if not runs:
                 found.append(f"shift.hard.{name} names no run.")
-            found += [_own(name, run) for run in runs if run in self.networks.values()]
+            judged = {run.rstrip("/") for run in self.networks.values()}
+            found += [_own(name, run) for run in runs if run.rstrip("/") in judged]
         if self.baseline and self.baseline not in self.networks:
             found.append(f"shift.baseline='{self.baseline}' is not in shift.networks.")
         if not self.indices or min(self.indices) < 1:
@@ -152,7 +154,7 @@ def hard_conditions(config: ShiftConfig, world: World) -> list[Condition]:
     found, dataset = [], Dataset.open(config.test)
     for name, runs in config.hard.items():
         for run in runs:
-            if any(run in _before(judged) for judged in config.networks.values()):
+            if any(run.rstrip("/") in with_starts(judged) for judged in config.networks.values()):
                 raise UserError(_own(name, run))
         references, mine = [load(run, world.device) for run in runs], [np.zeros(0, np.int64)]
         for ids in _share(np.arange(dataset.header.num_samples), world, config.batch):
@@ -338,17 +340,7 @@ def _training_flops(run: str, images: Tensor, count: int) -> float:
     train = configuration.value(Store(run).read("config.yaml"), "train")
     network = epistemic.with_indices(load(run, str(images.device)), count).train()
     own = epistemic.training_flops(network, images) * train["steps"] * train["batch"]
-    return own + sum(_training_flops(before, images, 1) for before in _began_with(run))
-
-
-def _began_with(run: str) -> list[str]:
-    start = configuration.value(Store(run).read("config.yaml"), "start")
-    return [before for before in [start["run"], *start["soup"]] if before]
-
-
-def _before(run: str) -> set[str]:
-    """A run, what it began with, what that began with, and so on."""
-    return {run}.union(*(_before(before) for before in _began_with(run)))
+    return own + sum(_training_flops(before, images, 1) for before in began_with(run))
 
 
 def _images(dataset: Dataset, ids: np.ndarray, world: World) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from rayproj import classifiers
 from rayproj import config as configuration
 from rayproj.classifiers.epinet import Epinet
-from rayproj.classifiers.model import EPINET, digest
+from rayproj.classifiers.model import EPINET, KEPT, digest
 from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.data.dataset import Dataset
 from rayproj.engine.checkpoint import commits, load_ema
@@ -38,11 +39,13 @@ def write_classifier(run: Store, folder: Path) -> Card:
     header = Dataset.open(configuration.value(text, "data")).header
     weights, commit = load_ema(run)
     model = classifiers.load(run.uri, "cpu")
-    load_flat(model, weights)  # of the commit that the card names, if another came in between
+    # Of the commit that the card names, if another came in between.
+    load_flat(model, {name: tensor for name, tensor in weights.items() if name not in KEPT})
     shape = header.fields["image"].shape
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     if isinstance(model, Epinet):
-        save_file(model.apart(), folder / EPINET, metadata={"format": "pt", **_base_of(model, text)})
+        said = {"epistemic": json.dumps(model.options(), sort_keys=True), **_base_of(model, text)}
+        save_file(model.apart(), folder / EPINET, metadata={"format": "pt", **said})
     architecture = configuration.to_dict(configuration.section(ClassifierConfig, text, "classifier"))
     config = {
         "architecture": {"name": type(model).__name__, **architecture},
@@ -61,6 +64,8 @@ def write_classifier(run: Store, folder: Path) -> Card:
         node.meta.pop("stack_trace", None)  # it has the paths of this machine
     torch.export.save(program, folder / "model.pt2")
     code = f"""
+import json
+
 import json
 
 import torch

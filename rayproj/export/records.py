@@ -279,9 +279,10 @@ def _filters(dataset: Dataset) -> list[str]:
         lines.append(f"prompts were judged by the policy {said['policy']['rules']}: {decisions}")
     if "safety" in said:
         found = withheld(dataset)
-        reasons_of = ", ".join(f"{name}: {count:,}" for name, count in found["reasons"].items()) or "none"
+        reasons_of = ", ".join(f"{name}: {count:,}" for name, count in found["reasons"].items())
         lines.append(
-            f"{found['images']:,} drawn images did not pass the safety rules and were drawn anew: {reasons_of}"
+            f"{found['images']:,} drawn images did not pass the safety rules and were drawn anew"
+            + (f": {reasons_of}" if reasons_of else "")
         )
     if "watermark" in said:
         mark = said["watermark"]

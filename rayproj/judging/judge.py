@@ -37,7 +37,9 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
     orders = {m: paired.orders(of) for m, of in table.items()}
     study, human = people.asked(config)
     confusion = {
-        attribute: perception.confusion(config.attributes[attribute], uri, config.samples, config.batch)
+        attribute: perception.confusion(
+            config.attributes[attribute], uri, config.labelled_group, config.samples, config.batch
+        )
         for attribute, uri in config.labelled.items()
     }
     drawn = {**config.models, **config.attempts}
@@ -63,8 +65,8 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
             for attribute in config.attributes
         },
         "perception": {
-            attribute: perception.described(matrix, next(iter(models.values())).attributes[attribute])
-            for attribute, matrix in confusion.items()
+            attribute: perception.described(tables, next(iter(models.values())).attributes[attribute])
+            for attribute, tables in confusion.items()
         },
         "policy": {name: found for name, uri in drawn.items() if (found := records.decided(uri))},
         "safety": {name: found for name, uri in drawn.items() if (found := records.filtered(uri))},

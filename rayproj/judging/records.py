@@ -57,7 +57,9 @@ def filtered(uri: str) -> dict[str, Any] | None:
     if "safety" not in dataset.header.provenance:
         return None
     found = withheld(dataset)
-    reasons = {name: found["reasons"].get(name, 0) for name in dataset.header.provenance["safety"]["rules"]}
+    recorded = found["reasons"] or not found["images"]
+    rules = dataset.header.provenance["safety"]["rules"] if recorded else ()
+    reasons = {name: found["reasons"].get(name, 0) for name in rules}
     rate = Rate(found["images"], found["images"] + dataset.header.num_samples)
     return {"count": rate.failures, "of": rate.images, **rate.share(), "reasons": reasons}
 

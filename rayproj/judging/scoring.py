@@ -33,7 +33,7 @@ PIXELS = 32  # side at which pixels are compared
 # Options that no score depends on.
 ELSEWHERE = {
     "models", "attempts", "reference", "out", "batch", "human", "question", "adversarial", "policy", "cards",
-    "watermark_key", "playground", "trust", "signed", "pairs", "labelled",
+    "watermark_key", "playground", "trust", "signed", "pairs", "labelled", "labelled_group",
 }  # fmt: skip
 
 
@@ -59,6 +59,9 @@ class JudgeConfig:
     # Perceived attribute -> real images that bear its kinds as labels, unseen by the classifier: how often it is right on
     # them (`samples` at most), and what the shares that it perceives would be without its mistakes.
     labelled: dict[str, str] = field(default_factory=dict)
+    labelled_group: str = (
+        ""  # their field of what belongs together, such as variants of a figure: intervals are over it
+    )
     people: str = "people"  # the category whose images these are looked for in; "": all
     # What people prefer: the run dir of jobs/serve_study.py or the .parquet file of `rayproj study export`, whose results go
     # into the report, or JSON lines {"first", "second", "wins", "losses"}; and by which of its questions models are ordered.

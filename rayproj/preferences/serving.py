@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj.errors import UserError
+from rayproj.web import name_problems
 
 
 @dataclass
@@ -31,7 +32,7 @@ class ServeConfig:
             found.append("serve.certificate and serve.key go together; give both or neither.")
         if self.replicas < 1 or not 0 < self.port < 65536:
             found.append("serve.replicas must be positive, and serve.port from 1 to 65535.")
-        return found
+        return found + name_problems(self.hosts, "serve.hosts")
 
     @property
     def secure(self) -> bool:

@@ -147,7 +147,9 @@ def _shown(places: list[list[Any]]) -> list[dict[str, str]]:
     return [found[uri, i] for uri, i in places]
 
 
-def _percent(rate: dict[str, float]) -> str:
+def _percent(rate: dict[str, Any]) -> str:
+    if rate["rate"] is None:  # of pairs, where rules withheld the first drawing of all
+        return "–"
     return f"{100 * rate['rate']:.1f} % ({100 * rate['low']:.1f}–{100 * rate['high']:.1f})"
 
 

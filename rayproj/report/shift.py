@@ -47,7 +47,7 @@ def by_number(counts: dict[str, Any]) -> dict[str, Any]:
 
 def mean_of(by_condition: dict[str, dict[str, float]], names: list[str], measure: str) -> float:
     """Over what has the measure; not a number if nothing has."""
-    values = [value for name in names if not np.isnan(value := by_condition[name].get(measure, np.nan))]
+    values = [value for name in names if (value := by_condition[name].get(measure)) is not None]
     return float(np.mean(values)) if values else np.nan
 
 

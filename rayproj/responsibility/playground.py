@@ -21,6 +21,7 @@ from rayproj.responsibility.provenance import ProvenanceConfig
 from rayproj.responsibility.safety import SafetyConfig
 from rayproj.storage.store import Store
 from rayproj.synthesis.plan import GenerateConfig, plan
+from rayproj.web import name_problems
 
 SEEDS = 2**31  # seeds lie below
 BODY = 1 << 16  # bytes of a request at most
@@ -62,7 +63,7 @@ class PlaygroundConfig:
             found.append("playground.max_images must not exceed playground.queue, or a request could never be served.")
         if self.sampler.steps > self.max_steps or self.sampler.guidance > self.max_guidance:
             found.append("playground.sampler has more steps or guidance than playground.max_steps or max_guidance.")
-        return found
+        return found + name_problems(self.hosts, "playground.hosts")
 
 
 @dataclass(frozen=True)

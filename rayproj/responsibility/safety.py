@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rayproj import config as configuration
-from rayproj.curation.scorers import RuleConfig, Scorer, scorer
+from rayproj.curation.scorers import RuleConfig, Scorer, file_of, scorer
 from rayproj.errors import UserError
 
 OF_IMAGES = (Scorer.model, Scorer.sharpness, Scorer.contrast)  # scorers that need nothing but the image
@@ -73,6 +73,9 @@ class Safety:
         return withheld
 
 
+TRIES = "tries"  # a field of datasets: how many images were drawn until one passed the rules
+
+
 def described(config: SafetyConfig) -> dict[str, Any]:
     """For a dataset's header: the rules, with the SHA-256 of their models.
 
@@ -82,7 +85,7 @@ def described(config: SafetyConfig) -> dict[str, Any]:
     rules = {name: {**asdict(rule), "scorer": rule.scorer.value} for name, rule in config.rules.items()}
     models = {rule.model for rule in config.rules.values() if rule.model}
     try:
-        hashes = {model: hashlib.sha256(Path(model).read_bytes()).hexdigest() for model in sorted(models)}
+        hashes = {model: hashlib.sha256(Path(file_of(model)).read_bytes()).hexdigest() for model in sorted(models)}
     except OSError as error:
         raise UserError(f"A model of safety.rules cannot be read ({error}); check its path.") from error
     return {"rules": rules, "tries": config.tries, "models": hashes}

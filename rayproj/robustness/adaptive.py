@@ -157,9 +157,10 @@ def _attacks(
     # Of images that the base gets right all the same, the points of its highest loss.
     from_base = [ascended(base, loss, k, 1, True) for k, loss in enumerate((cross_entropy, to_second))]
     yield "transfer", [Attacked(static, torch.zeros_like(label, dtype=torch.bool)), *from_base]
-    for name, model in (("direct", defence), ("bpda", defence.surrogate)):
-        yield name, [ascended(model, loss, k, draws) for k, loss in enumerate((cross_entropy, margin, to_second))]
-    # From a start of its own, so that of a defence without steps it is a restart.
+    # From starts of their own, so that of a defence whose own gradient is all there is, or without steps, they are restarts.
+    for name, model, first in (("direct", defence, 0), ("bpda", defence.surrogate, 4)):
+        losses = enumerate((cross_entropy, margin, to_second), first)
+        yield name, [ascended(model, loss, k, draws) for k, loss in losses]
     yield "fewer", [ascended(shortened(defence).surrogate, margin, 3, draws)]
     row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 51)], 1)
     several, single = (Oracle(defence, n, defence.random, config.votes) for n in (draws, 1))
@@ -330,7 +331,8 @@ def checklist(
         Check(
             "A gradient through fewer of its steps finds no more",
             on_it <= share["fewer"] + 0.02,
-            f"{share['fewer']:.1%} stay right around half of its own steps, {on_it:.1%} under gradients of all.",
+            f"{share['fewer']:.1%} stay right around half of its own steps (from another start, if it has none or one), "
+            f"{on_it:.1%} under gradients of all.",
         ),
         Check(
             "More steps of an attack find no more",

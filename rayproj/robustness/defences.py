@@ -153,7 +153,7 @@ class SelfSupervised(Defence):
         best = x
         with torch.no_grad():
             least = self.disagreement(x)
-        for number in range(1, self.radii + 1):
+        for number in range(1, min(self.radii, self.steps) + 1):  # no point comes farther than its steps
             point, radius = x, number * self.step
             for _ in range(self.steps):
                 point = point - self.step * _gradient(self.disagreement, point).sign()

@@ -20,6 +20,7 @@ from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.encodings import ENCODINGS
 from rayproj.data.prompts import read_prompts
+from rayproj.data.reader import Reader
 from rayproj.diffusion.conditions import LABEL, TEXT, Conditions
 from rayproj.diffusion.denoiser import Network
 from rayproj.diffusion.sampling import SamplerConfig
@@ -31,7 +32,7 @@ from rayproj.privacy.certificate import certificate
 from rayproj.responsibility import safety
 from rayproj.responsibility.policy import Action, Blocked, Decision, PolicyConfig, PromptPolicy
 from rayproj.responsibility.provenance import ProvenanceConfig
-from rayproj.responsibility.safety import SafetyConfig
+from rayproj.responsibility.safety import TRIES, SafetyConfig
 from rayproj.storage.store import Store, from_json, to_json
 
 PROMPT = "prompt"
@@ -291,7 +292,7 @@ def plan(config: GenerateConfig, seed: int) -> Header:
     fields = {"image": Field(config.encoding, shape), "seed": Field("int")}
     fields |= {name: Field("str") for name in ("guidance", "plan", "model_commit", "certificate")}
     if config.safety.rules:
-        fields["tries"] = Field("int")
+        fields[TRIES] = Field("int")
     for name in axes:
         fields[name] = Field("str") if name == PROMPT else latents.fields[name]
     layout = {
@@ -354,9 +355,13 @@ def _weak(config: GenerateConfig, latents: str) -> dict[str, Any]:
 
 
 def withheld(dataset: Dataset) -> dict[str, Any]:
-    """How many images did not pass the safety rules of a dataset's plan, and how many each rule was against."""
-    images, reasons = 0, Counter[str]()
-    for path in dataset.store.list(WITHHELD):
+    """How many images did not pass the safety rules of a dataset's plan, and how many each rule was against; of what a
+    search for failures drew only their number is kept."""
+    images, reasons, recorded = 0, Counter[str](), dataset.store.list(WITHHELD)
+    if not recorded and TRIES in dataset.header.fields:
+        tries = Reader(dataset, [TRIES]).gather(np.arange(dataset.header.num_samples))[TRIES]
+        images = int((tries - 1).sum())
+    for path in recorded:
         one = from_json(dataset.store.read(path))
         images += one["images"]
         reasons.update(one["reasons"])

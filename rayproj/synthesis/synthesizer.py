@@ -16,7 +16,7 @@ from rayproj.diffusion.task import TrainedModel
 from rayproj.errors import UserError
 from rayproj.evaluation.watermark import key_name, mark, read_key
 from rayproj.responsibility import safety
-from rayproj.responsibility.safety import Safety
+from rayproj.responsibility.safety import TRIES, Safety
 from rayproj.storage.store import to_json
 from rayproj.synthesis.plan import LABEL, PROMPT, WITHHELD, Cells, commit_hash, stated
 
@@ -153,6 +153,6 @@ class Synthesizer:
         found: dict[str, Any] = {name: numbers[cell[name]] for name, numbers in self.numbers.items()}
         found |= self.said
         if self.safety:
-            found["tries"] = 1 + len(self.withheld.get(sample, []))
+            found[TRIES] = 1 + len(self.withheld.get(sample, []))
         found["guidance"] = " ".join(f"{n}={w:g}" for n, w in weights.items()) or f"{self._guidance(sample):g}"
         return {**found, PROMPT: self.axes[PROMPT][cell[PROMPT]]} if PROMPT in self.axes else found

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rayproj.jobs.train_classifier import Config, worker
+from safetensors.torch import load_file
 
 from rayproj import classifiers, keyed
 from rayproj import config as configuration
@@ -14,6 +15,7 @@ from rayproj.classifiers.adversary import (
     ERRORS,
     LATEST,
     AdversaryConfig,
+    Losses,
     Several,
     ThreatConfig,
     Training,
@@ -21,10 +23,17 @@ from rayproj.classifiers.adversary import (
     losses,
     prepare,
 )
-from rayproj.classifiers.model import weights_of
+from rayproj.classifiers.augment import AugmentConfig
+from rayproj.classifiers.model import KEPT, weights_of
 from rayproj.classifiers.networks import ClassifierConfig, Network, build
+from rayproj.classifiers.objective import GROUP_WEIGHTS, Cells, Objective, ObjectiveConfig
+from rayproj.classifiers.objective import Loss as ObjectiveLoss
+from rayproj.classifiers.task import ClassificationTask
+from rayproj.data.dataset import Field, Header
+from rayproj.engine import memory
 from rayproj.engine.checkpoint import load_ema
 from rayproj.engine.world import World
+from rayproj.export import export
 from rayproj.robustness.autoattack import AttackConfig, autoattack
 from rayproj.robustness.oracle import OfUnit, Oracle
 from rayproj.robustness.pgd import pgd, steepest
@@ -55,10 +64,14 @@ def network(config: ClassifierConfig) -> torch.nn.Module:
     return model.eval()  # without dropout, so that losses can be compared
 
 
+def each(label: torch.Tensor) -> Losses:
+    return lambda logits: F.cross_entropy(logits, label.repeat(len(logits) // len(label)), reduction="none")
+
+
 def found(model: torch.nn.Module, config: AdversaryConfig, label: torch.Tensor | None = None) -> torch.Tensor:
     images, own, row = batch()
     label = own if label is None else label
-    return losses(model, images, label, row, lambda z: F.cross_entropy(z, label, reduction="none"), config, seed=5)
+    return losses(model, images, label, row, each(label), config, seed=5)
 
 
 def attacked(model, config: AdversaryConfig, mix: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[no-untyped-def]
@@ -159,7 +172,7 @@ def test_the_extremes_are_drawn_by_running_errors_as_a_loop_does() -> None:
     def found(parts: int) -> torch.Tensor:
         model.train()
         prepare(model, config)
-        own = [torch.cat([losses(model, x, y, r, lambda z, y=y: F.cross_entropy(z, y, reduction="none"), config, 5)
+        own = [torch.cat([losses(model, x, y, r, each(y), config, 5)
                for x, y, r in zip(images.chunk(parts), label.chunk(parts), at.chunk(parts), strict=True)])
                for at in (torch.stack([row[:, 0], torch.full((6,), s), row[:, 2]], 1) for s in range(40))]  # fmt: skip
         return torch.stack(own)
@@ -259,7 +272,7 @@ def extreme_on(world: World) -> tuple[list[float], list[list[int]]]:
     for step in range(6):
         row[:, 1] = step
         x, y, r = images[mine], label[mine], row[mine]
-        found += losses(model, x, y, r, lambda z, y=y: F.cross_entropy(z, y, reduction="none"), config, 5).tolist()
+        found += losses(model, x, y, r, each(y), config, 5).tolist()
     return found, [getattr(model, ERRORS).tolist(), getattr(model, LATEST).tolist()]
 
 
@@ -301,6 +314,42 @@ def test_a_stop_changes_no_bit_of_what_the_running_errors_come_to(tmp_path: Path
     (found,) = run_ranks(train_extreme, 1, str(tmp_path))
     assert found["whole"][LATEST][0] == 7 and found["whole"][ERRORS].view(2, 2)[:, 1].sum() == 7 * 16
     assert all(torch.equal(tensor, found["stopped"][name]) for name, tensor in found["whole"].items())
+    state = load_file(export(f"{tmp_path}/whole", str(tmp_path / "out")) / "model.safetensors")
+    assert state.keys() == found["whole"].keys() - KEPT, "what the training kept is no part of the model"
+
+
+@pytest.mark.parametrize("several", Several)
+@pytest.mark.parametrize("training", [Training.adversarial, Training.trades, Training.co_training])
+def test_its_memory_can_be_planned(training: Training, several: Several) -> None:
+    config = AdversaryConfig(training, [LINF, ThreatConfig(Norm.l1, 4.0)], several, steps=1)
+    header = Header("x", {"image": Field("png", (1, 8, 8)), "label": Field("int")}, 8, 8, tuple("abcd"))
+    model = memory.Model(ClassificationTask(BRANCHED, header, 0, adversary=config))
+    fields = {"image": ((1, 8, 8), torch.uint8), "label": ((), torch.int64)}
+    assert model.forward_and_backward(model.batch(4, fields)) > 0
+
+
+def test_groups_are_weighed_once_a_step_however_many_attack() -> None:
+    """GroupDRO's weights after a step against three times the same threat are those after one against it."""
+    cells, weights = Cells(np.arange(8) % 2, ("a", "b")), []
+    for count in (1, 3):
+        task_config = AdversaryConfig(Training.adversarial, [LINF] * count, Several.average, random_start=False)
+        objective = Objective(ObjectiveConfig(ObjectiveLoss.group_dro, dro_step=0.5), cells)
+        header = Header("x", {"image": Field("png", (1, 8, 8)), "label": Field("int")}, 8, 8, tuple("abcd"))
+        torch.manual_seed(0)
+        task = ClassificationTask(
+            dataclasses.replace(PLAIN, dropout=0.0),
+            header,
+            0,
+            AugmentConfig(0, False),
+            objective,
+            adversary=task_config,
+        )
+        model = task.build().train()
+        images, label, row = batch()
+        row[:, 0] -= 7
+        task.losses(model, {"image": images, "label": label, "row": row})
+        weights.append(getattr(model, GROUP_WEIGHTS).tolist())
+    assert weights[0] == weights[1] and weights[0][0] != weights[0][1]
 
 
 def test_a_targeted_attack_goes_towards_another_class_drawn_for_each_image_and_step() -> None:

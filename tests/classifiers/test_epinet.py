@@ -505,6 +505,9 @@ def test_an_exported_epinet_predicts_the_mean_over_its_indices(trained: Path, tm
     wider = replace(config, epistemic=replace(config.epistemic, hidden=(60,)))
     with pytest.raises(UserError, match=r"is another than `classifier.epistemic` describes \(first difference: epinet"):
         ClassificationTask(wider, header(200, 32), 7, start=start).build()
+    warmer = replace(config, epistemic=replace(config.epistemic, temperature=2.0))
+    with pytest.raises(UserError, match=r"trained with classifier.epistemic.temperature=1.0, which is 2.0 here"):
+        ClassificationTask(warmer, header(200, 32), 7, start=start).build()
     joined.base.head.bias.data[0] += 1e-6  # type: ignore[union-attr,index,operator]
     with pytest.raises(
         UserError, match=r"was trained on another base \(run 'base', weights .* than 'other'.*give start.run"

@@ -152,7 +152,8 @@ class Linear(nn.Module):
 
 @pytest.mark.parametrize("how", list(Learned), ids=lambda how: how.value)
 def test_learned_weights_are_the_optimum_where_the_problem_is_convex(how: Learned) -> None:
-    """Of logits that are linear in the weights, against scipy on the members' logits, which knows no soup."""
+    """Of logits that are linear in the weights, against scipy on the members' logits, which knows no soup; the last of its
+    variables is the logarithm of a factor of all logits."""
     torch.manual_seed(3)
     members = [Linear() for _ in range(3)]
     x, truth = torch.randn(200, 3).double(), Linear()
@@ -162,13 +163,14 @@ def test_learned_weights_are_the_optimum_where_the_problem_is_convex(how: Learne
     by_layer, convex = "layer" in how.value, "convex" in how.value
 
     def loss(w: np.ndarray) -> float:
-        logits = np.einsum("li,libk->bk", np.broadcast_to(w.reshape(-1, 3), (2, 3)), parts)
+        rows = np.broadcast_to(w[:-1].reshape(-1, 3), (2, 3))
+        logits = np.exp(w[-1]) * np.einsum("li,libk->bk", rows, parts)
         return float(np.mean(logsumexp(logits, axis=1) - logits[np.arange(200), label]))
 
     rows = 2 if by_layer else 1
-    sums = {"type": "eq", "fun": lambda w: w.reshape(-1, 3).sum(1) - 1}
-    bounds = [(0, 1)] * (3 * rows) if convex else None
-    start = np.full(3 * rows, 1 / 3)
+    sums = {"type": "eq", "fun": lambda w: w[:-1].reshape(-1, 3).sum(1) - 1}
+    bounds = [(0, 1)] * (3 * rows) + [(None, None)] if convex else None
+    start = np.append(np.full(3 * rows, 1 / 3), 0.0)
     best = minimize(
         loss, start, method="SLSQP", bounds=bounds, constraints=[sums], options={"ftol": 1e-12, "maxiter": 300}
     )
@@ -177,13 +179,14 @@ def test_learned_weights_are_the_optimum_where_the_problem_is_convex(how: Learne
     assert isinstance(found, dict) == by_layer
     rows_found = np.array([found["first"], found["second"]] if isinstance(found, dict) else [found])
     np.testing.assert_allclose(rows_found.sum(1), 1, atol=1e-6)
-    assert loss(rows_found) < loss(start) - 1e-3, "it is not where it began"
-    assert loss(rows_found) == pytest.approx(best.fun, abs=1e-5)
-    np.testing.assert_allclose(rows_found, best.x.reshape(rows, 3), atol=0.01)
+    ours = np.append(rows_found.ravel(), best.x[-1])
+    assert loss(ours) < loss(start) - 1e-3, "it is not where it began"
+    assert loss(ours) == pytest.approx(best.fun, abs=1e-5) and abs(best.x[-1]) > 0.01
+    np.testing.assert_allclose(rows_found, best.x[:-1].reshape(rows, 3), atol=0.01)
     mixed = Linear()
     mixed.load_state_dict(soup(states, found))
-    value = nn.functional.cross_entropy(mixed(x), label).item()
-    assert value == pytest.approx(loss(rows_found), abs=1e-9)
+    value = nn.functional.cross_entropy(np.exp(best.x[-1]) * mixed(x), label).item()
+    assert value == pytest.approx(loss(ours), abs=1e-9)
 
 
 def test_with_more_freedom_there_is_less_loss_on_the_images_that_teach() -> None:

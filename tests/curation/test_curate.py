@@ -15,7 +15,7 @@ from PIL import Image
 
 from rayproj.curation.curate import CurateConfig, DuplicatesConfig, curate
 from rayproj.curation.duplicates import clusters, difference_hash, weights
-from rayproj.curation.scorers import RuleConfig, Scorer, _nudenet, resized, scorer
+from rayproj.curation.scorers import RuleConfig, Scorer, file_of, resized, scorer
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.order import Weighted
 from rayproj.data.reader import Reader
@@ -23,6 +23,7 @@ from rayproj.data.sources import SourceConfig, SourceKind, open_source
 from rayproj.data.writer import commit_shard
 from rayproj.errors import UserError
 from rayproj.responsibility.personal import personal
+from rayproj.responsibility.safety import SafetyConfig, described, planned
 
 CAPTIONS = {3: "call 0171 555 0123", 7: "by jane.doe@example.org", 8: "A Gun, drawn"}
 
@@ -241,7 +242,9 @@ def test_a_detector_that_ships_in_a_package_finds_what_its_own_code_does() -> No
     images = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures])
     nothing = RuleConfig(Scorer.model, at_most=0.3, model="nudenet")
     assert not nothing.outside(scorer(nothing)({"image": images})).any()
-    face = RuleConfig(Scorer.model, at_most=1, model=_nudenet(), size=320, outputs=[5])
+    said = described(SafetyConfig({"uncovered": nothing}))
+    assert list(said["models"]) == ["nudenet"] and planned(said).rules == {"uncovered": nothing}
+    face = RuleConfig(Scorer.model, at_most=1, model=file_of("nudenet"), size=320, outputs=[5])
     found, theirs = scorer(face)({"image": images}), []
     # As an array of red, green and blue: of a file it swaps the first and the last twice.
     for picture in pictures:

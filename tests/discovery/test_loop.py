@@ -33,6 +33,7 @@ from rayproj.evaluation.proportions import Rate
 from rayproj.evaluation.skewsize import skewsize
 from rayproj.report.failures import issues, page, predictions
 from rayproj.storage.store import to_json
+from rayproj.synthesis.plan import withheld
 from tests.support import pipelines, planted
 
 ATTRIBUTES: dict[str, list[str]] = {"tone": [], "style": [], "background": []}
@@ -507,6 +508,7 @@ def test_counterfactuals_are_the_same_images_without_a_term(tmp_path: Path) -> N
     kept, (pair,) = passed[:count] & passed[count:], findings[1]["counterfactuals"]
     assert 0 < kept.sum() == pair["rate"]["images"] == pair["rate_without"]["images"] < count
     assert pair["only_with"] == int((failed[own] & ~failed[without] & kept).sum())
+    assert withheld(safe) == {"images": (after["tries"] - 1).sum(), "reasons": {}}
     values |= {"out": str(tmp_path / "never"), "safety": {"rules": {"all": {"scorer": "contrast", "at_least": 999.0}}}}
     with pytest.raises(
         UserError, match=r"Of .* none of 16 images passed discover\.safety\.rules \(all\); leave it out"

@@ -7,7 +7,7 @@ from rayproj.jobs.train_classifier import Config, worker
 
 from rayproj import config as configuration
 from rayproj.classifiers.adversary import ThreatConfig
-from rayproj.classifiers.model import StartConfig, of_run
+from rayproj.classifiers.model import StartConfig, began_with, of_run
 from rayproj.classifiers.networks import ClassifierConfig, Network
 from rayproj.classifiers.soups import Learned, soup
 from rayproj.classifiers.task import ClassificationTask
@@ -30,7 +30,7 @@ from rayproj.robustness.mixing import (
     summary,
 )
 from rayproj.robustness.threats import Norm
-from rayproj.storage.store import Store
+from rayproj.storage.store import Store, to_json
 from tests.robustness.test_job import write
 from tests.support.ranks import run_ranks
 from tests.support.regression import Recorder
@@ -159,6 +159,9 @@ def test_every_candidate_is_judged_as_it_would_be_alone(folder: str, tmp_path: P
         start=StartConfig(learned=f"{tmp_path}/test:convex_by_layer"),
     )  # fmt: skip
     assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in task.build().state_dict().items())
+    start = configuration.to_dict(StartConfig(learned=f"{tmp_path}/test:affine"))
+    Store(f"{tmp_path}/later").write("config.yaml", to_json({"start": start}))
+    assert sorted(began_with(f"{tmp_path}/later")) == sorted(f"{folder}/{name}" for name in ("l2", "linf"))
     noisy = matrix(sets["gaussian_noise"])
     assert noisy.keys() == {CLEAN} and (noisy[CLEAN] != right[CLEAN]).any()
     row = torch.stack([torch.arange(40), torch.zeros(40).long(), torch.full((40,), 81)], 1)
