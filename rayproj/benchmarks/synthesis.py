@@ -253,7 +253,7 @@ def _readers(way: str, uri: str) -> Iterator[torch.Tensor]:
     elif way == "ray":
         import ray
 
-        ray.init(num_cpus=THREADS, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=THREADS, include_dashboard=False, log_to_driver=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
         shards = ray.data.read_webdataset(paths, suffixes=["image.png", "json"])
         for rows in shards.iter_batches(batch_size=BATCH, batch_format="numpy", local_shuffle_buffer_size=1000):

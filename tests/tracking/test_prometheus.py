@@ -17,7 +17,7 @@ from rayproj.storage.store import Store
 from rayproj.tracking.tracker import Tracker, TrackingConfig, WandbMode
 port = int(sys.argv[2])
 if port:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
 tracker = Tracker("déjà-train", "train", Store(sys.argv[1]), TrackingConfig(wandb=WandbMode.disabled), {})
 tracker.start()
 tracker.event({"type": "resumed", "step": 0, "ranks": 3})
