@@ -59,7 +59,7 @@ def trade_offs(found: dict[str, Any]) -> Figure:
                           elinewidth=0.6, linestyle="none", label=name, zorder=3)  # fmt: skip
         axis.set_xlabel("right without an attack")
         axis.set_ylabel(f"right under {measure}" if measure != "union" else "right under all")
-    axes[0].legend(frameon=False, fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 

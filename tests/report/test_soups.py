@@ -60,7 +60,7 @@ def test_the_front_is_what_no_candidate_beats_in_both() -> None:
 
 def test_members_and_their_ensemble_are_marked() -> None:
     (axis,) = [axis for axis in trade_offs(outcome()).axes if axis.get_visible()]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+    assert [text.get_text() for text in axis.figure.legends[0].get_texts()] == [
         "a", "b", "learned, affine", "learned, affine by layer", "ensemble"
     ]  # fmt: skip
     ends = [container.lines[0].get_xydata()[0].tolist() for container in axis.containers]
