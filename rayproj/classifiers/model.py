@@ -170,7 +170,7 @@ def put_epinet(network: nn.Module, folder: str, base: str) -> None:
     Raises:
         UserError: there is none, or it is of another base or of another size.
     """
-    from safetensors.torch import load
+    from safetensors.torch import load as tensors_of
 
     store = Store(folder)
     if not isinstance(network, Epinet):
@@ -193,7 +193,7 @@ def put_epinet(network: nn.Module, folder: str, base: str) -> None:
             f"The epinet of '{folder}' was trained with classifier.epistemic.{name}={options[name]}, which is "
             f"{own_options[name]} here; give it that."
         )
-    given, apart = load(data), network.apart()
+    given, apart = tensors_of(data), network.apart()
     if wrong := sorted(set(apart) ^ set(given)) or [n for n in apart if apart[n].shape != given[n].shape]:
         raise UserError(
             f"The epinet of '{folder}' is another than `classifier.epistemic` describes (first difference: {wrong[0]})."
