@@ -1,5 +1,6 @@
 """The engine against a plain torch loop: ZeRO, world size and micro-batches change the layout, not the numbers."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -96,6 +97,17 @@ def test_in_bf16_every_stage_equals_a_plain_loop_with_fp32_master_weights(tmp_pa
                 torch.testing.assert_close(found["weights"][name], expected)
             for name, expected in average.items():  # of the master weights
                 torch.testing.assert_close(found["ema"][name], expected.flatten(), rtol=1e-4, atol=1e-5)
+
+
+def loads_inductor(world, uri, settings):  # type: ignore[no-untyped-def]
+    regression.run(world, uri, settings, "a")
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_rank_that_compiles_nothing_does_not_load_inductor(tmp_path, zero_stage: int) -> None:  # type: ignore[no-untyped-def]
+    """DeepSpeed would, for its Muon: 0.7 s of 3.5 that a rank takes to start."""
+    assert run_ranks(loads_inductor, 1, str(tmp_path), regression.config(2, zero_stage)) == [False]
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:

@@ -8,6 +8,7 @@ from rayproj.engine.world import World
 
 import_deepspeed(World(0, 1, 0, "cpu"))
 del os.environ["LOCAL_RANK"]
+import torch._dynamo  # noqa: E402, F401  as an optimizer does
 from diffusers import AutoencoderKL  # noqa: E402, F401  brings all of its models, which takes seconds
 
 import tests.support.private  # noqa: E402
