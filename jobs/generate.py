@@ -15,7 +15,8 @@ from rayproj.responsibility.provenance import Signer
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import PoolConfig, produce
 from rayproj.runtime.run import Run, RunConfig
-from rayproj.synthesis.plan import GenerateConfig, decisions_of, plan, shards_in_a_row, withheld
+from rayproj.synthesis.gate import withheld
+from rayproj.synthesis.plan import GenerateConfig, decisions_of, plan, shards_in_a_row
 from rayproj.tracking.tracker import TrackingConfig
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj.data.dataset import Dataset, Header, Inputs
+from rayproj.responsibility.provenance import Signer
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import PoolConfig, produce
 from rayproj.runtime.run import Run, RunConfig
+from rayproj.synthesis.gate import withheld
 from rayproj.synthesis.upscaler import UpscaleConfig, plan
 from rayproj.tracking.tracker import TrackingConfig
 
@@ -34,10 +36,15 @@ def main(config: Config) -> dict[str, Any]:
     with Run.open("upscale", config) as run:
         if run.result:
             return run.result
+        signer = Signer(config.upscale.provenance) if config.upscale.provenance.key else None
         dataset = Dataset.create(config.upscale.out, plan(config.upscale, config.run.seed))
-        maker = {"out": dataset.uri, "batch": config.upscale.batch}
+        maker = {"out": dataset.uri, "batch": config.upscale.batch, "key": config.upscale.watermark.key}
         made = produce(run, dataset, "rayproj.synthesis.upscaler:Upscaler", config.pool, maker)
-        return run.finish({**made, "private": dataset.header.provenance["private"]})
+        if signer:
+            signer.sign_dataset(dataset)
+        said = dataset.header.provenance
+        withholding = {"withheld": withheld(dataset)} if "safety" in said else {}
+        return run.finish({**made, "private": said["private"], **withholding})
 
 
 if __name__ == "__main__":

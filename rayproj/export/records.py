@@ -26,7 +26,8 @@ from rayproj.export.evaluations import NOT_RECORDED, Evaluation, OfJudge, evalua
 from rayproj.judging.scoring import JudgeConfig
 from rayproj.responsibility.provenance import OF_DATASET
 from rayproj.storage.store import Store, from_json
-from rayproj.synthesis.plan import PROMPT, commit_hash, withheld
+from rayproj.synthesis.gate import withheld
+from rayproj.synthesis.plan import PROMPT, commit_hash
 
 KINDS = {"diffusion": "image-generation", "classifier": "image-classification", "autoencoder": "autoencoder"}
 CELLS = 200  # that a card lists

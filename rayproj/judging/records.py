@@ -17,7 +17,7 @@ from rayproj.responsibility.load import Load
 from rayproj.responsibility.policy import Action
 from rayproj.responsibility.provenance import KINDS, SIDECAR, Verdict, check, need_c2pa
 from rayproj.storage.store import Store, from_json
-from rayproj.synthesis.plan import withheld
+from rayproj.synthesis.gate import withheld
 
 NAMED = 12  # of what is wrong
 

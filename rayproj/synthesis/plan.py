@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,23 +19,21 @@ from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.encodings import ENCODINGS
 from rayproj.data.prompts import read_prompts
-from rayproj.data.reader import Reader
 from rayproj.diffusion.conditions import LABEL, TEXT, Conditions
 from rayproj.diffusion.denoiser import Network
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import DiffusionConfig
 from rayproj.engine.checkpoint import Commit, commits
 from rayproj.errors import UserError
-from rayproj.evaluation.watermark import WatermarkConfig, key_name, read_key
+from rayproj.evaluation.watermark import WatermarkConfig
 from rayproj.privacy.certificate import certificate
-from rayproj.responsibility import safety
 from rayproj.responsibility.policy import Action, Blocked, Decision, PolicyConfig, PromptPolicy
 from rayproj.responsibility.provenance import ProvenanceConfig
 from rayproj.responsibility.safety import TRIES, SafetyConfig
 from rayproj.storage.store import Store, from_json, to_json
+from rayproj.synthesis import gate
 
 PROMPT = "prompt"
-WITHHELD = "withheld"  # folder of a dataset: of each shard, how many images did not pass generate.safety, and why
 NAMED = 5  # prompts that an error names
 
 
@@ -274,15 +271,9 @@ def plan(config: GenerateConfig, seed: int) -> Header:
         # Read after the commit, so that the ledger has every release that is in it.
         "private": private and {**private, "model_commit": commit_hash(newest)},
     }
-    if config.watermark.key:
-        provenance["watermark"] = {
-            "key": key_name(read_key(config.watermark.key)),
-            "strength": config.watermark.strength,
-        }
+    provenance |= gate.described(config.watermark, config.safety)
     if decisions and config.policy.use:
         provenance["policy"] = PromptPolicy(config.policy).described(decisions)
-    if config.safety.rules:
-        provenance["safety"] = safety.described(config.safety)
     if weak:
         provenance |= {name: weak[name] for name in ("weak", "weak_commit")}
         provenance["private"] = provenance["private"] or weak["private"]
@@ -352,20 +343,6 @@ def _weak(config: GenerateConfig, latents: str) -> dict[str, Any]:
             "both draw would have no guarantee; give a private one, or one of other images."
         )
     return {"weak": run.uri, "weak_commit": commit_hash(_newest(run)), "private": private}
-
-
-def withheld(dataset: Dataset) -> dict[str, Any]:
-    """How many images did not pass the safety rules of a dataset's plan, and how many each rule was against; of what a
-    search for failures drew only their number is kept."""
-    images, reasons, recorded = 0, Counter[str](), dataset.store.list(WITHHELD)
-    if not recorded and TRIES in dataset.header.fields:
-        tries = Reader(dataset, [TRIES]).gather(np.arange(dataset.header.num_samples))[TRIES]
-        images = int((tries - 1).sum())
-    for path in recorded:
-        one = from_json(dataset.store.read(path))
-        images += one["images"]
-        reasons.update(one["reasons"])
-    return {"images": images, "reasons": dict(sorted(reasons.items()))}
 
 
 def stated(certificate: dict[str, Any] | None) -> str:

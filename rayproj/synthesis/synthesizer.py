@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,8 @@ from rayproj.diffusion.conditions import TEXT, Condition
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import TrainedModel
 from rayproj.errors import UserError
-from rayproj.evaluation.watermark import key_name, mark, read_key
-from rayproj.responsibility import safety
-from rayproj.responsibility.safety import TRIES, Safety
-from rayproj.storage.store import to_json
-from rayproj.synthesis.plan import LABEL, PROMPT, WITHHELD, Cells, commit_hash, stated
+from rayproj.synthesis.gate import Gate
+from rayproj.synthesis.plan import LABEL, PROMPT, Cells, commit_hash, stated
 
 
 def planned_model(header: Header, device: str) -> TrainedModel:
@@ -69,23 +65,15 @@ class Synthesizer:
             for name, values in self.axes.items()
             if name != PROMPT
         }
-        self.secret = read_key(config["key"]) if "watermark" in provenance else b""
-        if self.secret and key_name(self.secret) != provenance["watermark"]["key"]:
-            raise UserError(
-                f"The key '{config['key']}' is not the one that {config['out']} was planned with; give that one."
-            )
-        self.safety: Safety | None = None
-        if "safety" in provenance:
-            self.safety = Safety(safety.planned(provenance["safety"]), device)
+        self.gate = Gate(self.dataset, config.get("key", ""), device, "generate")
         self.drawn: dict[int, np.ndarray | None] = {}  # by batch: those that the last shard took from
-        self.withheld: dict[int, list[list[str]]] = {}  # by sample: the reasons of each image that did not pass
         self.prompts = self.model.text(self.axes[PROMPT]) if PROMPT in self.axes else None
 
     def make(self, shard: int) -> list[dict[str, Any]]:
         ids = np.array(self.header.shard_range(shard))
         batches = range(int(ids[0]) // self.batch, int(ids[-1]) // self.batch + 1)
         self.drawn = {number: self.drawn.get(number) for number in batches}
-        self.withheld = {i: reasons for i, reasons in self.withheld.items() if i // self.batch in batches}
+        self.gate.forget(but=lambda i: i // self.batch in batches)
         for number in batches:
             if self.drawn[number] is None:
                 of = np.arange(number * self.batch, min((number + 1) * self.batch, self.header.num_samples))
@@ -95,39 +83,15 @@ class Synthesizer:
             number, place = divmod(i, self.batch)
             image = self.drawn[number][place]  # type: ignore[index]
             found.append({"key": f"{i:08d}", "image": image, "seed": self.seed, **self._fields(i)})
-        if self.safety:
-            counts = Counter(name for i in map(int, ids) for names in self.withheld.get(i, []) for name in names)
-            images = sum(len(self.withheld.get(i, [])) for i in map(int, ids))
-            self.dataset.store.write(f"{WITHHELD}/{shard:06d}.json", to_json({"images": images, "reasons": counts}))
+        self.gate.record(shard, map(int, ids))
         return found
 
     def _draw(self, ids: np.ndarray) -> np.ndarray:
         """uint8 images [n, C, H, W] of these samples, which may be shown, and marked."""
-        images = self._sample(ids, ids)
-        if self.safety:
-            self._make_safe(self.safety, images, ids)
-        return mark(images, self.secret, self.header.provenance["watermark"]["strength"]) if self.secret else images
+        return self.gate.through(ids, lambda at, keys: self._sample(ids[at], keys), self._shows)
 
-    def _make_safe(self, judge: Safety, images: np.ndarray, ids: np.ndarray) -> None:
-        """Draw those that may not be shown from other noise, in place.
-
-        Raises:
-            UserError: of a sample none may be shown.
-        """
-        found = judge.replaced(
-            images, lambda at, number: self._sample(ids[at], ids[at] + number * self.header.num_samples)
-        )
-        self.withheld |= {int(i): reasons for i, reasons in zip(ids, found, strict=True)}
-        none = [int(i) for i in ids if len(self.withheld[int(i)]) == judge.config.tries]
-        if not none:
-            return
-        sample = none[0]
-        cell = {name: self.axes[name][number] for name, number in self.cells.of(sample).items()}
-        raise UserError(
-            f"Of sample {sample} ({cell or 'no condition'}) none of {judge.config.tries} images passed "
-            f"generate.safety.rules ({', '.join(self.withheld[sample][-1])}); leave out what it is to show, raise "
-            "generate.safety.tries, or loosen the rule, and give generate.out another place."
-        )
+    def _shows(self, sample: int) -> Any:
+        return {n: self.axes[n][number] for n, number in self.cells.of(sample).items()} or "no condition"
 
     def _sample(self, ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """What these samples show, from the noise of these keys."""
@@ -152,7 +116,6 @@ class Synthesizer:
         cell, weights = self.cells.of(sample), self.sampler.weights
         found: dict[str, Any] = {name: numbers[cell[name]] for name, numbers in self.numbers.items()}
         found |= self.said
-        if self.safety:
-            found[TRIES] = 1 + len(self.withheld.get(sample, []))
+        found |= self.gate.fields(sample)
         found["guidance"] = " ".join(f"{n}={w:g}" for n, w in weights.items()) or f"{self._guidance(sample):g}"
         return {**found, PROMPT: self.axes[PROMPT][cell[PROMPT]]} if PROMPT in self.axes else found

@@ -19,8 +19,14 @@ from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.diffusion.task import DiffusionConfig, TrainedModel
 from rayproj.engine.checkpoint import commits
 from rayproj.errors import UserError
+from rayproj.evaluation.watermark import WatermarkConfig
 from rayproj.privacy.certificate import certificate
+from rayproj.responsibility import safety
+from rayproj.responsibility.provenance import ProvenanceConfig
+from rayproj.responsibility.safety import TRIES, SafetyConfig
 from rayproj.storage.store import Store, from_json
+from rayproj.synthesis import gate
+from rayproj.synthesis.gate import Gate
 from rayproj.synthesis.plan import PROMPT, commit_hash
 
 
@@ -34,6 +40,9 @@ class UpscaleConfig:
     noise: float = 0.0  # level of the noise that they are given first; up to what the model was trained with
     batch: int = 64
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    watermark: WatermarkConfig = field(default_factory=WatermarkConfig)  # that of the small images is lost
+    safety: SafetyConfig = field(default_factory=SafetyConfig)  # no rules: those that the small images had to pass
+    provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)  # who signs for the dataset
 
     def problems(self) -> list[str]:
         found = [] if 0 <= self.noise < 1 else [f"upscale.noise must lie in [0, 1), not {self.noise:g}."]
@@ -44,7 +53,7 @@ def plan(config: UpscaleConfig, seed: int) -> Header:
     """The header of the dataset to be written: as that of the images, with larger ones.
 
     Raises:
-        UserError: there is no such model or dataset, or they do not go together.
+        UserError: there is no such model or dataset, or they do not go together; or the mark of the images would be lost.
     """
     run = Store(config.model)
     if not run.exists("config.yaml") or not (done := commits(run)):
@@ -62,14 +71,25 @@ def plan(config: UpscaleConfig, seed: int) -> Header:
         raise UserError(
             f"upscale.noise={config.noise:g} is more than the model was trained with ({diffusion.conditioned[LOW].noise:g})."
         )
+    inherited = {name: said for name, said in images.provenance.items() if name not in ("watermark", "safety")}
+    if "watermark" in images.provenance and not config.watermark.key:
+        raise UserError(
+            f"The images of '{config.images}' carry a watermark, which an image drawn anew has not; give "
+            "upscale.watermark.key, a file with a secret."
+        )
+    rules = config.safety
+    if not rules.rules and "safety" in images.provenance:
+        rules = safety.planned(images.provenance["safety"])
+    tries = {TRIES: Field("int")} if rules.rules else {}
     shape = tuple(from_json(Store(latents.provenance["autoencoder"]).read("result.json"))["image_shape"])
     own, source = certificate(run), images.provenance.get("private")
     return replace(
         images,
         name=f"{images.name}, {shape[1]}x{shape[2]}",
-        fields={**images.fields, "image": Field("png", shape)},
+        fields={n: f for n, f in images.fields.items() if n != TRIES} | {"image": Field("png", shape), **tries},
         provenance={
-            **images.provenance,
+            **inherited,
+            **gate.described(config.watermark, rules),
             "upscaled_from": Store(config.images).uri,
             "upscaler": run.uri,
             "upscaler_commit": commit_hash(done[-1]),
@@ -83,11 +103,13 @@ def plan(config: UpscaleConfig, seed: int) -> Header:
 
 
 class Upscaler:
-    """Makes a shard of larger images from the same shard of small ones. Config keys: "out", "batch"."""
+    """Makes a shard of larger images from the same shard of small ones. Config keys: "out", "batch", and "key", the file
+    with the watermark's secret, where there is one."""
 
     def __init__(self, config: dict[str, Any], device: str) -> None:
         self.device, self.batch = device, int(config["batch"])
-        self.header = Dataset.open(config["out"]).header
+        dataset = Dataset.open(config["out"])
+        self.header, self.gate = dataset.header, Gate(dataset, config.get("key", ""), device, "upscale")
         said = self.header.provenance
         self.reader = Reader(Dataset.open(said["upscaled_from"]))
         self.model = TrainedModel(said["upscaler"], device)
@@ -104,18 +126,31 @@ class Upscaler:
         columns = self.reader.gather(ids)
         parts = [slice(i, i + self.batch) for i in range(0, len(ids), self.batch)]
         drawn = np.concatenate([self._draw(ids[p], {n: c[p] for n, c in columns.items()}) for p in parts])
-        kept = {name: columns[name].tolist() for name in self.header.fields if name != "image"}
-        return [
-            {"key": f"{i:08d}", "image": drawn[k], **{name: values[k] for name, values in kept.items()}}
-            for k, i in enumerate(ids)
+        kept = {name: columns[name].tolist() for name in self.header.fields if name not in ("image", TRIES)}
+        samples = [
+            {
+                "key": f"{i:08d}",
+                "image": drawn[k],
+                **{n: values[k] for n, values in kept.items()},
+                **self.gate.fields(i),
+            }
+            for k, i in enumerate(map(int, ids))
         ]
+        self.gate.record(shard, map(int, ids))
+        self.gate.forget(but=lambda i: False)
+        return samples
 
     def _draw(self, ids: np.ndarray, columns: dict[str, np.ndarray]) -> np.ndarray:
-        index = torch.from_numpy(ids).to(self.device)
+        """uint8 images [n, C, H, W] of these samples, which may be shown, and marked."""
+        return self.gate.through(ids, lambda at, keys: self._sample(keys, {n: c[at] for n, c in columns.items()}))
+
+    def _sample(self, keys: np.ndarray, columns: dict[str, np.ndarray]) -> np.ndarray:
+        """Larger ones of these images, from the noise of these keys."""
+        index, count = torch.from_numpy(keys).to(self.device), len(keys)
         row = torch.stack([index, torch.zeros_like(index), torch.zeros_like(index)], dim=1)
         small = torch.from_numpy(columns["image"]).to(self.device)
-        level = torch.full((len(ids),), self.noise, device=self.device)
-        condition: Condition = self.model.conditions.nothing(len(ids), self.device)
+        level = torch.full((count,), self.noise, device=self.device)
+        condition: Condition = self.model.conditions.nothing(count, self.device)
         condition[LOW] = noisy(small, level, keyed.normal(self.seed, "low_noise", row, tuple(small.shape[1:])))
         condition[LOW_NOISE] = level
         for name in self.model.conditions.values:  # what else the model knows, where the images have it

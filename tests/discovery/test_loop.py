@@ -33,7 +33,7 @@ from rayproj.evaluation.proportions import Rate
 from rayproj.evaluation.skewsize import skewsize
 from rayproj.report.failures import issues, page, predictions
 from rayproj.storage.store import to_json
-from rayproj.synthesis.plan import withheld
+from rayproj.synthesis.gate import withheld
 from tests.support import pipelines, planted
 
 ATTRIBUTES: dict[str, list[str]] = {"tone": [], "style": [], "background": []}

@@ -27,6 +27,7 @@ from rayproj.judging import records
 from rayproj.responsibility.policy import Blocked, PolicyConfig
 from rayproj.responsibility.safety import Safety, SafetyConfig
 from rayproj.storage.store import Store
+from rayproj.synthesis.gate import withheld
 from rayproj.synthesis.plan import (
     Cells,
     GenerateConfig,
@@ -35,7 +36,6 @@ from rayproj.synthesis.plan import (
     plan,
     prompts_of,
     shards_in_a_row,
-    withheld,
     written_out,
 )
 from rayproj.synthesis.synthesizer import Synthesizer

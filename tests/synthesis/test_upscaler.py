@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rayproj.curation.scorers import RuleConfig, Scorer, scorer
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.diffusion.sampling import SamplerConfig
 from rayproj.engine.world import World
 from rayproj.errors import UserError
+from rayproj.evaluation.watermark import WatermarkConfig, key_name, mark
+from rayproj.responsibility.safety import SafetyConfig, described
+from rayproj.synthesis.gate import withheld
 from rayproj.synthesis.plan import GenerateConfig
 from rayproj.synthesis.plan import plan as generate_plan
 from rayproj.synthesis.upscaler import UpscaleConfig, Upscaler, plan
@@ -75,11 +79,11 @@ def test_shards_are_larger_and_else_the_same(folder: Path) -> None:
     assert header.fields["image"].shape == (3, 16, 16) and header.num_samples == 12
     assert header.provenance["private"] == {"epsilon": 8.0}, "what the small images cost, the large ones cost"
     Dataset.create(config.out, header)
-    maker = Upscaler({"out": config.out, "batch": 4}, "cpu")
+    maker = Upscaler({"out": config.out, "batch": 4, "key": ""}, "cpu")
     samples = maker.make(1)
     small = Reader(Dataset.open(config.images)).gather(np.arange(6, 12))
     assert [s["label"] for s in samples] == small["label"].tolist() and samples[0]["seed"] == 7
-    again = Upscaler({"out": config.out, "batch": 1}, "cpu").make(1)
+    again = Upscaler({"out": config.out, "batch": 1, "key": ""}, "cpu").make(1)
     for one, same in zip(again, samples, strict=True):
         assert one["image"].shape == (3, 16, 16)
         assert np.abs(one["image"].astype(int) - same["image"]).max() <= 1, "whatever the batch"
@@ -87,6 +91,48 @@ def test_shards_are_larger_and_else_the_same(folder: Path) -> None:
     drawn = maker._draw(np.array([6]), given)
     assert not np.array_equal(drawn, maker._draw(np.array([6]), {**given, "image": 255 - given["image"]}))
     assert not np.array_equal(drawn, maker._draw(np.array([6]), {**given, "label": 1 - given["label"]}))
+
+
+def test_larger_images_pass_the_rules_and_are_marked_again(folder: Path) -> None:
+    key, other = folder / "key", folder / "other"
+    key.write_bytes(b"k" * 32), other.write_bytes(b"o" * 32)
+    plain = Upscaler({"out": str(folder / "large"), "batch": 6, "key": ""}, "cpu").make(0)
+    contrast = [float(scorer(RuleConfig(Scorer.contrast), "cpu")({"image": s["image"][None]})[0]) for s in plain]
+    rule = RuleConfig(Scorer.contrast, at_most=float(np.median(contrast)))
+    small = {
+        "watermark": {"key": "that of others", "strength": 9.0},
+        "safety": described(SafetyConfig({"loud": rule}, 40)),
+    }
+    write_images(str(folder / "marked"), 8, private=None, **small)
+    changes = {"images": str(folder / "marked"), "out": str(folder / "large_marked")}
+    with pytest.raises(UserError, match=r"carry a watermark, which .* anew has not; give upscale\.watermark\.key"):
+        plan(config_of(folder, **changes), 3)
+    changes["watermark"] = WatermarkConfig(str(key), 30.0)
+    header = plan(config_of(folder, **changes), 3)
+    assert header.provenance["watermark"] == {"key": key_name(key.read_bytes()), "strength": 30.0}
+    assert header.provenance["safety"] == small["safety"], "no rules of its own: those of the small images"
+    Dataset.create(changes["out"], header)
+    with pytest.raises(UserError, match="is not the one that"):
+        Upscaler({"out": changes["out"], "batch": 6, "key": str(other)}, "cpu")
+    made = Upscaler({"out": changes["out"], "batch": 6, "key": str(key)}, "cpu").make(0)
+    unmarked = Upscaler({"out": changes["out"], "batch": 6, "key": str(key)}, "cpu")
+    unmarked.gate.secret = b""
+    drawn = unmarked.make(0)
+    assert np.array_equal(
+        mark(np.stack([s["image"] for s in drawn]), key.read_bytes(), 30.0), [s["image"] for s in made]
+    )
+    judge = scorer(rule, "cpu")
+    assert (judge({"image": np.stack([s["image"] for s in drawn])}) <= rule.at_most).all()
+    anew = [s["tries"] > 1 for s in made]
+    assert any(anew) and not all(anew), "some passed at once"
+    for one, before, again in zip(drawn, plain, anew, strict=True):
+        assert np.array_equal(one["image"], before["image"]) != again
+    recorded = withheld(Dataset.open(changes["out"]))
+    assert recorded["images"] == sum(s["tries"] - 1 for s in made) == recorded["reasons"]["loud"]
+    changes |= {"out": str(folder / "never"), "safety": SafetyConfig({"all": RuleConfig(Scorer.contrast, 999.0)}, 2)}
+    Dataset.create(changes["out"], plan(config_of(folder, **changes), 3))
+    with pytest.raises(UserError, match=r"none of 2 images passed upscale\.safety\.rules \(all\)"):
+        Upscaler({"out": changes["out"], "batch": 6, "key": str(key)}, "cpu").make(0)
 
 
 def test_what_does_not_go_together_is_said(folder: Path) -> None:
