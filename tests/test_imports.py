@@ -66,6 +66,17 @@ def test_the_engine_runs_without_ray_being_importable() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_ranks_and_makers_do_not_load_what_they_do_not_use() -> None:
+    """They start often; SciPy's parts, which `import scipy` loads where first used, would be half a second of each."""
+    heavy = ("scipy.stats", "scipy.signal", "scipy.ndimage", "scipy.optimize", "transformers", "diffusers", "deepspeed")
+    jobs = ("train_autoencoder", "train_classifier", "train_diffusion", "finetune_private", "evaluate", "audit_privacy")
+    makers = ("synthesis.synthesizer", "synthesis.upscaler", "robustness.job", "robustness.mixing", "discovery.examine")
+    names = [*(f"jobs.{job}" for job in jobs), *makers, "diffusion.encode", "obfuscation.writing"]
+    code = f"import sys, {', '.join(f'rayproj.{name}' for name in names)}; print({{*{heavy}}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_the_folder_kernels_shadows_no_package(tmp_path: Path) -> None:
     """transformers and diffusers import the PyPI package `kernels`; a regular package always wins over our folder."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

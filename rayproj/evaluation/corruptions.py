@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.stats import poisson
 from torch import Tensor
 
 from rayproj import keyed
@@ -59,7 +59,8 @@ def shot_noise(x: Tensor, draw: Draw, photons: float) -> Tensor:
     """Of a pixel of value x, Poisson(photons · x) / photons."""
     levels = (x * 255).round().long()
     # By inversion: the quantile functions of the 256 rates one after the other are one sorted table.
-    table = poisson.cdf(np.arange(int(photons + 12 * math.sqrt(photons)) + 2), photons * np.arange(256)[:, None] / 255)
+    counts = np.arange(int(photons + 12 * math.sqrt(photons)) + 2)
+    table = scipy.stats.poisson.cdf(counts, photons * np.arange(256)[:, None] / 255)
     lookup = np.arange(256)[:, None] + np.minimum(table, 1 - 1e-12)
     u = draw.uniform("photons", *x.shape[1:]).double()
     place = np.searchsorted(lookup.ravel(), (levels + u).numpy())

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,7 +137,9 @@ def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
         chosen = log.gather(2, labels.expand(len(log), -1)[..., None])[..., 0]
         return float(-(chosen.logsumexp(0) - math.log(len(log))).mean())
 
-    return math.exp(minimize_scalar(loss, bounds=(-2.5, 2.5), method="bounded", options={"xatol": 0.01}).x)
+    return math.exp(
+        scipy.optimize.minimize_scalar(loss, bounds=(-2.5, 2.5), method="bounded", options={"xatol": 0.01}).x
+    )
 
 
 def inference_cost(network: EpistemicNetwork, images: Tensor, count: int) -> dict[str, float]:

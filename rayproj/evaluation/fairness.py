@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
+import scipy
 
 from rayproj.errors import UserError
 
@@ -67,7 +67,7 @@ def macro_auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
         theirs = labels == c
         n = int(theirs.sum())
         if 0 < n < len(labels):
-            above = rankdata(probabilities[:, c])[theirs].sum() - n * (n + 1) / 2
+            above = scipy.stats.rankdata(probabilities[:, c])[theirs].sum() - n * (n + 1) / 2
             found.append(above / (n * (len(labels) - n)))
     return float(np.mean(found)) if found else math.nan
 

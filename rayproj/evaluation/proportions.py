@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special, stats
+import scipy
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Rate:
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Clopper and Pearson's (1934), which covers at least `level`; (0, 1) of no images."""
         k, n, tail = self.failures, self.images, (1 - level) / 2
-        low = special.betaincinv(k, n - k + 1, tail) if k else 0.0
-        return float(low), float(special.betaincinv(k + 1, n - k, 1 - tail) if k < n else 1.0)
+        low = scipy.special.betaincinv(k, n - k + 1, tail) if k else 0.0
+        return float(low), float(scipy.special.betaincinv(k + 1, n - k, 1 - tail) if k < n else 1.0)
 
     def share(self) -> dict[str, float | None]:
         """Its value, None of no images, with the 95 % interval."""
@@ -46,7 +46,7 @@ class Rate:
 
 def sign_test(one: int, other: int, alternative: str = "two-sided") -> float:
     """Exact p-value of McNemar's (1947) test: in so many pairs the one alone holds, in so many the other; 1 of none."""
-    return float(stats.binomtest(one, one + other, alternative=alternative).pvalue) if one + other else 1.0
+    return float(scipy.stats.binomtest(one, one + other, alternative=alternative).pvalue) if one + other else 1.0
 
 
 def higher(of: Rate, base: Rate) -> float:
@@ -57,14 +57,14 @@ def higher(of: Rate, base: Rate) -> float:
 def higher_each(failures: np.ndarray, images: np.ndarray, base_failures: Any, base_images: Any) -> np.ndarray:
     """`higher` of many rates, float64 [n], each against its base: the upper tail of the hypergeometric distribution; 1 of no
     images."""
-    found = stats.hypergeom.sf(failures - 1, images + base_images, failures + base_failures, images)
+    found = scipy.stats.hypergeom.sf(failures - 1, images + base_images, failures + base_failures, images)
     return np.where((images > 0) & (np.asarray(base_images) > 0), found, 1.0)
 
 
 def power(rate: float, images: int, base_rate: float, base_images: int, level: float) -> float:
     """The chance that `higher` of two rates has p ≤ level, exactly: over all counts of failures that there may be."""
     chance, least = _rejected(images, base_rate, base_images, level)
-    return float(stats.binom.sf(least - 1, images, rate) @ chance)
+    return float(scipy.stats.binom.sf(least - 1, images, rate) @ chance)
 
 
 def detectable(images: int, base: Rate, level: float, least_ratio: float = 1.0, wanted: float = 0.8) -> float | None:
@@ -74,7 +74,7 @@ def detectable(images: int, base: Rate, level: float, least_ratio: float = 1.0, 
     least = np.maximum(least, np.ceil(least_ratio * base.value * images - 1e-9))
 
     def found(thousandths: int) -> float:
-        return float(stats.binom.sf(least - 1, images, thousandths / 1000) @ chance)
+        return float(scipy.stats.binom.sf(least - 1, images, thousandths / 1000) @ chance)
 
     rate = bisect_left(range(1001), wanted, key=found)
     return rate / 1000 if rate <= 1000 else None
@@ -83,7 +83,7 @@ def detectable(images: int, base: Rate, level: float, least_ratio: float = 1.0, 
 def _rejected(images: int, base_rate: float, base_images: int, level: float) -> tuple[np.ndarray, np.ndarray]:
     """The chance of each count of the base's failures, and the least own ones at which p ≤ level."""
     base = np.arange(base_images + 1)
-    chance = stats.binom.pmf(base, base_images, base_rate)
+    chance = scipy.stats.binom.pmf(base, base_images, base_rate)
     base, chance = base[chance > 1e-12], chance[chance > 1e-12]  # the others have no say
     low, least = np.zeros_like(base), np.full_like(base, images + 1)
     while (low < least).any():
@@ -108,4 +108,4 @@ def ratio(of: Rate, base: Rate, level: float = 0.95) -> tuple[float, float, floa
 def adjusted(p: Sequence[float]) -> list[float]:
     """q of each of several tests: findings with q ≤ a have a false discovery rate of at most a (Benjamini and Hochberg
     1995), also where tests share a base, which makes them depend positively (Benjamini and Yekutieli 2001)."""
-    return [float(q) for q in stats.false_discovery_control(np.asarray(p, np.float64))] if len(p) else []
+    return [float(q) for q in scipy.stats.false_discovery_control(np.asarray(p, np.float64))] if len(p) else []

@@ -16,8 +16,8 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy import stats
 
 OTHER = "(other)"  # rare predictions of a class, together
 HEAT = 6  # predictions of which all residuals are told
@@ -100,7 +100,7 @@ class _Layout:
     def p_values(self, counts: np.ndarray) -> np.ndarray:
         """Of Pearson's χ² test of each class [classes]; 1 where there is nothing that could depend."""
         phi2, r, k, n, some = self._phi(counts)
-        return np.where(some, stats.chi2.sf(n * phi2, (r - 1) * (k - 1)), 1.0)
+        return np.where(some, scipy.stats.chi2.sf(n * phi2, (r - 1) * (k - 1)), 1.0)
 
     def effects(self, counts: np.ndarray, corrected: bool) -> np.ndarray:
         """V of each class [classes], from counts [cells]."""
@@ -240,7 +240,7 @@ class SkewSize:
         # Permutations tell no p below one over their number, which many classes' adjustment takes for chance.
         thin = _thin(layout, counts)
         p = np.where(thin, (1 + higher) / (1 + permutations), layout.p_values(counts))
-        q = stats.false_discovery_control(p)
+        q = scipy.stats.false_discovery_control(p)
         defined = math.isfinite(value)
         return {
             "value": value if defined else None,
@@ -457,7 +457,7 @@ def _interval(value: float, drawn: Sequence[float], level: float) -> list[float]
     not even hold it: V of tables drawn anew lies above that of the tables themselves."""
     if len(drawn) < 2 or not math.isfinite(value):
         return None
-    by = float(stats.norm.ppf((1 + level) / 2) * np.std(drawn, ddof=1))
+    by = float(scipy.stats.norm.ppf((1 + level) / 2) * np.std(drawn, ddof=1))
     return [value - by, value + by]
 
 

@@ -7,8 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy.special import xlogy
-from scipy.stats import rankdata
+import scipy
 
 from rayproj.evaluation.fairness import BINS
 
@@ -31,7 +30,7 @@ def rms_calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> floa
 
 def entropy(probabilities: np.ndarray) -> np.ndarray:
     """In nats, over the last axis."""
-    return -np.asarray(xlogy(probabilities, probabilities)).sum(-1)
+    return -np.asarray(scipy.special.xlogy(probabilities, probabilities)).sum(-1)
 
 
 def decomposition(probabilities: np.ndarray) -> dict[str, np.ndarray]:
@@ -74,7 +73,7 @@ def detection(known: np.ndarray, unknown: np.ndarray) -> dict[str, float]:
         unknown: of others.
     """
     scores, positive = np.concatenate([unknown, known]), np.arange(len(unknown) + len(known)) < len(unknown)
-    above = rankdata(scores)[positive].sum() - len(unknown) * (len(unknown) + 1) / 2
+    above = scipy.stats.rankdata(scores)[positive].sum() - len(unknown) * (len(unknown) + 1) / 2
     order = np.argsort(-scores, kind="stable")
     last = np.append(np.diff(scores[order]) != 0, True)  # of those that have the same score
     hits, seen = np.cumsum(positive[order])[last], (np.arange(len(scores)) + 1)[last]

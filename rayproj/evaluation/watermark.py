@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy
 from PIL import Image
-from scipy.fft import dctn, idctn
-from scipy.signal import fftconvolve
-from scipy.stats import mannwhitneyu
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.encodings import decode_image, luminance, of_picture, to_picture
@@ -110,7 +108,7 @@ def pattern(secret: bytes, height: int, width: int) -> np.ndarray:
     """float64 [height, width] of root mean square 1: what is added to the luminance, times the strength."""
     flat = np.zeros(height * width)
     flat[_band(height, width)[0]] = _signs(secret, height, width)
-    found = idctn(flat.reshape(height, width), norm="ortho")
+    found = scipy.fft.idctn(flat.reshape(height, width), norm="ortho")
     return found / np.sqrt(np.square(found).mean())
 
 
@@ -124,7 +122,7 @@ def evidence(images: np.ndarray) -> np.ndarray:
     """float64 [n, k]: a_k of uint8 images [n, C, H, W]."""
     height, width = images.shape[2:]
     places, rings = _band(height, width)
-    a = dctn(luminance(images), axes=(1, 2), norm="ortho").reshape(len(images), -1)[:, places]
+    a = scipy.fft.dctn(luminance(images), axes=(1, 2), norm="ortho").reshape(len(images), -1)[:, places]
     energy = np.stack([np.square(a[:, rings == r]).sum(1) for r in range(RINGS)], 1)
     square = energy / np.maximum(np.bincount(rings, minlength=RINGS), 1)
     return a / np.maximum(square[:, rings], 1e-9)
@@ -159,18 +157,18 @@ def detect_crop(image: np.ndarray, secret: bytes, shape: tuple[int, int]) -> Det
     # Whitened within the cut-out; put at a place of an empty image, it has coefficients b_k of the band, and as above
     # Σ s_k b_k / √(Σ b_k²) is the z of that place. The numerators of all places are a correlation with the pattern.
     places, rings = _band(height, width)
-    own = dctn(luminance(image[None])[0], norm="ortho").ravel()[places]
+    own = scipy.fft.dctn(luminance(image[None])[0], norm="ortho").ravel()[places]
     energy = np.bincount(rings, np.square(own), RINGS) / np.maximum(np.bincount(rings, minlength=RINGS), 1)
     flat = np.zeros(height * width)
     flat[places] = own / np.maximum(energy[rings], 1e-9)
-    white = idctn(flat.reshape(height, width), norm="ortho")
-    numerators = fftconvolve(pattern(secret, *shape), white[::-1, ::-1], mode="valid")
+    white = scipy.fft.idctn(flat.reshape(height, width), norm="ortho")
+    numerators = scipy.signal.fftconvolve(pattern(secret, *shape), white[::-1, ::-1], mode="valid")
     found = Detection(-math.inf, 1.0)
     for place in np.argsort(-numerators, axis=None)[:CANDIDATES]:
         top, left = divmod(int(place), columns)
         canvas = np.zeros(shape)
         canvas[top : top + height, left : left + width] = white
-        b = dctn(canvas, norm="ortho").ravel()[_band(*shape)[0]]
+        b = scipy.fft.dctn(canvas, norm="ortho").ravel()[_band(*shape)[0]]
         here = _judged(b, _signs(secret, *shape), rows * columns)
         if here.z > found.z:
             found = replace(here, details={"top": top, "left": left})
@@ -257,7 +255,7 @@ def survivals(sets: dict[str, str], real: str, secret: bytes, most: int = MARKED
 
 def area(marked: list[float], unmarked: list[float]) -> float:
     """Under the receiver operating characteristic: Mann and Whitney's U over the number of pairs."""
-    return float(mannwhitneyu(marked, unmarked).statistic / (len(marked) * len(unmarked)))
+    return float(scipy.stats.mannwhitneyu(marked, unmarked).statistic / (len(marked) * len(unmarked)))
 
 
 def _some(dataset: Dataset, most: int) -> np.ndarray:

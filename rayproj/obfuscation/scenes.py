@@ -6,8 +6,8 @@ Each is a function of its number alone.
 from __future__ import annotations
 
 import numpy as np
+import scipy
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 SIDE = 128
@@ -101,10 +101,10 @@ def _strokes(rng: np.random.Generator) -> np.ndarray:
         py, px = y.copy(), x.copy()
         for _ in range(10):
             place = [py % SIDE, px % SIDE]
-            here = ndimage.map_coordinates(angle, place, order=1, mode="wrap")
+            here = scipy.ndimage.map_coordinates(angle, place, order=1, mode="wrap")
             py, px = py + sign * np.sin(here), px + sign * np.cos(here)
             total += np.stack(
-                [ndimage.map_coordinates(c, place, order=1, mode="wrap") for c in picture.transpose(2, 0, 1)], -1
+                [scipy.ndimage.map_coordinates(c, place, order=1, mode="wrap") for c in picture.transpose(2, 0, 1)], -1
             )
     smeared = total / 20
     return np.asarray(smeared.mean() + 1.8 * (smeared - smeared.mean()))

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 import torch.distributed as dist
-from scipy.stats import binom
 from torch import Tensor, nn
 
 from rayproj import keyed
@@ -76,11 +76,11 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
     """
     assert 0 <= correct <= guesses <= canaries and epsilon >= 0 and 0 <= delta <= 1
     q = 1 / (1 + math.exp(-epsilon))
-    beta = float(binom.sf(correct - 1, guesses, q))
+    beta = float(scipy.stats.binom.sf(correct - 1, guesses, q))
     if not correct:
         return 1.0
     i = np.arange(1, correct + 1)
-    alpha = float((np.cumsum(binom.pmf(correct - i, guesses, q)) / i).max())
+    alpha = float((np.cumsum(scipy.stats.binom.pmf(correct - i, guesses, q)) / i).max())
     return min(1.0, beta + 2 * canaries * alpha * delta)
 
 
