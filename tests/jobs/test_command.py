@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def classifier(data: Path, run_dir: Path, *more: str) -> list[str]:
     """A training that begins within seconds: its one rank needs no diffusers."""
     return [
-        f"data={data}/public", 'consumer=""', f"run.dir={run_dir}", "classifier.channels=[8,8,8]", "train.steps=300",
+        f"data={data}/public", 'consumer=""', f"run.dir={run_dir}", "classifier.channels=[8,8,8]", "train.steps=150",
         "train.batch=16", "train.log_every=5", "train.checkpoint.every_steps=10", *more,
     ]  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_a_run_dir_of_another_config_and_a_stop_that_loses_nothing(data: Path, t
     assert process.returncode == 0, stderr
     assert "To go on: python" in stderr and script in stderr
     stopped_at = commits(store)[-1].step
-    assert 10 <= stopped_at < 300 and not store.exists("result.json")
+    assert 10 <= stopped_at < 150 and not store.exists("result.json")
 
     other = job("train_classifier", config, *words, "train.batch=32")
     assert other.returncode == 2 and "train.batch was 16, now 32" in other.stderr
@@ -130,13 +130,13 @@ def test_stopped_from_elsewhere_and_seen_from_there(data: Path, tmp_path: Path) 
 
 def test_a_second_ctrl_c_and_a_killed_driver_leave_the_last_commit_good(data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    process = start(data, run_dir, 600)
+    process = start(data, run_dir, 200)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGTERM and "Leaving at once; the last commit is good." in stderr
     reached = commits(Store(str(run_dir)))[-1].step
-    process = start(data, run_dir, 600)
+    process = start(data, run_dir, 200)
     while commits(Store(str(run_dir)))[-1].step == reached:
         time.sleep(0.02)
     process.kill()
