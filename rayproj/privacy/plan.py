@@ -21,7 +21,7 @@ class ClippingPath(Enum):
     # timed on the first batch, is faster.
     auto = "auto"
     bookkeeping = "bookkeeping"  # one backward; inputs and output gradients are held until the clip factors are known
-    two_pass = "two_pass"  # a backward for the norms, and one of the weighted losses: slower, and holds less
+    two_pass = "two_pass"  # a backward for the norms, and one of the weighted losses: slower, and holds hardly less
     materialise = "materialise"  # a backward for each example or, if chunk > 1, vmap
 
 
