@@ -27,7 +27,7 @@ def write_config(folder: Path) -> Path:
     }
     (folder / "key").write_bytes(SECRET)
     (folder / "study").mkdir()
-    _, study = simulate(folder / "study", strengths={"asked": 0.8, "other": -0.8}, ratings=60)
+    _, study = simulate(folder / "study", strengths={"asked": 0.8, "other": -0.8}, prompts=PROMPTS, ratings=60)
     judge = {
         "models": models,
         "reference": real,
