@@ -67,7 +67,8 @@ class JudgeConfig:
     )
     people: str = "people"  # the category whose images these are looked for in; "": all
     # What people prefer: the run dir of jobs/serve_study.py or the .parquet file of `rayproj study export`, whose results go
-    # into the report, or JSON lines {"first", "second", "wins", "losses"}; and by which of its questions models are ordered.
+    # into the report, or JSON lines {"first", "second", "wins", "losses"}; and by which of its questions models are ordered,
+    # of a study by its ratings of the judged prompts alone.
     human: str = ""
     question: str = "alignment"
     # Adversarial prompts with their kinds, a .csv file with the columns prompt and category: how many of them the
