@@ -14,7 +14,7 @@ from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.export.card import last_part
 from rayproj.export.records import card
 from rayproj.judging.judge import check, judge
-from rayproj.judging.scoring import JudgeConfig, header_of
+from rayproj.judging.scoring import JudgeConfig, headers_of, planned
 from rayproj.report import judged
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import Pool, PoolConfig
@@ -40,8 +40,8 @@ def main(config: Config) -> dict[str, Any]:
             card(uri)  # what cannot be written is said now, not after the work
         with Pool(run, config.pool) as pool:
             index = _index(pool, config)
-            for name in config.judge.sets():
-                scores = Dataset.create(f"{config.judge.out}/scores/{name}", header_of(config.judge, name, index))
+            for name, header in headers_of(config.judge, index).items():
+                scores = planned(config.judge, name, header)
                 values = {"config": asdict(config.judge), "name": name, "index": index, "out": scores.uri}
                 pool.produce(scores, "rayproj.judging.scoring:Scorer", values)
         found = judge(config.judge)

@@ -1,4 +1,5 @@
-"""Exact statistics of failure rates. Everything is conservative: nothing is asymptotic, since failures are rare."""
+"""Exact statistics of failure rates. Everything is conservative: nothing is asymptotic, since failures are rare; but for
+what comes in clusters there is nothing exact."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import scipy
+
+LEAST = 10  # clusters, such as raters or prompts, of fewer than which no interval is told
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,7 @@ class Rate:
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Clopper and Pearson's (1934), which covers at least `level`; (0, 1) of no images."""
-        k, n, tail = self.failures, self.images, (1 - level) / 2
-        low = scipy.special.betaincinv(k, n - k + 1, tail) if k else 0.0
-        return float(low), float(scipy.special.betaincinv(k + 1, n - k, 1 - tail) if k < n else 1.0)
+        return _clopper_pearson(self.failures, self.images, level)
 
     def share(self) -> dict[str, float | None]:
         """Its value, None of no images, with the 95 % interval."""
@@ -42,6 +43,38 @@ class Rate:
         """With its 95 % interval, for a report; the rate of no images is None."""
         rate, (low, high) = self.value if self.images else None, self.interval()
         return {"failures": self.failures, "images": self.images, "rate": rate, "low": low, "high": high}
+
+
+def _clopper_pearson(k: float, n: float, level: float) -> tuple[float, float]:
+    tail = (1 - level) / 2
+    low = scipy.special.betaincinv(k, n - k + 1, tail) if k > 0 else 0.0
+    return float(low), float(scipy.special.betaincinv(k + 1, n - k, 1 - tail) if k < n else 1.0)
+
+
+def over_clusters(hits: np.ndarray, of: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
+    """Interval of the share Σ hits / Σ of where what is in one cluster is alike, as ratings of one rater are: Clopper and
+    Pearson's at the effective number that this likeness leaves (Korn and Graubard 1998). It always has a width: where
+    all say the same the number is that of the clusters, since nothing tells how alike they are.
+
+    Args:
+        hits: of each cluster, whole or not, from 0 to `of` [n].
+        of: how many each has, positive [n].
+
+    Returns:
+        Its ends; None of fewer than LEAST clusters.
+    """
+    n, total = len(of), float(np.sum(of))
+    if n < LEAST:
+        return None
+    share = float(np.sum(hits)) / total
+    variance = n / (n - 1) * float(((hits - share * of) ** 2).sum()) / total**2
+    if not 0 < share < 1:
+        number = float(n)
+    else:
+        # Few clusters tell the variance badly, for which the degrees of freedom of Student's t make up.
+        unsure = (stats.t.ppf((1 + level) / 2, n - 1) / stats.t.ppf((1 + level) / 2, max(total - 1, n - 1))) ** 2
+        number = min(share * (1 - share) / max(variance, 1e-12) / unsure, total)
+    return _clopper_pearson(share * number, number, level)
 
 
 def sign_test(one: int, other: int, alternative: str = "two-sided") -> float:

@@ -11,6 +11,7 @@ from rayproj import config as configuration
 from rayproj.data.dataset import Dataset, Header
 from rayproj.errors import UserError
 from rayproj.evaluation.job import EvaluateConfig
+from rayproj.evaluation.proportions import LEAST
 from rayproj.export.card import describe
 from rayproj.judging.scoring import JudgeConfig
 from rayproj.storage.store import Store, from_json
@@ -228,7 +229,9 @@ class OfJudge(Evaluation):
 
     def metrics(self) -> list[str]:
         of_quality = [f"quality over {q['samples']:,} images, {name}" for name, q in self.result["quality"].items()]
-        prompts = f"{self.result['prompts']:,} prompts, mean with its 95 % interval by bootstrap over them"
+        prompts = (
+            f"{self.result['prompts']:,} prompts, mean with its 95 % interval over them, if there are {LEAST} or more"
+        )
         return [f"alignment, {measure}: {prompts}" for measure in self.result["alignment"]] + of_quality
 
     def tables(self) -> list[str]:
@@ -237,8 +240,7 @@ class OfJudge(Evaluation):
             for name, by in models.items():
                 if name in self.names:
                     for category, one in by.items():
-                        interval = f"{shown(one['low'])} to {shown(one['high'])}"
-                        rows.append((measure, name, category, one["n"], one["mean"], interval))
+                        rows.append((measure, name, category, one["n"], one["mean"], _interval(one)))
         lines = table(["measure", "set", "prompts", "number", "mean", "95 % interval"], rows)
         for extractor, quality in result["quality"].items():
             measures = {name: of for name, of in quality["models"].items() if name in self.names}
@@ -268,7 +270,7 @@ class OfJudge(Evaluation):
         """What the people of a study preferred."""
         people = self.result.get("people") or {"results": []}
         rows = [
-            (of["question"], of["set"], name, row["elo"], f"{row['low']:.4g} to {row['high']:.4g}")
+            (of["question"], of["set"], name, row["elo"], _interval(row))
             for of in people["results"] if of["question"] != "count"
             for name, row in (of["models"] or {}).items() if name in self.names
         ]  # fmt: skip
@@ -289,6 +291,11 @@ class OfJudge(Evaluation):
                     f"{copied['count']} of {copied['of']} images of {name} are near copies of training images."
                 )
         return lines
+
+
+def _interval(one: dict[str, Any]) -> str:
+    """Ends, or that there are too few prompts or raters for any, or too equal ones."""
+    return "none" if one["low"] is None else f"{one['low']:.4g} to {one['high']:.4g}"
 
 
 def _marks(result: dict[str, Any], names: list[str]) -> list[str]:

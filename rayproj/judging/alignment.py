@@ -54,9 +54,14 @@ class AlignmentConfig:
 
 
 class Measure(Protocol):
-    """One measure of alignment; higher is better."""
+    """One measure of alignment; higher is better.
+
+    Attributes:
+        share: whether it is a share or probability, from 0 to 1.
+    """
 
     name: str
+    share: bool
 
     def __call__(self, images: Tensor, features: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """float64 [B] of uint8 images [B, C, H, W], their EfficientNet-lite0 features [B, D] and prompts; NaN where the
@@ -94,6 +99,7 @@ class Answering(Protocol):
 
 class _Clip:
     name = "CLIPScore"
+    share = False
 
     def __init__(self, folder: str, device: str) -> None:
         self.clip = ClipScore(folder, device)
@@ -154,6 +160,7 @@ class VqaScore:
     """P("yes" | image, "Does this figure show …?") (Lin et al. 2024, arXiv 2404.01291, eq. 2)."""
 
     name = "VQAScore"
+    share = True
 
     def __init__(self, model: AnsweringModel) -> None:
         self.model = model
@@ -170,6 +177,8 @@ class Questions:
         asked: prompt -> its questions; of others, those that plain rules find.
     """
 
+    share = True
+
     def __init__(self, name: str, by: Answering, asked: dict[str, list[Question]]) -> None:
         self.name, self.by, self.asked = name, by, asked
 
@@ -183,6 +192,8 @@ class Questions:
 
 class Counts:
     """Whether the number of things is the one of the prompt: GeckoNum's exact task; NaN of prompts without a number."""
+
+    share = True
 
     def __init__(self, name: str, by: Answering) -> None:
         self.name, self.by = name, by
@@ -205,6 +216,7 @@ class KnownImages:
     """
 
     name = "retrieval (EfficientNet-lite0, all-MiniLM-L6-v2)"
+    share = False
 
     def __init__(self, index: str, device: str) -> None:
         dataset = Dataset.open(index)

@@ -10,12 +10,13 @@ import numpy as np
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
+from rayproj.evaluation.proportions import adjusted
 from rayproj.evaluation.quality import limit_takes, quality
 from rayproj.evaluation.watermark import MARKED, read_key, survivals
 from rayproj.judging import extraction, outputs, paired, people, perception, records
 from rayproj.judging.prompts import categories
 from rayproj.judging.redteam import red_team
-from rayproj.judging.scoring import FEATURE, SECOND, JudgeConfig, Scores
+from rayproj.judging.scoring import FEATURE, SECOND, JudgeConfig, Scores, texts
 from rayproj.responsibility.policy import PromptPolicy
 from rayproj.responsibility.provenance import read_anchors
 
@@ -32,10 +33,12 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
     scores = {name: Scores.read(f"{config.out}/scores/{name}") for name in config.sets()}
     models = {name: scores[name] for name in config.models}
     prompts = _same_prompts(models)
-    named = list(next(iter(models.values())).measures)
+    named, shares = list(next(iter(models.values())).measures), next(iter(models.values())).shares
+    each = min(len(found.columns["prompt"]) for found in models.values()) / len(prompts)
     table = {m: {name: _of_prompts(found, m, prompts) for name, found in models.items()} for m in named}
-    orders = {m: paired.orders(of) for m, of in table.items()}
-    study, human = people.asked(config)
+    compared = _compared(table)
+    orders = {m: {(row["first"], row["second"]): row["order"] for row in rows} for m, rows in compared.items()}
+    study, human = people.asked(config, prompts)
     confusion = {
         attribute: perception.confusion(
             config.attributes[attribute], uri, config.labelled_group, config.samples, config.batch
@@ -49,14 +52,17 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         "prompts": len(prompts),
         "images": {name: len(found.columns["prompt"]) for name, found in scores.items()},
         "guidance": {name: found.guidance for name, found in models.items()},
-        "alignment": {m: _alignment(of, [category[prompt] for prompt in prompts]) for m, of in table.items()},
-        "real": {m: paired.mean_interval(v) for m, v in scores["reference"].measures.items()}
-        if config.reference
-        else {},
-        "compared": {
-            m: [{"first": a, "second": b, **paired.compared(of[a], of[b])} for a, b in combinations(of, 2)]
+        "alignment": {
+            m: _alignment(of, [category[prompt] for prompt in prompts], each if m in shares else None)
             for m, of in table.items()
         },
+        "real": {
+            m: paired.mean_interval(v, images=1 if m in shares else None)
+            for m, v in scores["reference"].measures.items()
+        }
+        if config.reference
+        else {},
+        "compared": compared,
         "people": study,
         "agreement": paired.agreement(orders, human) if human else None,
         "quality": _quality(config, scores) if config.reference else {},
@@ -87,7 +93,7 @@ def check(config: JudgeConfig) -> None:
     """
     if config.watermark_key:
         read_key(config.watermark_key)
-    people.asked(config)
+    people.asked(config, texts(config, next(iter(config.models))) if config.human else ())
     read_anchors(config.trust)
     if config.signed:
         records.need_reader(config.signed)
@@ -113,12 +119,34 @@ def _of_prompts(found: Scores, measure: str, prompts: list[str]) -> np.ndarray:
     return np.array([of[prompt] for prompt in prompts])
 
 
-def _alignment(scores: dict[str, np.ndarray], category: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Of each model over all prompts, and over those of each category of which the measure says something."""
+def _compared(table: dict[str, dict[str, np.ndarray]]) -> dict[str, list[dict[str, Any]]]:
+    """Measure -> every pair of models. With p is q, adjusted for that there are so many tests; orders are by p, as in Imagen
+    3's report."""
+    found = {
+        m: [{"first": a, "second": b, **paired.compared(of[a], of[b])} for a, b in combinations(of, 2)]
+        for m, of in table.items()
+    }
+    rows = [row for of in found.values() for row in of]
+    for row, q in zip(rows, adjusted([row["p"] for row in rows]), strict=True):
+        row["q"] = q
+    return found
+
+
+def _alignment(
+    scores: dict[str, np.ndarray], category: list[str], images: float | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of each model over all prompts, and over those of each category of which the measure says something.
+
+    Args:
+        images: as of `paired.mean_interval`.
+    """
     of = np.array(category)
     places = {"all": np.ones(len(of), bool), **{name: of == name for name in sorted({*of} - {""})}}
     told = [name for name, at in places.items() if any(np.isfinite(v[at]).any() for v in scores.values())] or ["all"]
-    return {model: {name: paired.mean_interval(v[places[name]]) for name in told} for model, v in scores.items()}
+    return {
+        model: {name: paired.mean_interval(v[places[name]], images=images) for name in told}
+        for model, v in scores.items()
+    }
 
 
 def _quality(config: JudgeConfig, scores: dict[str, Scores]) -> dict[str, Any]:

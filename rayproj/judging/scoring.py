@@ -17,18 +17,21 @@ from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.data.writer import Sample
 from rayproj.discovery.captions import EmbedderConfig, open_embedder
+from rayproj.engine.checkpoint import commits
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
+from rayproj.evaluation.folders import contents
 from rayproj.evaluation.models import ExaminedConfig, open_classifier
 from rayproj.evaluation.watermark import REAL
 from rayproj.judging.alignment import AlignmentConfig, measures
 from rayproj.judging.extraction import adaptive_distance
-from rayproj.judging.prompts import categories
+from rayproj.judging.prompts import categories, read_questions
 from rayproj.judging.records import ServedConfig
 from rayproj.responsibility.policy import PolicyConfig
-from rayproj.storage.store import Store
+from rayproj.storage.store import Store, sha256_hex, to_json
+from rayproj.synthesis.plan import commit_hash
 
-FEATURE, SECOND = "feature", "second_feature"
+FEATURE, SECOND, IMAGES = "feature", "second_feature", "images"
 PIXELS = 32  # side at which pixels are compared
 # Options that no score depends on.
 ELSEWHERE = {
@@ -64,7 +67,8 @@ class JudgeConfig:
     )
     people: str = "people"  # the category whose images these are looked for in; "": all
     # What people prefer: the run dir of jobs/serve_study.py or the .parquet file of `rayproj study export`, whose results go
-    # into the report, or JSON lines {"first", "second", "wins", "losses"}; and by which of its questions models are ordered.
+    # into the report, or JSON lines {"first", "second", "wins", "losses"}; and by which of its questions models are ordered,
+    # of a study by its ratings of the judged prompts alone.
     human: str = ""
     question: str = "alignment"
     # Adversarial prompts with their kinds, a .csv file with the columns prompt and category: how many of them the
@@ -107,20 +111,17 @@ class JudgeConfig:
         return {**self.models, **self.attempts, **({"reference": self.reference} if self.reference else {})}
 
 
-def header_of(config: JudgeConfig, name: str, index: str) -> Header:
-    """Of the scores of one set.
+def headers_of(config: JudgeConfig, index: str) -> dict[str, Header]:
+    """Of the scores of every set, by its name. They name what scores depend on by its contents, so that scores of what has
+    changed since are not gone on with.
 
     Raises:
-        UserError: the set is not there, or its images come without texts.
+        UserError: a set is not there, or its images come without texts.
     """
-    images = Dataset.open(config.sets()[name])
-    rows = _rows(config, name, images.header)
-    text = _text(config, name)
-    if text not in images.header.fields:
-        raise UserError(f"{images.uri} has no field '{text}' with what its images show, and cannot be judged.")
-    named = [measure.name for measure in measures(config.alignment, index, "cpu")]
+    found = {name: _images(config, name) for name in config.sets()}
+    known = measures(config.alignment, index, "cpu")
     fields = {"prompt": Field("str"), "category": Field("str"), FEATURE: Field("npy", (1280,))}
-    fields |= {f"measure_{k}": Field("float") for k in range(len(named))}
+    fields |= {f"measure_{k}": Field("float") for k in range(len(known))}
     if config.extractor:
         fields[SECOND] = Field("npy", (_Second(config.extractor, "cpu").dimensions,))
     for attribute, model in config.attributes.items():
@@ -128,16 +129,82 @@ def header_of(config: JudgeConfig, name: str, index: str) -> Header:
     if config.learned_from:
         fields |= {"nearest": Field("int"), "nearest_ratio": Field("float")}
     said = {n: v for n, v in asdict(config).items() if n not in ELSEWHERE}
-    return Header(
-        f"scores of {name}", fields, len(rows), images.header.shard_size, (),
-        provenance={
-            "images": images.uri,
-            "manifest": images.manifest_hash(),
-            "measures": named,
-            "judge": said,
-            "sampler": images.header.provenance.get("sampler"),
-        },
-    )  # fmt: skip
+    provenance = {
+        "measures": [measure.name for measure in known],
+        "shares": [measure.name for measure in known if measure.share],
+        "judge": said,
+    }
+    hashes = _contents(config, index)
+    return {
+        name: Header(
+            f"scores of {name}", fields, len(_rows(config, name, images.header)), images.header.shard_size, (),
+            provenance={
+                **provenance,
+                "images": images.uri,
+                "contents": {**hashes, IMAGES: images.manifest_hash()},
+                "sampler": images.header.provenance.get("sampler"),
+            },
+        )
+        for name, images in found.items()
+    }  # fmt: skip
+
+
+def _contents(config: JudgeConfig, index: str) -> dict[str, str]:
+    """Option -> hash of what is there: the commit of a run, the shards of a dataset, the files of a model."""
+    alignment = config.alignment
+    places = {f"attributes.{name}": model.model for name, model in config.attributes.items()}
+    places |= {"extractor": config.extractor}
+    places |= {f"alignment.{name}": getattr(alignment, name) for name in ("clip", "answers")}
+    found = {option: contents_of(place) for option, place in places.items() if place}
+    if alignment.questions:
+        found["alignment.questions"] = sha256_hex(repr(read_questions(alignment.questions)).encode())
+    if config.prompts:
+        found["prompts"] = sha256_hex(to_json(categories(config.prompts)))
+    if config.learned_from:
+        found["learned_from"] = Dataset.open(config.learned_from).manifest_hash()
+    if index:
+        found["alignment.known"] = Dataset.open(index).manifest_hash()
+    return found
+
+
+def contents_of(place: str) -> str:
+    """Identifies the newest commit of a run, or the files of a model."""
+    done = commits(Store(place))
+    return commit_hash(done[-1]) if done else contents(place)
+
+
+def planned(config: JudgeConfig, name: str, header: Header) -> Dataset:
+    """The scores of a set, begun or gone on with.
+
+    Raises:
+        UserError: there are some by other images, models or options.
+    """
+    place = f"{config.out}/scores/{name}"
+    if Store(place).exists("dataset.json"):
+        there, now = (h.provenance.get("contents", {}) for h in (Dataset.open(place).header, header))
+        if changed := sorted(option for option in there.keys() & now.keys() if there[option] != now[option]):
+            which = f"the images of '{name}'" if changed[0] == IMAGES else f"judge.{changed[0]}"
+            raise UserError(
+                f"'{place}' has scores by other contents of {which}; put these back, or give another judge.out."
+            )
+    return Dataset.create(place, header)
+
+
+def texts(config: JudgeConfig, name: str) -> list[str]:
+    """What the images of a set show, in order.
+
+    Raises:
+        UserError: as of `headers_of`.
+    """
+    images, text = _images(config, name), _text(config, name)
+    return [str(t) for t in Reader(images, [text]).gather(np.arange(images.header.num_samples))[text]]
+
+
+def _images(config: JudgeConfig, name: str) -> Dataset:
+    images, text = Dataset.open(config.sets()[name]), _text(config, name)
+    if text not in images.header.fields:
+        raise UserError(f"{images.uri} has no field '{text}' with what its images show, and cannot be judged.")
+    return images
 
 
 class Scorer:
@@ -243,12 +310,14 @@ class Scores:
     Attributes:
         columns: of the dataset, by field.
         measures: measure -> float64 [n].
+        shares: those of them that are shares, from 0 to 1.
         attributes: attribute -> its values.
         guidance: with which the set was drawn; None of real images.
     """
 
     columns: dict[str, np.ndarray]
     measures: dict[str, np.ndarray]
+    shares: tuple[str, ...]
     attributes: dict[str, tuple[str, ...]]
     guidance: float | None
 
@@ -261,7 +330,7 @@ class Scores:
         prefix = "attribute_"
         kinds = {n.removeprefix(prefix): f.values for n, f in header.fields.items() if n.startswith(prefix)}
         sampler = header.provenance.get("sampler") or {}
-        return cls(columns, named, kinds, sampler.get("guidance"))
+        return cls(columns, named, tuple(header.provenance["shares"]), kinds, sampler.get("guidance"))
 
     def by_prompt(self, measure: str) -> dict[str, float]:
         """The mean over the images of each prompt."""

@@ -17,6 +17,8 @@ from itertools import permutations
 import numpy as np
 from scipy import optimize
 
+from rayproj.evaluation.proportions import LEAST
+
 MEAN, SCALE = 1000.0, 400 / math.log(10)
 HALF = (
     0.5  # of a win to each side of every pair that met, as Jeffreys' prior gives: who always wins has a finite strength
@@ -149,14 +151,18 @@ def bootstrap(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ends of the intervals of the models' Elo, float [M] each: percentiles over draws of as many raters, with
     replacement. Ratings of one rater stay together, since they are alike; with few raters (less than about twenty)
-    the intervals are too narrow."""
+    the intervals are too narrow. NaN of fewer than LEAST raters, and where all draws are the same."""
     by_rater = games.by_rater()
     raters, count = len(by_rater), len(games.models)
+    if raters < LEAST:
+        return np.full(count, np.nan), np.full(count, np.nan)
     drawn = np.random.default_rng(seed).multinomial(raters, np.full(raters, 1 / raters), size=replicates)
     wins = (drawn.astype(float) @ by_rater.reshape(raters, -1)).reshape(replicates, count, count)
     total = by_rater.sum(0)
     found = elo(bradley_terry(wins, met=(total + total.T) > 0))
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = np.where(
+        np.ptp(found, axis=0) > 1e-6, np.quantile(found, [(1 - level) / 2, (1 + level) / 2], axis=0), np.nan
+    )
     return low, high
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rayproj.errors import UserError
-from rayproj.evaluation.proportions import Rate
+from rayproj.evaluation.proportions import over_clusters
 from rayproj.preferences import analysis
 from rayproj.preferences.analysis import Games
 from rayproj.preferences.images import open_plan
@@ -113,7 +113,7 @@ def summary(rows: Sequence[Row], replicates: int = 1000, seed: int = 0) -> dict[
 
 def _result(rows: list[Row], question: str, replicates: int, seed: int) -> dict[str, Any]:
     counting = question == Question.count.name
-    found: dict[str, Any] = {"ratings": len(rows), "raters": len({row["rater"] for row in rows})}
+    found: dict[str, Any] = dict(_numbers(rows))
     units: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for row in rows:
         units[row["prompt"], row["first"], row["second"]].append(row["number"] if counting else row["score"])
@@ -126,8 +126,8 @@ def _result(rows: list[Row], question: str, replicates: int, seed: int) -> dict[
     if counting:
         of = _accuracy
     else:
-        chosen = [row["answer"] for row in rows if row["answer"] != INDIFFERENT]
-        found["left"] = _described(Rate(chosen.count(LEFT), len(chosen)))
+        chosen = [row for row in rows if row["answer"] != INDIFFERENT]
+        found["left"] = _share(chosen, "rater", [row["answer"] == LEFT for row in chosen])
         found["indifferent"] = 1 - len(chosen) / len(rows)
         found |= _matrices(rows)
 
@@ -139,9 +139,13 @@ def _result(rows: list[Row], question: str, replicates: int, seed: int) -> dict[
     for row in rows:
         by[row["category"]].append(row)
     found["categories"] = (
-        {name: {"ratings": len(some), "models": of(some)} for name, some in sorted(by.items())} if len(by) > 1 else {}
+        {name: {**_numbers(some), "models": of(some)} for name, some in sorted(by.items())} if len(by) > 1 else {}
     )
     return found
+
+
+def _numbers(rows: list[Row]) -> dict[str, int]:
+    return {"ratings": len(rows), "raters": len({row["rater"] for row in rows})}
 
 
 def games_of(rows: Sequence[Row]) -> Games:
@@ -155,17 +159,18 @@ def games_of(rows: Sequence[Row]) -> Games:
 
 
 def _strengths(rows: list[Row], replicates: int, seed: int) -> dict[str, Any] | None:
-    """Elo of each model with its interval, the best first; None where not all models met."""
+    """Elo of each model with its interval, which few raters have none of, the best first; None where not all models met."""
     games = games_of(rows)
     wins = games.wins()
     if not analysis.connected(wins):
         return None
     value = analysis.elo(analysis.bradley_terry(wins))
-    low, high = analysis.bootstrap(games, LEVEL, replicates, seed)
+    ends = np.stack(analysis.bootstrap(games, LEVEL, replicates, seed), 1)
+    low, high = zip(*([None, None] if np.isnan(pair).any() else pair for pair in ends.tolist()), strict=True)
     apart = analysis.elo(analysis.davidson(wins, games.ties())[0])
     return {
         games.models[i]: {
-            "elo": float(value[i]), "low": float(low[i]), "high": float(high[i]), "ties_modelled": float(apart[i]),
+            "elo": float(value[i]), "low": low[i], "high": high[i], "ties_modelled": float(apart[i]),
             "ratings": float(wins[i].sum() + wins[:, i].sum()),
         }
         for i in np.argsort(-value)
@@ -192,19 +197,24 @@ def _nested(entries: Any) -> dict[str, dict[str, float]]:
 
 
 def _accuracy(rows: list[Row]) -> dict[str, Any]:
-    """Share of the images of each model that show as many objects as asked for, the best first."""
-    by: dict[str, list[float]] = defaultdict(list)
+    """Share of the ratings of each model's images that count as many objects as were asked for, over prompts; the best
+    first."""
+    by: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        by[row["first"]].append(row["score"])
-    rates = {name: Rate(int(sum(scores)), len(scores)) for name, scores in by.items()}
-    return {name: _described(rate) for name, rate in sorted(rates.items(), key=lambda item: (-item[1].value, item[0]))}
+        by[row["first"]].append(row)
+    found = {
+        name: {**_share(of, "prompt", [row["score"] for row in of]), "images": len({row["prompt"] for row in of})}
+        for name, of in by.items()
+    }
+    return dict(sorted(found.items(), key=lambda item: (-item[1]["value"], item[0])))
 
 
-def _described(rate: Rate) -> dict[str, Any]:
-    """A share with its exact interval."""
-    low, high = rate.interval(LEVEL)
-    value = None if not rate.images else rate.value
-    return {"of": rate.images, "value": value, "low": low, "high": high}
+def _share(rows: list[Row], cluster: str, hits: Sequence[float]) -> dict[str, Any]:
+    """A share of ratings, with its interval over raters or prompts."""
+    names, number = np.unique([row[cluster] for row in rows], return_inverse=True)
+    right, of = (np.bincount(number, weights, len(names)) for weights in (hits, None))
+    low, high = over_clusters(right, of, LEVEL) or (None, None)
+    return {"of": len(rows), "value": float(np.mean(hits)) if rows else None, "low": low, "high": high}
 
 
 def pairs_to_add(uris: Sequence[str], model: str) -> list[list[str]]:

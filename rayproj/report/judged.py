@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ from matplotlib.figure import Figure
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
+from rayproj.evaluation.proportions import LEAST
+from rayproj.judging.paired import LEVEL
 from rayproj.judging.scoring import JudgeConfig
-from rayproj.report.figures import svg, watermark
+from rayproj.report.figures import SERIES, svg, watermark
 from rayproj.report.pages import data_uri, picture_uri, rendered
 from rayproj.report.preferences import TITLES, picture
 
@@ -47,6 +50,8 @@ def page(
         "judged.html",
         {"number": _number, "percent": _percent, "p": _p},
         found=found,
+        level=LEVEL,
+        least=LEAST,
         pictures=pictures or {},
         quality_names=QUALITY,
         marks=marks,
@@ -94,20 +99,22 @@ def pairs(config: JudgeConfig) -> dict[str, list[dict[str, Any]]]:
 
 
 def homogeneity(found: dict[str, Any]) -> Figure:
-    """The share of prompts all of whose images are of one kind, over guidance, with what independent draws would give."""
-    guidance = found["guidance"]
+    """The share of prompts all of whose images are of one kind, over guidance, with what independent draws would give.
+    Models are points, those of equal guidance side by side: nothing says that two of them are one model."""
+    guidance = {name: value if value is not None else 0.0 for name, value in found["guidance"].items()}
     figure = Figure(figsize=(4.2 * len(found["attributes"]), 3.2), layout="constrained")
     axes = np.atleast_1d(np.asarray(figure.subplots(1, len(found["attributes"]), sharey=True)))
+    apart = 0.02 * (np.ptp(list(guidance.values())) or 1.0)
     for axis, (attribute, of) in zip(axes, found["attributes"].items(), strict=True):
-        order = sorted(of, key=lambda name: guidance[name] if guidance[name] is not None else 0)
-        x = [guidance[name] if guidance[name] is not None else k for k, name in enumerate(order)]
-        values = [of[name]["homogeneous"] for name in order]
-        share, low, high, by_chance = (
-            np.array([v[name] for v in values], float) for name in ("share", "low", "high", "independent")
-        )
-        axis.errorbar(x, share, [share - low, high - share], marker="o", capsize=3, label="measured")
-        axis.plot(x, by_chance, "--", color="grey", label="if draws were independent")
+        for (name, models), colour in zip(of.items(), cycle(SERIES), strict=False):
+            here, alike = [n for n in of if guidance[n] == guidance[name]], models["homogeneous"]
+            x = guidance[name] + apart * (here.index(name) - (len(here) - 1) / 2)
+            share, by_chance = (np.array(alike[key], float) for key in ("share", "independent"))
+            error = np.abs([[share - alike["low"]], [alike["high"] - share]])
+            axis.errorbar([x], [share], error, color=colour, marker="o", capsize=3, linestyle="none", label=name)
+            axis.plot([x], [by_chance], "_", color="grey", markersize=12)
         axis.set(title=attribute, xlabel="guidance", ylim=(0, 1.02))
+    axes[0].plot([], [], "_", color="grey", markersize=12, label="if draws were independent")
     axes[0].set_ylabel("prompts with one kind alone")
     axes[0].legend(frameon=False)
     return figure

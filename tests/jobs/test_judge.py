@@ -27,7 +27,7 @@ def write_config(folder: Path) -> Path:
     }
     (folder / "key").write_bytes(SECRET)
     (folder / "study").mkdir()
-    _, study = simulate(folder / "study", strengths={"asked": 0.8, "other": -0.8}, ratings=60)
+    _, study = simulate(folder / "study", strengths={"asked": 0.8, "other": -0.8}, prompts=PROMPTS, ratings=60)
     judge = {
         "models": models,
         "reference": real,
@@ -67,10 +67,17 @@ def test_a_killed_judge_goes_on_to_the_same_report(tmp_path: Path) -> None:
     assert made and not (tmp_path / "killed" / "judged.json").exists(), "it was to be killed in the middle"
     assert not (scores / "reference").exists(), "and there was work left"
 
-    again = job("judge", config, *words("killed"))
-    assert again.returncode == 0, again.stderr
-    for file in ("judged.json", "judged.html"):
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
+    def same_report() -> None:
+        again = job("judge", config, *words("killed"))
+        assert again.returncode == 0, again.stderr
+        for file in ("judged.json", "judged.html"):
+            assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
+
+    same_report()
+    # As if it had been killed after the scores, before the page and the run's result.
+    (tmp_path / "killed" / "judged.html").unlink()
+    (tmp_path / "killed_run" / "result.json").unlink()
+    same_report()
     for name in ("asked", "other", "attempt", "reference"):
         hashes = {
             Dataset.open(f"{tmp_path}/{which}/scores/{name}").manifest_hash() for which in ("killed", "undisturbed")

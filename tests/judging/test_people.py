@@ -2,15 +2,23 @@
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rayproj.errors import UserError
-from rayproj.judging.people import asked
+from rayproj.judging import people
 from rayproj.judging.scoring import JudgeConfig
 from rayproj.preferences.results import parquet, rows_of, summary
 from tests.support.studies import simulate
+
+JUDGED = ["a horse", "a  cat", "a dog", "a prompt that nobody was asked about"]
+
+
+def asked(config: JudgeConfig, prompts: Collection[str] = tuple(JUDGED)) -> tuple[Any, Any]:
+    return people.asked(config, prompts)
 
 
 def config(human: str, *models: str, question: str = "alignment") -> JudgeConfig:
@@ -37,9 +45,28 @@ def test_a_study_its_export_and_its_counts_say_the_same(tmp_path: Path) -> None:
     assert asked(config("", "a")) == (None, {})
 
 
+def test_only_what_was_said_of_the_judged_prompts_counts(tmp_path: Path) -> None:
+    """Of one prompt a is better and of another b, each of which both sets have; and one rater, however often, is one."""
+    rows = [
+        {"rater": f"r{k % 12}", "set": of, "question": "alignment", "prompt": prompt, "category": "", "answer": "left"}
+        | {"first": "a", "second": "b", "left": "a", "right": "b", "score": score, "counts": True}
+        for k in range(48)
+        for of in ("x", "y")
+        for prompt, score in (("a horse", 1.0), ("a cat", 0.0))
+    ]
+    (tmp_path / "all.parquet").write_bytes(parquet(rows))
+    (tmp_path / "one.parquet").write_bytes(parquet([{**row, "rater": "r"} for row in rows]))
+    given = config(f"{tmp_path}/all.parquet", "a", "b")
+    for prompts, order in (({"a horse"}, 1), ({"a  cat"}, -1), ({"a horse", "a cat"}, 0)):
+        assert asked(given, prompts)[1] == {("a", "b"): order}
+    assert asked(config(f"{tmp_path}/one.parquet", "a", "b"), {"a horse"})[1] == {("a", "b"): 0}
+    with pytest.raises(UserError, match="on their prompts"):
+        asked(given, {"a dog"})
+
+
 def test_what_is_no_rating_of_these_models_is_refused(tmp_path: Path) -> None:
     _, store = simulate(tmp_path, ratings=20)
-    with pytest.raises(UserError, match=r"no rating of two of these models: a, z; .* not 'alignment'"):
+    with pytest.raises(UserError, match=r"no rating of two of these models on their prompts: a, z; .* not 'alignment'"):
         asked(config(store.uri, "a", "z"))
     with pytest.raises(UserError, match="not 'detailed'"):
         asked(config(store.uri, "a", "b", question="detailed"))

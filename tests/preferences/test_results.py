@@ -11,9 +11,11 @@ import pytest
 
 from rayproj import cli
 from rayproj.errors import UserError
+from rayproj.evaluation.proportions import Rate
 from rayproj.preferences import ratings, results
 from rayproj.preferences.plan import Question
 from rayproj.preferences.ratings import Rating
+from rayproj.report.preferences import page
 from rayproj.storage.store import Store, to_json
 from tests.support.studies import STRENGTHS, made, simulate
 
@@ -47,9 +49,8 @@ def test_the_report_finds_the_strengths_and_leaves_out_who_did_not_attend(tmp_pa
         if key[1] == "count":
             shares = {name: row["value"] for name, row in result["models"].items()}
             assert list(shares) == ["a", "b", "c"] and abs(shares["a"] - 0.9) < 0.1 and abs(shares["c"] - 0.5) < 0.15
-            assert all(
-                row["low"] < row["value"] < row["high"] and row["of"] == 150 for row in result["models"].values()
-            )
+            # Of seven prompts there are seven images of a model, too few for an interval over them.
+            assert all((row["of"], row["images"], row["low"]) == (150, 7, None) for row in result["models"].values())
             continue
         assert list(result["models"]) == ["a", "b", "c"], "the best first"
         values = {name: row["elo"] for name, row in result["models"].items()}
@@ -65,6 +66,52 @@ def test_the_report_finds_the_strengths_and_leaves_out_who_did_not_attend(tmp_pa
     categories = by["p", "overall"]["categories"]
     assert set(categories) == {"c0", "c1"} and sum(c["ratings"] for c in categories.values()) == 450
     assert not by["q", "alignment"]["categories"], "one category is none"
+
+
+def rated(rater: str, prompt: str, score: float, question: str = "overall", category: str = "") -> results.Row:
+    """A rating of a against b, or of how many things an image of a shows."""
+    counting = question == "count"
+    row = {"rater": rater, "set": "p", "question": question, "prompt": prompt, "category": category, "counts": True}
+    row |= {"first": "a", "second": "" if counting else "b", "score": score, "number": int(score), "wanted": 1}
+    return row | {"answer": {0: "right", 0.5: "indifferent", 1: "left"}[score]}
+
+
+def test_few_raters_have_no_interval_also_beside_many() -> None:
+    """By question and by category; nor have raters who all say the same, whose draws are all alike."""
+    many = [rated(f"r{k}", f"p{k}", float(k % 3 > 0), "overall", "few" if k < 4 else "many") for k in range(30)]
+    one = [rated("r0", f"p{k}", float(k % 3 > 0), "appeal") for k in range(30)]
+    alike = [rated(f"r{k}", f"p{k}", 1.0, "alignment") for k in range(12)]
+    found = results.summary([*many, *one, *alike], replicates=50)
+    by = {result["question"]: result for result in found["results"]}
+    for row in by["overall"]["models"].values():
+        assert row["low"] < row["elo"] < row["high"]
+    few, enough = by["overall"]["categories"]["few"], by["overall"]["categories"]["many"]
+    assert (few["raters"], enough["raters"]) == (4, 26)
+    for models in (by["appeal"]["models"], by["alignment"]["models"], few["models"]):
+        assert {(row["low"], row["high"]) for row in models.values()} == {(None, None)}
+    assert all(row["low"] < row["high"] for row in enough["models"].values())
+    assert by["appeal"]["left"]["low"] is None and by["alignment"]["left"] == {
+        "of": 12, "value": 1.0, "low": Rate(12, 12).interval(0.99)[0], "high": 1.0
+    }  # fmt: skip
+    html = page(found)
+    assert html.count("With so few raters there is no interval.") == 2, "one question and one category"
+    assert html.count("With so few raters the intervals are too narrow.") == 1, "of twelve"
+    elo = by["appeal"]["models"]["a"]["elo"]
+    assert f'<td>a</td><td class="right">{elo:.0f} (–)</td>' in html
+
+
+def test_ratings_of_counts_are_told_from_images_and_those_of_one_image_are_alike() -> None:
+    """Of two images, however often rated, there is no interval; of twenty, half of them right, that of ten of twenty."""
+    two = [rated(f"r{k}", f"p{k % 2}", 1.0, "count") for k in range(200)]
+    row = results.summary(two)["results"][0]["models"]["a"]
+    assert row == {"of": 200, "images": 2, "value": 1.0, "low": None, "high": None}
+    twenty = [rated(f"r{k}", f"p{k % 20}", float(k % 2), "count") for k in range(400)]
+    found = results.summary(twenty)
+    row = found["results"][0]["models"]["a"]
+    assert (row["of"], row["images"], row["value"]) == (400, 20, 0.5)
+    assert (row["low"], row["high"]) == pytest.approx(Rate(10, 20).interval(0.99), abs=0.04)
+    cells = '</td><td class="right">'.join(["", "400", "20"])
+    assert f"{cells}</td></tr>" in page(found)
 
 
 def test_without_ratings_there_is_no_report(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from rayproj.storage.store import Store, to_json
 STRENGTHS = {"a": 0.8, "b": 0.0, "c": -0.8}
 
 
-def study(tmp_path: Path, **changes: object) -> StudyConfig:
+def study(
+    tmp_path: Path, prompts: Sequence[str] = ("a horse", "", " a  cat ", "a dog"), **changes: object
+) -> StudyConfig:
     rows = "".join(f"p{i},c{i % 2},dots,{i}\n" for i in range(7))
     (tmp_path / "p.csv").write_text("prompt,category,object,number\n" + rows)
-    (tmp_path / "q.txt").write_text("a horse\n\n a  cat \na dog\n")
+    (tmp_path / "q.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
     sets = {
         "p": SetConfig(str(tmp_path / "p.csv"), [Question.overall, Question.appeal, Question.count]),
         "q": SetConfig(str(tmp_path / "q.txt"), [Question.alignment]),
@@ -28,7 +30,7 @@ def study(tmp_path: Path, **changes: object) -> StudyConfig:
     return StudyConfig(**{**given, "block": 6, **changes})  # type: ignore[arg-type]
 
 
-def made(tmp_path: Path, seed: int = 0, **changes: object) -> Plan:
+def made(tmp_path: Path, seed: int = 0, **changes: Any) -> Plan:
     config = study(tmp_path, **changes)
     return plan(config, {name: name * 8 for name in config.models}, seed)
 
