@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rayproj.data.dataset import Dataset
-from rayproj.evaluation.guessing import GuessConfig, header_of, result_of
 from rayproj.evaluation.obfuscations import summary
+from rayproj.evaluation.predicting import PredictConfig, header_of, result_of
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import Pool, PoolConfig
 from rayproj.runtime.run import Run, RunConfig
@@ -19,7 +19,7 @@ from rayproj.tracking.tracker import TrackingConfig
 
 @dataclass
 class Config:
-    evaluate: GuessConfig = field(default_factory=GuessConfig)
+    evaluate: PredictConfig = field(default_factory=PredictConfig)
     run: RunConfig = field(default_factory=RunConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -31,9 +31,9 @@ def main(config: Config) -> dict[str, Any]:
             return run.result
         with Pool(run, config.pool) as pool:
             for name in config.evaluate.models:
-                guesses = Dataset.create(f"{config.evaluate.out}/{name}", header_of(config.evaluate, name))
-                maker = {"config": asdict(config.evaluate), "model": name, "out": guesses.uri}
-                pool.produce(guesses, "rayproj.evaluation.guessing:Guesser", maker)
+                predictions = Dataset.create(f"{config.evaluate.out}/{name}", header_of(config.evaluate, name))
+                maker = {"config": asdict(config.evaluate), "model": name, "out": predictions.uri}
+                pool.produce(predictions, "rayproj.evaluation.predicting:Predictor", maker)
         result = result_of(config.evaluate)
         rows = [[name, *summary(metrics).values()] for name, metrics in result["metrics"].items()]
         columns = ["model", *summary(next(iter(result["metrics"].values())))]

@@ -11,7 +11,7 @@ from typing import Any
 from rayproj import config as configuration
 from rayproj.classifiers.adversary import AdversaryConfig, Several, Training
 from rayproj.classifiers.augment import AugmentConfig
-from rayproj.classifiers.epinet import Kind
+from rayproj.classifiers.epinet import EpistemicKind
 from rayproj.classifiers.model import StartConfig
 from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.classifiers.objective import Balance, Objective, ObjectiveConfig
@@ -61,9 +61,9 @@ class Config:
                 "objective: groups are counted before the training, so the dataset must be complete: consumer=''."
             )
         epistemic = self.classifier.epistemic.kind
-        if self.start and epistemic is Kind.ensemble:
+        if self.start and epistemic is EpistemicKind.ensemble:
             found.append("start: the members of an ensemble begin differently, so that they begin with no run.")
-        if self.adversary.training is not Training.none and epistemic is not Kind.none:
+        if self.adversary.training is not Training.none and epistemic is not EpistemicKind.none:
             found.append("adversary.training does not go with classifier.epistemic.")
         threats, branches = len(self.adversary.threats), len(self.classifier.branches)
         if self.adversary.training is not Training.none and self.classifier.adapters and branches > 2:

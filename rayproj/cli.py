@@ -19,6 +19,32 @@ from rayproj.storage.store import Store
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rayproj", description="Synthetic vision data that can be trusted.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_chains(commands)
+    _add_runs(commands)
+    _add_privacy(commands)
+    _add_data(commands)
+    _add_evaluate(commands)
+    _add_study(commands)
+    _add_responsibility(commands)
+    _add_upkeep(commands)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse leaves words that stand behind an option; they can only be overrides.
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    try:
+        return _run(arguments)
+    except BrokenPipeError:  # as `| head` leaves it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_chains(commands: Any) -> None:
+    """The options of `rayproj demo`, `chain` and `sweep`."""
     demo = commands.add_parser("demo", help="the whole chain in small, on this machine or on RAY_ADDRESS's cluster")
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of configs/demo.yaml")
     chain = commands.add_parser("chain", help="the jobs that a file names, one after the other, as the demo's")
@@ -27,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     sweep = commands.add_parser("sweep", help="a grid of overrides over a job or chain; again goes on with it")
     sweep.add_argument("config", help="a YAML file, such as configs/sweep.yaml")
     sweep.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _add_runs(commands: Any) -> None:
+    """The options of `rayproj submit`, `plan`, `status`, `logs`, `stop` and `resume`."""
     submit = commands.add_parser("submit", help="submit a job to a Ray cluster")
     submit.add_argument("job", help="a script, such as jobs/train_diffusion.py")
     submit.add_argument("config", help="a YAML file below the current folder")
@@ -56,6 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     resume = commands.add_parser("resume", help="go on with a run, here or on RAY_ADDRESS's cluster")
     resume.add_argument("run", metavar="RUN", help="a run dir")
     resume.add_argument("overrides", nargs="*", metavar="key=value", help="of where and how it runs")
+
+
+def _add_privacy(commands: Any) -> None:
+    """The options of `rayproj privacy`."""
     privacy = commands.add_parser("privacy", help="what private runs have spent, and the budgets of private datasets")
     questions = privacy.add_subparsers(dest="question", required=True, metavar="QUESTION")
     show = questions.add_parser("show", help="what runs have spent, and what is left of their datasets' budgets")
@@ -66,6 +100,10 @@ def main(argv: list[str] | None = None) -> int:
     budget.add_argument("--delta", type=float, metavar="D", help="less than one over the number of examples")
     close = questions.add_parser("close", help="give back what a run has planned and will not do; it can never go on")
     close.add_argument("run", metavar="RUN", help="a run dir of jobs/finetune_private.py")
+
+
+def _add_data(commands: Any) -> None:
+    """The options of `rayproj export`, `dataset`, `grid` and `gallery`."""
     export = commands.add_parser("export", help="the model of a run, with a model card, in formats that others read")
     export.add_argument("run", metavar="RUN", help="run dir of a training job")
     export.add_argument("--to", required=True, metavar="DIR", help="a folder that is not there yet")
@@ -97,31 +135,6 @@ def main(argv: list[str] | None = None) -> int:
     gallery.add_argument(
         "--names", nargs="+", default=["all"], metavar="NAME", help="of them, sets, or your own as package.module:Class"
     )
-    _add_evaluate(commands)
-    _add_study(commands)
-    _add_responsibility(commands)
-    verify = commands.add_parser("verify", help="read and hash every file of the checkpoints and datasets of a folder")
-    verify.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
-    gc = commands.add_parser("gc", help="delete what no commit holds, as killed processes leave it")
-    gc.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
-    gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS", help="(default: %(default)g)")
-    gc.add_argument("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
-    doctor = commands.add_parser("doctor", help="whether this machine is fit, and what to do where it is not")
-    doctor.add_argument("uri", nargs="?", metavar="URI", help="where runs are to be kept; by default this folder")
-    arguments, rest = parser.parse_known_args(argv)
-    # argparse leaves words that stand behind an option; they can only be overrides.
-    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides += rest
-    try:
-        return _run(arguments)
-    except BrokenPipeError:  # as `| head` leaves it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -212,6 +225,18 @@ def _add_responsibility(commands: Any) -> None:
     load.add_argument("--seconds", type=float, default=10.0, metavar="S", help="(default: %(default)g)")
     load.add_argument("--prompt", default="", metavar="TEXT", help="of every request")
     load.add_argument("--to", default="", metavar="FILE", help="keep it as JSON, as for judge.playground.loads")
+
+
+def _add_upkeep(commands: Any) -> None:
+    """The options of `rayproj verify`, `gc` and `doctor`."""
+    verify = commands.add_parser("verify", help="read and hash every file of the checkpoints and datasets of a folder")
+    verify.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
+    gc = commands.add_parser("gc", help="delete what no commit holds, as killed processes leave it")
+    gc.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
+    gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS", help="(default: %(default)g)")
+    gc.add_argument("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
+    doctor = commands.add_parser("doctor", help="whether this machine is fit, and what to do where it is not")
+    doctor.add_argument("uri", nargs="?", metavar="URI", help="where runs are to be kept; by default this folder")
 
 
 def _responsibility(arguments: argparse.Namespace) -> int:

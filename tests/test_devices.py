@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rayproj.classifiers.augment import AugmentConfig, augmented
-from rayproj.classifiers.epinet import Bootstrap, EpistemicConfig, EpistemicNetwork, Kind, weights
+from rayproj.classifiers.epinet import Bootstrap, EpistemicConfig, EpistemicKind, EpistemicNetwork, weights
 from rayproj.classifiers.networks import ClassifierConfig, build
 from rayproj.evaluation.epistemic import Outcome, logits_of
 from rayproj.evaluation.shift import ShiftConfig, conditions
@@ -73,8 +73,8 @@ def test_changes_of_images() -> None:
             assert isinstance(changed, There) and torch.equal(changed.here, condition.change(pictures(), ROWS))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.none])
-def test_epistemic_networks(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in EpistemicKind if kind is not EpistemicKind.none])
+def test_epistemic_networks(kind: EpistemicKind) -> None:
     torch.manual_seed(0)
     config = EpistemicConfig(kind, index=6, members=4, samples=3, predict=9, conv_prior=0.5, mlp_prior=0.5)
     network = build(ClassifierConfig(channels=(8, 16), dropout=0.0, epistemic=config), 3, 24, 5).eval()
@@ -85,14 +85,14 @@ def test_epistemic_networks(kind: Kind) -> None:
         z = network.training_indices(0, ROWS)
         expected = [network(images), network(images, z)]
         outcomes.append(Outcome.of(logits_of(network, images, network.indices(5)), labels))
-        if kind is not Kind.mc_dropout:
+        if kind is not EpistemicKind.mc_dropout:
             expected.append(weights(Bootstrap.exponential, network.quantiles(0, ROWS[:, 0], z)))
         with Accelerator():
             moved(away)
             z, there = away.training_indices(0, There(ROWS)), There(images)
             found = [away(there), away(there, z)]
             outcomes.append(Outcome.of(logits_of(away, there, away.indices(5)), There(labels)))
-            if kind is not Kind.mc_dropout:
+            if kind is not EpistemicKind.mc_dropout:
                 found.append(weights(Bootstrap.exponential, away.quantiles(0, There(ROWS)[:, 0], z)))
     for one, other in zip(found, expected, strict=True):
         assert isinstance(one, There)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rayproj.benchmarks.runtime import Row, in_turns
-from rayproj.classifiers.epinet import EpistemicConfig, EpistemicNetwork, Kind
+from rayproj.classifiers.epinet import EpistemicConfig, EpistemicKind, EpistemicNetwork
 from rayproj.classifiers.networks import ClassifierConfig, build
 from rayproj.evaluation.epistemic import logits_of
 
@@ -22,9 +22,9 @@ BATCH, INDICES, CLASSES, SIDE = 64, 1000, 10, 32
 MEMBERS = 10
 
 
-def of(kind: Kind, members: int = MEMBERS) -> EpistemicNetwork:
+def of(kind: EpistemicKind, members: int = MEMBERS) -> EpistemicNetwork:
     torch.manual_seed(0)
-    epistemic = EpistemicConfig(kind, members=members, prior=1.0 if kind is Kind.epinet else 0.0)
+    epistemic = EpistemicConfig(kind, members=members, prior=1.0 if kind is EpistemicKind.epinet else 0.0)
     built = build(ClassifierConfig(dropout=0.0, epistemic=epistemic), 3, SIDE, CLASSES).eval()
     assert isinstance(built, EpistemicNetwork)
     return built
@@ -56,7 +56,7 @@ def measure() -> list[Row]:
     """Rows for `jobs/benchmark.py`."""
     torch.set_num_threads(THREADS)
     images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
-    epinet, ensemble = of(Kind.epinet), of(Kind.ensemble)
+    epinet, ensemble = of(EpistemicKind.epinet), of(EpistemicKind.ensemble)
     z = epinet.indices(INDICES)
     expected = at_once(epinet, images, z)
     what = f"joint prediction of {BATCH} images, epinet, {INDICES:,} indices"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rayproj import keyed
 
 
-class Kind(Enum):
+class EpistemicKind(Enum):
     none = "none"  # a point estimate
     epinet = "epinet"
     ensemble = "ensemble"  # of networks; with `prior` of networks plus fixed random ones (Osband et al. 2018)
@@ -38,7 +38,7 @@ class Bootstrap(Enum):
 class EpistemicConfig:
     """What makes a classifier an epistemic network."""
 
-    kind: Kind = Kind.none
+    kind: EpistemicKind = EpistemicKind.none
     index: int = 20  # of an epinet: dimensions of z ~ N(0, I)
     hidden: tuple[int, ...] = (50,)  # of an epinet: widths of its layers; (): a linear hypermodel of the head
     prior: float = 1.0  # of an epinet and an ensemble: scale of the fixed random part; 0: none
@@ -64,7 +64,7 @@ class EpistemicConfig:
             found.append("epistemic.prior, conv_prior and mlp_prior must not be negative.")
         if min(self.temperature, self.scale) <= 0:
             found.append("epistemic.temperature and scale must be positive.")
-        if self.kind in (Kind.none, Kind.mc_dropout) and self.bootstrap is not Bootstrap.none:
+        if self.kind in (EpistemicKind.none, EpistemicKind.mc_dropout) and self.bootstrap is not Bootstrap.none:
             kinds = "an epinet, an ensemble or a batch_ensemble"
             found.append(f"epistemic.bootstrap is for {kinds}, not for {self.kind.value}.")
         return found

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rayproj.classifiers.ensembles import BatchEnsemble, Ensemble, MCDropout
-from rayproj.classifiers.epinet import Epinet, EpistemicConfig, Kind
+from rayproj.classifiers.epinet import Epinet, EpistemicConfig, EpistemicKind
 from rayproj.errors import UserError
 
 
@@ -70,7 +70,7 @@ class ClassifierConfig:
         if len(self.branches) < 2 or len(set(self.branches)) < len(self.branches):
             found.append("classifier.branches are two at least, and each has another name.")
         kind = self.epistemic.kind
-        if kind is not Kind.none and self.adapters:
+        if kind is not EpistemicKind.none and self.adapters:
             found.append("classifier.adapters do not go with classifier.epistemic.")
         return found
 
@@ -285,11 +285,11 @@ def build(config: ClassifierConfig, channels: int, side: int, classes: int) -> n
         return (ConvNet if config.network is Network.conv else WideResNet)(config, channels, classes)
 
     epistemic = config.epistemic
-    if epistemic.kind is Kind.none:
+    if epistemic.kind is EpistemicKind.none:
         return Adapted(plain(), config.adapters, config.branches) if config.adapters else plain()
-    if epistemic.kind is Kind.epinet:
+    if epistemic.kind is EpistemicKind.epinet:
         return Epinet(epistemic, plain(), (channels, side, side))
-    if epistemic.kind is Kind.ensemble:
+    if epistemic.kind is EpistemicKind.ensemble:
         members = [plain() for _ in range(epistemic.members)]
         return Ensemble(members, [plain() for _ in members if epistemic.prior], epistemic.prior)
-    return (MCDropout if epistemic.kind is Kind.mc_dropout else BatchEnsemble)(epistemic, plain())
+    return (MCDropout if epistemic.kind is EpistemicKind.mc_dropout else BatchEnsemble)(epistemic, plain())

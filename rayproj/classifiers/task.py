@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rayproj.classifiers import adversary as adversaries
 from rayproj.classifiers.adversary import AdversaryConfig, Training
 from rayproj.classifiers.augment import AugmentConfig, augmented
-from rayproj.classifiers.epinet import Bootstrap, EpistemicNetwork, Kind, weights
+from rayproj.classifiers.epinet import Bootstrap, EpistemicKind, EpistemicNetwork, weights
 from rayproj.classifiers.model import StartConfig, network_for
 from rayproj.classifiers.networks import ClassifierConfig
 from rayproj.classifiers.objective import Objective, ObjectiveConfig
@@ -70,7 +70,7 @@ class ClassificationTask:
             times = len(logits) // len(label)
             return self.objective(model, logits, label.repeat(times), row.repeat(times, 1))
 
-        if self.config.epistemic.kind is not Kind.none:
+        if self.config.epistemic.kind is not EpistemicKind.none:
             return self._over_indices(model, images, row, objective)
         if self.adversary.training is Training.none:
             return objective(model(images))

@@ -17,7 +17,13 @@ per-sample randomness (`rayproj.keyed`)."""
 
 
 class Task(Protocol):
-    """The same Task trains plainly or privately: the Step decides what becomes of its losses."""
+    """The same Task trains plainly or privately: the Step decides what becomes of its losses.
+
+    Attributes:
+        starts_trained: whether `build` gives trained weights, which a training of no steps keeps as they are.
+    """
+
+    starts_trained: bool
 
     def build(self) -> nn.Module:
         """The trainable model on CPU, a function of the task's seed alone."""

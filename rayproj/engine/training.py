@@ -82,7 +82,7 @@ def train(
     whether the plan was completed.
     """
     config = recipe.config
-    if not config.steps and not getattr(recipe.task, "starts_trained", False):
+    if not config.steps and not recipe.task.starts_trained:
         raise UserError("There are no steps to train; set train.steps to a positive number.")
     torch.manual_seed(world.rank)  # for layers that draw by themselves, such as dropout; the rest is keyed
     engine = Engine(recipe.task.build(), config.engine, config.steps, world, recipe.step.micro_batches)

@@ -24,8 +24,6 @@ from torch import Tensor
 from rayproj import keyed
 from rayproj.data.encodings import of_picture
 
-SEVERITIES = (1, 2, 3, 4, 5)
-
 
 class Draw:
     """Keyed random numbers for the images of a batch.

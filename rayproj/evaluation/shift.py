@@ -24,10 +24,11 @@ from rayproj.engine.training import Link
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation import epistemic
-from rayproj.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
+from rayproj.evaluation.corruptions import CORRUPTIONS, corrupted
 from rayproj.evaluation.epistemic import Outcome, by_labels_together, fitted_temperature, logits_of, measures
 from rayproj.evaluation.uncertainty import corruption_errors, detection
 from rayproj.obfuscation.assets import Assets, AssetsConfig
+from rayproj.obfuscation.base import SEVERITIES
 from rayproj.obfuscation.registry import chosen, obfuscate
 from rayproj.storage.store import Store
 

@@ -22,7 +22,7 @@ from rayproj.evaluation.clip import ClipScore
 from rayproj.evaluation.folders import loading
 from rayproj.evaluation.words import plain
 from rayproj.judging import counting
-from rayproj.judging.prompts import Kind, Question, questions_of, read_questions, score
+from rayproj.judging.prompts import Question, QuestionKind, questions_of, read_questions, score
 
 SHOWS = 'Does this figure show "{prompt}"? Please answer yes or no.'  # Lin et al. 2024, arXiv 2404.01291, section 3
 NEIGHBOURS = 5
@@ -201,7 +201,7 @@ class Counts:
     def __call__(self, images: Tensor, features: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         found = np.full(len(prompts), np.nan)
         for k, prompt in enumerate(prompts):
-            asked = [q for q in questions_of(prompt) if q.kind is Kind.count]
+            asked = [q for q in questions_of(prompt) if q.kind is QuestionKind.count]
             if asked:
                 free = [Question(q.text, q.answer, q.kind, q.about) for q in asked]  # of the number alone
                 found[k] = score(free, {n: self.by.answer(images[k], features[k], q) for n, q in enumerate(free)})
@@ -247,9 +247,9 @@ class KnownImages:
         return np.stack([self._vectors[text] for text in texts])
 
     def answer(self, image: Tensor, feature: np.ndarray, question: Question) -> str:
-        if question.kind is Kind.count:
+        if question.kind is QuestionKind.count:
             return str(counting.components(image.cpu().numpy()))
-        if question.kind is Kind.colour:
+        if question.kind is QuestionKind.colour:
             return counting.main_colour(image.cpu().numpy())
         told = [plain(str(self.captions[i])) for i in self.nearest(feature[None])[0]]
         words = plain(question.about or question.text)

@@ -25,7 +25,7 @@ IRREGULAR = {
 BETWEEN = re.compile(r"\s*(?:,|\b(?:and|with|next to|beside|on|in|under|behind|of)\b)\s*")
 
 
-class Kind(Enum):
+class QuestionKind(Enum):
     """What a question is about."""
 
     object = "object"
@@ -46,7 +46,7 @@ class Question:
 
     text: str
     answer: str
-    kind: Kind
+    kind: QuestionKind
     about: str = ""
     needs: int | None = None
 
@@ -75,7 +75,13 @@ def read_questions(file: str) -> dict[str, list[Question]]:
         try:
             row = json.loads(line)
             asked = [
-                Question(q["text"], str(q["answer"]), Kind(q.get("kind", "other")), q.get("about", ""), q.get("needs"))
+                Question(
+                    q["text"],
+                    str(q["answer"]),
+                    QuestionKind(q.get("kind", "other")),
+                    q.get("about", ""),
+                    q.get("needs"),
+                )
                 for q in row["questions"]
             ]
             prompt = row["prompt"]
@@ -109,11 +115,13 @@ def questions_of(prompt: str) -> list[Question]:
             continue
         thing = " ".join([*rest[:-1], singular(rest[-1]) if count not in (None, 1) else rest[-1]])
         there = len(asked)
-        asked.append(Question(f"Is there a {thing} in the picture?", "yes", Kind.object, thing))
+        asked.append(Question(f"Is there a {thing} in the picture?", "yes", QuestionKind.object, thing))
         if count is not None:
-            asked.append(Question(f"How many of these are there: {thing}?", str(count), Kind.count, thing, there))
+            asked.append(
+                Question(f"How many of these are there: {thing}?", str(count), QuestionKind.count, thing, there)
+            )
         if colour:
-            asked.append(Question(f"What colour is the {thing}?", colour, Kind.colour, thing, there))
+            asked.append(Question(f"What colour is the {thing}?", colour, QuestionKind.colour, thing, there))
     return asked
 
 
@@ -130,7 +138,7 @@ def singular(word: str) -> str:
 def right(question: Question, answer: str) -> bool:
     """Whether an answer is the right one: numbers by value, in digits or words; else one of its words or all of it."""
     words = re.findall(r"[\w'-]+", answer.lower())
-    if question.kind is Kind.count:
+    if question.kind is QuestionKind.count:
         values = [int(w) if w.isdigit() else NUMBERS.index(w) for w in words if w.isdigit() or w in NUMBERS]
         return values[:1] == [int(question.answer)]
     return question.answer.lower() in words or answer.strip().lower() == question.answer.lower()

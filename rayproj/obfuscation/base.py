@@ -17,9 +17,7 @@ from rayproj.errors import UserError
 from rayproj.obfuscation.assets import Assets
 
 AT_ONCE = 2**20  # values of images at once on a CPU, whose cache holds them and what is made of them
-
-
-SEVERITIES = (1, 2, 3, 4, 5)
+SEVERITIES = (1, 2, 3, 4, 5)  # of obfuscations, as of the common corruptions (`rayproj.evaluation.corruptions`)
 
 
 class Harder(StrEnum):

@@ -148,6 +148,8 @@ class AuditedModel(nn.Module):
 class AuditedTask:
     """The loss of a canary is its weight times what makes a gradient of `norm`: a Dirac canary."""
 
+    starts_trained = False
+
     def __init__(self, canaries: int, norm: float, seed: int) -> None:
         self.count, self.norm, self.seed = canaries, norm, seed
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
-from rayproj.report import figures, obfuscations, soups
+from rayproj.report import figures, obfuscations, robustness, soups
 from rayproj.report.pages import data_uri, rendered
 from rayproj.storage.store import Store, from_json
 
@@ -252,16 +252,16 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
         real = report["classifier"]["intervals"].get("real")
         found["privacy_and_use"] = data_uri(figures.svg(figures.privacy_and_use(rows, real)), "svg+xml")
     if "robustness" in report:
-        found["robust_accuracy"] = data_uri(figures.svg(figures.robust_accuracy(report["robustness"])), "svg+xml")
+        found["robust_accuracy"] = data_uri(figures.svg(robustness.robust_accuracy(report["robustness"])), "svg+xml")
         if any("cost" in one for one in report["robustness"].values()):
-            cost = figures.robustness_and_cost(report["robustness"])
+            cost = robustness.robustness_and_cost(report["robustness"])
             found["robustness_and_cost"] = data_uri(figures.svg(cost), "svg+xml")
         if tried := {
             n: one for n, one in report["robustness"].items() if "queries" in next(iter(one["threats"].values()))
         }:
-            found["defences_attacked"] = data_uri(figures.svg(figures.defences_attacked(tried)), "svg+xml")
+            found["defences_attacked"] = data_uri(figures.svg(robustness.defences_attacked(tried)), "svg+xml")
         if attacked := attacked_images(stages, 8):
-            found["perturbed"] = data_uri(figures.png(figures.perturbed(attacked)), "png")
+            found["perturbed"] = data_uri(figures.png(robustness.perturbed(attacked)), "png")
     if soups.shared(report.get("soups", {})):
         found["soups_compared"] = data_uri(figures.svg(soups.compared(report["soups"])), "svg+xml")
     for name, mixed in report.get("soups", {}).items():
@@ -289,7 +289,7 @@ def pictures(stages: Stages, report: dict[str, Any]) -> dict[str, str]:
 
 
 def attacked_images(stages: Stages, count: int) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
-    """The first images that were broken, by classifier and threat, for `figures.perturbed`."""
+    """The first images that were broken, by classifier and threat, for `robustness.perturbed`."""
     found = {}
     for stage in stages.of("evaluate"):
         given = _values(stages.stores[stage])["robustness"]

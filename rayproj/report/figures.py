@@ -11,7 +11,6 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rayproj.evaluation.watermark import REAL
@@ -76,7 +75,7 @@ def samples(columns: dict[str, np.ndarray], classes: list[str], zoom: float = 0.
     return figure
 
 
-def curves(series: dict[str, tuple[list[float], list[float]]], ylabel: str, log: bool = False) -> Figure:
+def curves(series: dict[str, tuple[list[float], list[float]]], ylabel: str) -> Figure:
     """Lines over steps: name -> (steps, values), each in its own panel, since their scales differ."""
     figure, axes = panels(len(series), 3.1, 2.3)
     for axis, (name, (x, y)), colour in zip(axes, series.items(), cycle(SERIES), strict=False):
@@ -84,10 +83,7 @@ def curves(series: dict[str, tuple[list[float], list[float]]], ylabel: str, log:
         axis.set_title(name)
         axis.set_xlabel("update")
         axis.set_ylabel(ylabel)
-        if log:
-            axis.set_yscale("log")
-        else:
-            axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=0)
     return figure
 
 
@@ -120,135 +116,6 @@ def confusions(matrices: dict[str, list[list[int]]], classes: list[str], titles:
         axis.set_yticks(range(len(classes)), classes if number % PANELS == 0 else [], fontsize=7)
         axis.set_xlabel("predicted")
         axis.set_ylabel("true" if number % PANELS == 0 else "")
-    return figure
-
-
-def effect_sizes(found: dict[str, dict[str, Any]]) -> Figure:
-    """By name of a SkewSize, the effect sizes of its classes, against the gaps of these, and what is commonly looked at."""
-    shown = {name: s for name, s in found.items() if s["effects"]}
-    figure, axes = plt.subplots(
-        max(1, len(shown)), 3, figsize=(11, 0.4 + 2.1 * max(1, len(shown))), squeeze=False, width_ratios=[3, 2, 2],
-        layout="constrained",
-    )  # fmt: skip
-    for (left, middle, right), (name, s) in zip(axes, shown.items(), strict=False):
-        left.hist(list(s["effects"].values()), bins=np.linspace(0, 1, 41).tolist(), color=SERIES[0])
-        if s["null_band"] is not None:
-            left.axvspan(*s["null_band"], color=INK, alpha=0.12, label="most by chance")
-            left.axvline(s["null_mean_effect"], color=INK, linestyle="--", label="mean by chance")
-            left.legend(frameon=False)
-        left.set_title(f"{name}: SkewSize {'undefined' if s['value'] is None else format(s['value'], '.2f')}")
-        left.set_xlabel("effect size of the group")
-        left.set_ylabel("classes")
-        left.yaxis.get_major_locator().set_params(integer=True)
-        middle.scatter(
-            list(s["class_gaps"].values()), list(s["effects"].values()), s=14, color=SERIES[0], alpha=0.7, linewidths=0
-        )
-        middle.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="gap of the class", ylabel="its effect size")
-        bars = {"accuracy": s["accuracy"], "worst group": s["worst_group_accuracy"], "gap": s["accuracy_gap"]}
-        right.barh(list(bars), list(bars.values()), color=SERIES[1])
-        for place, value in enumerate(bars.values()):
-            right.text(value + 0.01, place, f"{value:.3f}", va="center")
-        right.set_xlim(0, 1.2)
-        right.invert_yaxis()
-    return figure
-
-
-def residuals(found: dict[str, dict[str, Any]], most: int = 4) -> Figure:
-    """By name of a SkewSize, the tables of the classes that drive it: by how many deviations a group has a prediction more
-    (red) or less (blue) often than if the two did not depend."""
-    shown = {name: s["drivers"][:most] for name, s in found.items() if s["drivers"]}
-    figure, axes = plt.subplots(
-        max(1, len(shown)),
-        most,
-        figsize=(3.1 * most, 0.4 + 2.4 * max(1, len(shown))),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis in axes.flat:
-        axis.set_visible(False)
-    image = None
-    for row, (name, drivers) in zip(axes, shown.items(), strict=False):
-        for axis, driver in zip(row, drivers, strict=False):
-            axis.set_visible(True)
-            image = axis.imshow(driver["residuals"], cmap="RdBu_r", vmin=-6, vmax=6, aspect="auto")
-            axis.set_xticks(range(len(driver["groups"])), driver["groups"], rotation=30, ha="right")
-            axis.set_yticks(range(len(driver["predictions"])), driver["predictions"])
-            axis.set_title(f"{name}\n{driver['class']}: {driver['effect']:.2f}", fontsize=9)
-            for y, values in enumerate(driver["residuals"]):
-                for x, value in enumerate(values):
-                    axis.text(
-                        x, y, f"{value:+.1f}", ha="center", va="center", color="white" if abs(value) > 2.8 else "black"
-                    )
-    if image is not None:
-        figure.colorbar(image, ax=axes, label="(observed - expected) / √expected", shrink=0.8, extend="both")
-    return figure
-
-
-MARKERS = "osD^vP*X"
-
-
-def accuracy_against_gap(study: dict[str, Any]) -> Figure:
-    """A panel for each test set, a marker for each arm: means over the seeds with standard deviations. Up and to the left is
-    better.
-
-    Args:
-        study: of `rayproj.report.study.gather`.
-    """
-    tests, kinds = study["tests"], list(dict.fromkeys(study["kinds"].values()))
-    columns = min(2, len(tests))
-    rows = -(-len(tests) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.6 * columns + 1.6, 3.7 * rows), squeeze=False, layout="constrained"
-    )
-    colours = plt.get_cmap("tab20")(np.linspace(0, 0.999, max(2, len(study["kinds"]))))
-    for axis, (test, of) in zip(axes.flat, tests.items(), strict=False):
-        for (arm, row), colour in zip(of["arms"].items(), colours, strict=False):
-            marker = MARKERS[kinds.index(study["kinds"][arm]) % len(MARKERS)]
-            gap, accuracy = row["gap"], row["accuracy"]
-            axis.errorbar(
-                gap["mean"], accuracy["mean"], xerr=gap["sd"], yerr=accuracy["sd"], color=colour, ecolor=(*colour[:3], 0.35),
-                marker=marker, markersize=8 if arm == study["baseline"] else 6, linestyle="", elinewidth=1, label=arm,
-                markeredgecolor="black" if arm == study["baseline"] else colour,
-            )  # fmt: skip
-        axis.set_title(test)
-        axis.set_xlabel("gap between groups")
-        axis.set_ylabel("accuracy")
-    for axis in list(axes.flat)[len(tests) :]:
-        axis.set_visible(False)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    named = [f"{label.replace('_', ' ')} ({study['kinds'][label]})" for label in labels]
-    figure.legend(handles, named, loc="outside right center", frameon=False, fontsize=8)
-    return figure
-
-
-def measures_over(axis_name: str, arms: dict[str, Any]) -> Figure:
-    """Accuracy and gap over the values of an axis: a line for each arm, solid on the first test set, dashed in the mean over
-    the others; bars are standard deviations over the seeds.
-
-    Args:
-        arms: arm -> value -> test set -> measure -> "mean", "sd" and "values".
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.1), layout="constrained")
-    values = list(dict.fromkeys(value for by in arms.values() for value in by))
-    for (arm, by), colour in zip(arms.items(), cycle(SERIES), strict=False):
-        first, *others = next(iter(by.values()))
-        place = [values.index(value) for value in by]
-        for axis, measure in zip(axes, ("accuracy", "gap"), strict=True):
-            inside = [by[value][first][measure] for value in by]
-            mean, sd = [m["mean"] for m in inside], [m["sd"] for m in inside]
-            axis.errorbar(
-                place, mean, yerr=sd, color=colour, marker="o", markersize=4, capsize=3, label=f"{arm}, {first}"
-            )
-            if others:
-                outside = [np.mean([by[value][test][measure]["mean"] for test in others]) for value in by]
-                axis.plot(
-                    place, outside, color=colour, linestyle="--", marker="o", markersize=3, label=f"{arm}, elsewhere"
-                )
-            axis.set_ylabel(measure)
-    for axis in axes:
-        axis.set_xticks(range(len(values)), values)
-        axis.set_xlabel(axis_name)
-    axes[0].legend(frameon=False, fontsize=7)
     return figure
 
 
@@ -310,132 +177,6 @@ def watermark(found: dict[str, dict[str, Any]]) -> Figure:
         axis.set_xlabel("real images found")
         axis.set_ylabel("marked images found")
         axis.legend(frameon=False, fontsize=7)
-    return figure
-
-
-def robust_accuracy(found: dict[str, dict[str, Any]]) -> Figure:
-    """Accuracy over the radius of each threat, of every classifier and, dashed, every defence that was attacked at several.
-
-    Args:
-        found: name -> what `rayproj.robustness.job.summary` gives.
-    """
-    curves = {name: one for name, one in found.items() if any(t.get("curve") for t in one["threats"].values())}
-    threats = list(dict.fromkeys(threat for one in curves.values() for threat in one["threats"]))
-    figure, axes = panels(len(threats), 3.0, 2.6)
-    for axis, threat in zip(axes, threats, strict=False):
-        for colour, (name, one) in zip(cycle(SERIES), curves.items()):
-            points = [{"radius": 0.0, **one["clean"]}, *one["threats"][threat]["curve"]]
-            _with_interval(axis, "radius", points, color=colour, linestyle="--" if "cost" in one else "-", label=name)
-            axis.plot(
-                [one["threats"][threat]["threat"]["eps"]],
-                [one["threats"][threat]["robust"]["value"]],
-                color=colour,
-                marker="x",
-            )
-        axis.set_ylim(0, 1)
-        axis.set_xlabel(f"{threat} radius")
-        axis.set_ylabel("right under attack")
-    if threats:
-        axes[0].legend(frameon=False, fontsize=8)
-    return figure
-
-
-def _with_interval(axis: Axes, along: str, points: list[dict[str, float]], **style: Any) -> None:
-    """Accuracies that have "value", "low" and "high", over what each point has at `along`."""
-    x = [point[along] for point in points]
-    axis.plot(x, [p["value"] for p in points], marker="o", markersize=3, **style)
-    axis.fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=style["color"], alpha=0.15)
-
-
-def defences_attacked(found: dict[str, dict[str, Any]]) -> Figure:
-    """What is right of each defence under each attack, over the queries of the searches, and over its own steps, if it was
-    attacked with several numbers of them; a column of panels for each threat.
-
-    Args:
-        found: name -> what `rayproj.robustness.job.summary` gives, of defences alone.
-    """
-    threats = next(iter(found.values()))["threats"]
-    stepped = any(t["defence_steps"] for one in found.values() for t in one["threats"].values())
-    figure, grid = plt.subplots(
-        2 + stepped,
-        len(threats),
-        figsize=(3.4 * len(threats), 2.6 * (2 + stepped)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for column, threat in enumerate(threats):
-        by_attack, by_queries, *by_steps = grid[:, column]
-        for number, (colour, (name, one)) in enumerate(zip(cycle(SERIES), found.items())):
-            under, style = one["threats"][threat], {"color": colour, "label": name}
-            held = [under["columns"][c]["value"] for c in under["columns"]] + [under["robust"]["value"]]
-            places = np.arange(len(held)) + 0.8 * ((number + 0.5) / len(found) - 0.5)
-            by_attack.bar(places, held, 0.8 / len(found), **style)
-            by_attack.set_xticks(
-                range(len(held)), [*under["columns"], "worst case"], rotation=60, ha="right", fontsize=7
-            )
-            for line, (search, points) in zip(("-", "--"), under["queries"].items(), strict=False):
-                _with_interval(by_queries, "queries", points, color=colour, linestyle=line, label=f"{name}, {search}")
-            for axis in by_steps if under["defence_steps"] else []:
-                _with_interval(axis, "steps", under["defence_steps"], **style)
-        by_attack.set_title(threat, fontsize=9)
-        by_queries.set_xscale("symlog")
-        by_queries.set_xlabel("queries of a search")
-        for axis in by_steps:
-            axis.set_xlabel("steps of the defence")
-        for axis in grid[:, column]:
-            axis.set_ylim(0, 1)
-            axis.set_ylabel("right under attack")
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(frameon=False, fontsize=7)
-    return figure
-
-
-def robustness_and_cost(found: dict[str, dict[str, Any]]) -> Figure:
-    """Worst-case accuracy of defences over what an answer of theirs costs, with their bases at a cost of one."""
-    costs = {name: one for name, one in found.items() if "cost" in one}
-    threats = list(next(iter(costs.values()))["threats"]) if costs else []
-    figure, axes = panels(max(1, len(threats)), 3.0, 2.6)
-    for axis, threat in zip(axes, threats, strict=False):
-        for colour, (name, one) in zip(cycle(SERIES), costs.items()):
-            base, own = one["threats"][threat]["columns"]["static"], one["threats"][threat]["robust"]
-            times = max(1.0, one["cost"]["seconds"][1] / one["cost"]["seconds"][0])
-            for x, point, marker in ((1.0, base, "s"), (times, own, "o")):
-                error = [[point["value"] - point["low"]], [point["high"] - point["value"]]]
-                label = name if marker == "o" else None
-                axis.errorbar([x], [point["value"]], yerr=error, color=colour, marker=marker, capsize=3, label=label)
-            axis.plot([1, times], [base["value"], own["value"]], color=colour, linewidth=0.8, linestyle=":")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_ylim(0, 1)
-        axis.set_xlabel("time of an answer, times its base's")
-        axis.set_ylabel(f"right in the worst case, {threat}")
-        axis.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def perturbed(rows: dict[str, tuple[np.ndarray, np.ndarray, list[str]]]) -> Figure:
-    """Images, what an attack made of them, and the difference, magnified until its largest value is at the edge.
-
-    Args:
-        rows: title -> images and attacked images, fp32 [n, C, H, W] in [0, 1], and the images' classes.
-    """
-    count = max((len(clean) for clean, _, _ in rows.values()), default=1)
-    figure, axes = plt.subplots(
-        3 * len(rows), count, figsize=(0.9 * count + 1.2, 2.9 * len(rows)), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for number, (title, (clean, attacked, taken)) in enumerate(rows.items()):
-        for k, (before, after, name) in enumerate(zip(clean, attacked, taken, strict=True)):
-            moved = after - before
-            largest = max(float(np.abs(moved).max()), 1e-12)
-            shown = (before, after, 0.5 + 0.5 * moved / largest)
-            for row, image in enumerate(shown):
-                axis = axes[3 * number + row, k]
-                axis.imshow(np.moveaxis(image, 0, -1).squeeze(), cmap="gray", vmin=0, vmax=1)
-            axes[3 * number + 1, k].set_title(name, fontsize=7, pad=2)
-            axes[3 * number + 2, k].set_title(f"× {0.5 / largest:.0f}", fontsize=7, pad=2)
-        axes[3 * number, 0].set_title(title, fontsize=8, loc="left")
     return figure
 
 

@@ -8,10 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
 from rayproj.errors import UserError
 from rayproj.evaluation.skewsize import SkewSize, variables
 from rayproj.evaluation.words import mapped, read_synonyms, text_embedder
-from rayproj.report import figures
+from rayproj.report.figures import INK, SERIES, png
 
 
 def read_table(path: str, columns: Sequence[str]) -> dict[str, list[Any]]:
@@ -118,6 +122,67 @@ def _between(interval: list[float] | None) -> str:
     return "" if interval is None else f" ({interval[0]:.2f} to {interval[1]:.2f})"
 
 
+def effect_sizes(found: dict[str, dict[str, Any]]) -> Figure:
+    """By name of a SkewSize, the effect sizes of its classes, against the gaps of these, and what is commonly looked at."""
+    shown = {name: s for name, s in found.items() if s["effects"]}
+    figure, axes = plt.subplots(
+        max(1, len(shown)), 3, figsize=(11, 0.4 + 2.1 * max(1, len(shown))), squeeze=False, width_ratios=[3, 2, 2],
+        layout="constrained",
+    )  # fmt: skip
+    for (left, middle, right), (name, s) in zip(axes, shown.items(), strict=False):
+        left.hist(list(s["effects"].values()), bins=np.linspace(0, 1, 41).tolist(), color=SERIES[0])
+        if s["null_band"] is not None:
+            left.axvspan(*s["null_band"], color=INK, alpha=0.12, label="most by chance")
+            left.axvline(s["null_mean_effect"], color=INK, linestyle="--", label="mean by chance")
+            left.legend(frameon=False)
+        left.set_title(f"{name}: SkewSize {'undefined' if s['value'] is None else format(s['value'], '.2f')}")
+        left.set_xlabel("effect size of the group")
+        left.set_ylabel("classes")
+        left.yaxis.get_major_locator().set_params(integer=True)
+        middle.scatter(
+            list(s["class_gaps"].values()), list(s["effects"].values()), s=14, color=SERIES[0], alpha=0.7, linewidths=0
+        )
+        middle.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="gap of the class", ylabel="its effect size")
+        bars = {"accuracy": s["accuracy"], "worst group": s["worst_group_accuracy"], "gap": s["accuracy_gap"]}
+        right.barh(list(bars), list(bars.values()), color=SERIES[1])
+        for place, value in enumerate(bars.values()):
+            right.text(value + 0.01, place, f"{value:.3f}", va="center")
+        right.set_xlim(0, 1.2)
+        right.invert_yaxis()
+    return figure
+
+
+def residuals(found: dict[str, dict[str, Any]], most: int = 4) -> Figure:
+    """By name of a SkewSize, the tables of the classes that drive it: by how many deviations a group has a prediction more
+    (red) or less (blue) often than if the two did not depend."""
+    shown = {name: s["drivers"][:most] for name, s in found.items() if s["drivers"]}
+    figure, axes = plt.subplots(
+        max(1, len(shown)),
+        most,
+        figsize=(3.1 * most, 0.4 + 2.4 * max(1, len(shown))),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    image = None
+    for row, (name, drivers) in zip(axes, shown.items(), strict=False):
+        for axis, driver in zip(row, drivers, strict=False):
+            axis.set_visible(True)
+            image = axis.imshow(driver["residuals"], cmap="RdBu_r", vmin=-6, vmax=6, aspect="auto")
+            axis.set_xticks(range(len(driver["groups"])), driver["groups"], rotation=30, ha="right")
+            axis.set_yticks(range(len(driver["predictions"])), driver["predictions"])
+            axis.set_title(f"{name}\n{driver['class']}: {driver['effect']:.2f}", fontsize=9)
+            for y, values in enumerate(driver["residuals"]):
+                for x, value in enumerate(values):
+                    axis.text(
+                        x, y, f"{value:+.1f}", ha="center", va="center", color="white" if abs(value) > 2.8 else "black"
+                    )
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="(observed - expected) / √expected", shrink=0.8, extend="both")
+    return figure
+
+
 def run(arguments: Any) -> int:
     """The command."""
     if arguments.together < 1:
@@ -132,7 +197,7 @@ def run(arguments: Any) -> int:
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     if arguments.picture:
-        Path(arguments.picture).write_bytes(figures.png(figures.effect_sizes(found)))
+        Path(arguments.picture).write_bytes(png(effect_sizes(found)))
     if arguments.residuals:
-        Path(arguments.residuals).write_bytes(figures.png(figures.residuals(found)))
+        Path(arguments.residuals).write_bytes(png(residuals(found)))
     return 0

@@ -11,10 +11,13 @@ import io
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import cycle
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from rayproj.classifiers.model import weights_of
 from rayproj.data.cells import cells_of
@@ -32,6 +35,7 @@ ARM, SEED = "arm", "seed"
 MEASURES = ("accuracy", "gap", "worst")
 FURTHER = ("balanced accuracy", "AUC", "calibration error")
 LEVEL = 0.05
+MARKERS = "osD^vP*X"  # of the kinds of arms
 Setting = tuple[str, str, str]
 """(arm, further axis, its value); ("", "") for the arms themselves."""
 
@@ -334,13 +338,78 @@ def samples(config: StudyConfig, per_cell: int = 8) -> tuple[dict[str, np.ndarra
     return columns, names
 
 
+def accuracy_against_gap(study: dict[str, Any]) -> Figure:
+    """A panel for each test set, a marker for each arm: means over the seeds with standard deviations. Up and to the left is
+    better.
+
+    Args:
+        study: of `gather`.
+    """
+    tests, kinds = study["tests"], list(dict.fromkeys(study["kinds"].values()))
+    columns = min(2, len(tests))
+    rows = -(-len(tests) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.6 * columns + 1.6, 3.7 * rows), squeeze=False, layout="constrained"
+    )
+    colours = plt.get_cmap("tab20")(np.linspace(0, 0.999, max(2, len(study["kinds"]))))
+    for axis, (test, of) in zip(axes.flat, tests.items(), strict=False):
+        for (arm, row), colour in zip(of["arms"].items(), colours, strict=False):
+            marker = MARKERS[kinds.index(study["kinds"][arm]) % len(MARKERS)]
+            gap, accuracy = row["gap"], row["accuracy"]
+            axis.errorbar(
+                gap["mean"], accuracy["mean"], xerr=gap["sd"], yerr=accuracy["sd"], color=colour, ecolor=(*colour[:3], 0.35),
+                marker=marker, markersize=8 if arm == study["baseline"] else 6, linestyle="", elinewidth=1, label=arm,
+                markeredgecolor="black" if arm == study["baseline"] else colour,
+            )  # fmt: skip
+        axis.set_title(test)
+        axis.set_xlabel("gap between groups")
+        axis.set_ylabel("accuracy")
+    for axis in list(axes.flat)[len(tests) :]:
+        axis.set_visible(False)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    named = [f"{label.replace('_', ' ')} ({study['kinds'][label]})" for label in labels]
+    figure.legend(handles, named, loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def measures_over(axis_name: str, arms: dict[str, Any]) -> Figure:
+    """Accuracy and gap over the values of an axis: a line for each arm, solid on the first test set, dashed in the mean over
+    the others; bars are standard deviations over the seeds.
+
+    Args:
+        arms: arm -> value -> test set -> measure -> "mean", "sd" and "values".
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.1), layout="constrained")
+    values = list(dict.fromkeys(value for by in arms.values() for value in by))
+    for (arm, by), colour in zip(arms.items(), cycle(figures.SERIES), strict=False):
+        first, *others = next(iter(by.values()))
+        place = [values.index(value) for value in by]
+        for axis, measure in zip(axes, ("accuracy", "gap"), strict=True):
+            inside = [by[value][first][measure] for value in by]
+            mean, sd = [m["mean"] for m in inside], [m["sd"] for m in inside]
+            axis.errorbar(
+                place, mean, yerr=sd, color=colour, marker="o", markersize=4, capsize=3, label=f"{arm}, {first}"
+            )
+            if others:
+                outside = [np.mean([by[value][test][measure]["mean"] for test in others]) for value in by]
+                axis.plot(
+                    place, outside, color=colour, linestyle="--", marker="o", markersize=3, label=f"{arm}, elsewhere"
+                )
+            axis.set_ylabel(measure)
+    for axis in axes:
+        axis.set_xticks(range(len(values)), values)
+        axis.set_xlabel(axis_name)
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
 def build(config: StudyConfig) -> tuple[dict[str, Any], str, bytes]:
     """study.json as a dict, study.html as text that needs no other file, and the plot of accuracy against gap as a PNG."""
     found = gather(config)
-    plotted = figures.png(figures.accuracy_against_gap(found))
+    plotted = figures.png(accuracy_against_gap(found))
     pictures = {"plot": data_uri(plotted, "png")}
     for axis, arms in found["curves"].items():
-        pictures[f"curve {axis}"] = data_uri(figures.svg(figures.measures_over(axis, arms)), "svg+xml")
+        pictures[f"curve {axis}"] = data_uri(figures.svg(measures_over(axis, arms)), "svg+xml")
     if config.shown:
         pictures["samples"] = data_uri(figures.png(figures.samples(*samples(config))), "png")
     return found, rendered("study.html", study=found, pictures=pictures), plotted

@@ -39,7 +39,7 @@ COLUMNS = ("clean", "static", "defended", "transfer", "direct", "bpda", "fewer",
 SEARCHES = ("square", "rays")  # columns of attacks that ask for queries
 
 
-class Kind(Enum):
+class DefenceKind(Enum):
     anti_adversary = "anti_adversary"
     hedge = "hedge"
     auxiliary = "auxiliary"
@@ -53,20 +53,20 @@ class Kind(Enum):
     quantiser = "quantiser"
 
 
-CLASSES: dict[Kind, Callable[..., Defence]] = {
-    Kind.anti_adversary: defences.AntiAdversary,
-    Kind.hedge: defences.Hedge,
-    Kind.auxiliary: defences.AuxiliaryPurifier,
-    Kind.one_step: defences.OneStep,
-    Kind.self_supervised: defences.SelfSupervised,
-    Kind.contrastive: defences.ContrastiveReversal,
-    Kind.control: defences.ClosedLoopControl,
-    Kind.entropy: defences.EntropyAdaptation,
-    Kind.noise: defences.RandomNoise,
-    Kind.generative: defences.GenerativePurifier,
-    Kind.quantiser: defences.Quantiser,
+CLASSES: dict[DefenceKind, Callable[..., Defence]] = {
+    DefenceKind.anti_adversary: defences.AntiAdversary,
+    DefenceKind.hedge: defences.Hedge,
+    DefenceKind.auxiliary: defences.AuxiliaryPurifier,
+    DefenceKind.one_step: defences.OneStep,
+    DefenceKind.self_supervised: defences.SelfSupervised,
+    DefenceKind.contrastive: defences.ContrastiveReversal,
+    DefenceKind.control: defences.ClosedLoopControl,
+    DefenceKind.entropy: defences.EntropyAdaptation,
+    DefenceKind.noise: defences.RandomNoise,
+    DefenceKind.generative: defences.GenerativePurifier,
+    DefenceKind.quantiser: defences.Quantiser,
 }
-FROM_IMAGES = (Kind.auxiliary, Kind.one_step, Kind.contrastive, Kind.control)
+FROM_IMAGES = (DefenceKind.auxiliary, DefenceKind.one_step, DefenceKind.contrastive, DefenceKind.control)
 
 
 @dataclass
@@ -74,7 +74,7 @@ class DefenceConfig:
     """A defence around one of the classifiers."""
 
     base: str = "???"  # name in `classifiers`
-    kind: Kind = Kind.anti_adversary
+    kind: DefenceKind = DefenceKind.anti_adversary
     options: dict[str, float] = field(default_factory=dict)  # of its class, such as {steps: 4}
     model: str = ""  # generative: run dir of a diffusion model
     images: str = ""  # auxiliary, one_step, contrastive, control: what they learn from
@@ -163,7 +163,7 @@ def _needed(defence: DefenceConfig) -> dict[str, Any]:
     Raises:
         UserError: it is not there.
     """
-    if defence.kind is Kind.generative and defence.model:
+    if defence.kind is DefenceKind.generative and defence.model:
         done = commits(Store(defence.model))
         if not done:
             raise UserError(
@@ -258,7 +258,7 @@ def builder(
         UserError: an option that it has not, or what it needs is not given.
     """
     options, kind = dict(defence.options), CLASSES[defence.kind]
-    if defence.kind is Kind.generative:
+    if defence.kind is DefenceKind.generative:
         if not defence.model:
             raise UserError(
                 "A generative defence needs robustness.defences.NAME.model: the run dir of a diffusion model."
@@ -272,9 +272,9 @@ def builder(
             )
         told: Any
         given, (told, label) = _given(kind, options), _some(defence.images, device)
-        if defence.kind is Kind.contrastive:
+        if defence.kind is DefenceKind.contrastive:
             told = defences.Contrast(_with_features(base), told, seed=seed)
-        elif defence.kind is Kind.control:
+        elif defence.kind is DefenceKind.control:
             _with_features(base)
         else:
             told = discriminator(told, label, base, next(iter(config.balls.values())), seed)

@@ -25,8 +25,9 @@ from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.engine.checkpoint import commits
 from rayproj.errors import UserError
-from rayproj.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
+from rayproj.evaluation.corruptions import CORRUPTIONS, corrupted
 from rayproj.evaluation.proportions import sign_test
+from rayproj.obfuscation.base import SEVERITIES
 from rayproj.robustness.apgd import apgd
 from rayproj.robustness.job import share
 from rayproj.robustness.losses import cross_entropy, targeted

@@ -22,7 +22,15 @@ from rayproj import classifiers
 from rayproj import config as configuration
 from rayproj.classifiers.augment import AugmentConfig
 from rayproj.classifiers.ensembles import BatchEnsemble, Ensemble, MCDropout
-from rayproj.classifiers.epinet import Bootstrap, Epinet, EpistemicConfig, EpistemicNetwork, Kind, ProjectedMLP, weights
+from rayproj.classifiers.epinet import (
+    Bootstrap,
+    Epinet,
+    EpistemicConfig,
+    EpistemicKind,
+    EpistemicNetwork,
+    ProjectedMLP,
+    weights,
+)
 from rayproj.classifiers.model import StartConfig, digest, put_epinet
 from rayproj.classifiers.networks import ClassifierConfig, ConvNet, Network, build, centred
 from rayproj.classifiers.objective import Loss, Objective, ObjectiveConfig
@@ -42,10 +50,10 @@ from tests.support.ranks import run_ranks
 from tests.support.regression import Recorder
 
 SHAPE, CLASSES = (3, 16, 16), 5
-KINDS = [kind for kind in Kind if kind is not Kind.none]
+KINDS = [kind for kind in EpistemicKind if kind is not EpistemicKind.none]
 
 
-def of(kind: Kind, **values: Any) -> EpistemicNetwork:
+def of(kind: EpistemicKind, **values: Any) -> EpistemicNetwork:
     torch.manual_seed(0)
     config = EpistemicConfig(kind, index=6, members=4, samples=3, predict=9, **values)
     built = build(ClassifierConfig(channels=(8, 16), dropout=0.0, epistemic=config), *SHAPE[:2], CLASSES).eval()
@@ -58,9 +66,9 @@ def images(count: int = 7) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_indices_at_once_are_as_one_by_one(kind: Kind) -> None:
+def test_many_indices_at_once_are_as_one_by_one(kind: EpistemicKind) -> None:
     """Shared by all images, and each with its own."""
-    model, x = of(kind, **({"conv_prior": 0.5, "mlp_prior": 0.5} if kind is Kind.epinet else {})), images()
+    model, x = of(kind, **({"conv_prior": 0.5, "mlp_prior": 0.5} if kind is EpistemicKind.epinet else {})), images()
     z = model.indices(5)
     together = model(x, z)
     assert together.shape == (len(z), len(x), CLASSES) and together.std(0).max() > 1e-3, "indices make a difference"
@@ -75,7 +83,7 @@ def test_many_indices_at_once_are_as_one_by_one(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_an_index_it_is_the_mean_over_the_default_ones(kind: Kind) -> None:
+def test_without_an_index_it_is_the_mean_over_the_default_ones(kind: EpistemicKind) -> None:
     model, x = of(kind), images()
     z = model.indices(model.default_indices)
     torch.testing.assert_close(model(x).exp(), model(x, z).softmax(2).mean(0))
@@ -101,10 +109,10 @@ def test_the_projected_mlp_is_its_formula(hidden: tuple[int, ...]) -> None:
 
 
 def test_the_index_zero_is_the_base_and_without_layers_it_is_linear() -> None:
-    model, x = of(Kind.epinet, conv_prior=1.0, mlp_prior=1.0), images()
+    model, x = of(EpistemicKind.epinet, conv_prior=1.0, mlp_prior=1.0), images()
     base: Any = model.base
     torch.testing.assert_close(model(x, torch.zeros(1, 1, 6))[0], base(x))
-    model = of(Kind.epinet, hidden=(), conv_prior=1.0, mlp_prior=1.0)
+    model = of(EpistemicKind.epinet, hidden=(), conv_prior=1.0, mlp_prior=1.0)
     z, base = model.indices(2), model.base
     mixed = model(x, 2 * z[:1] - 3 * z[1:])[0] - base(x)
     alone = model(x, z) - base(x)
@@ -115,7 +123,7 @@ def test_the_index_zero_is_the_base_and_without_layers_it_is_linear() -> None:
 def test_an_epinet_without_layers_is_a_gaussian_process(temperature: float, scale: float) -> None:
     """f(x, z) = μ(x) / T + s Σ z_d (w_d φ(x) + b_d) has the covariance s² Σ (w_d φ + b_d)(w_d φ' + b_d)', so that under a
     probit likelihood the joint probability of labels is that of an orthant."""
-    model, x = of(Kind.epinet, hidden=(), prior=0.7, temperature=temperature, scale=scale), images(3)
+    model, x = of(EpistemicKind.epinet, hidden=(), prior=0.7, temperature=temperature, scale=scale), images(3)
     base, config = model.base, model.config  # type: ignore[union-attr]
     epinet, prior = model.epinet, model.prior  # type: ignore[union-attr]
     nn.init.normal_(epinet.bias)  # type: ignore[union-attr,arg-type]
@@ -135,7 +143,7 @@ def test_an_epinet_without_layers_is_a_gaussian_process(temperature: float, scal
 
 
 def test_no_gradient_reaches_the_base_through_the_epinet_nor_the_priors() -> None:
-    model, x = of(Kind.epinet, conv_prior=1.0, mlp_prior=1.0), images()
+    model, x = of(EpistemicKind.epinet, conv_prior=1.0, mlp_prior=1.0), images()
     base: Any = model.base
     logits = model(x, model.indices(4))
     part = (logits - base(x)).square().sum()
@@ -148,7 +156,7 @@ def test_no_gradient_reaches_the_base_through_the_epinet_nor_the_priors() -> Non
 
 def test_without_the_stop_the_base_learns_through_its_features() -> None:
     """As by autograd on features that are cut off: what the base gets is that gradient, carried back."""
-    model, x = of(Kind.epinet, stop_gradient=False), images()
+    model, x = of(EpistemicKind.epinet, stop_gradient=False), images()
     base: Any = model.base
     z = model.indices(4)
     part = (model(x, z) - base(x).detach()).square().sum()
@@ -160,13 +168,13 @@ def test_without_the_stop_the_base_learns_through_its_features() -> None:
     carried = torch.autograd.grad(features, learned, of_features)
     for found, expected in zip(torch.autograd.grad(part, learned), carried, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    stopped = of(Kind.epinet)
+    stopped = of(EpistemicKind.epinet)
     torch.testing.assert_close(stopped(x, z), model(x, z))
 
 
 def test_the_perceptrons_of_a_prior_are_as_written() -> None:
     """Two relu layers of five of the pixels in [-1, 1], one perceptron for each dimension of z."""
-    model, x = of(Kind.epinet, prior=0.0, mlp_prior=0.3, scale=2.0), images()
+    model, x = of(EpistemicKind.epinet, prior=0.0, mlp_prior=0.3, scale=2.0), images()
     z = model.indices(3)
     prior: Any = model.mlp_prior
     pixels = x.float() / 127.5 - 1
@@ -185,7 +193,7 @@ def one(prior: Any, x: Tensor, d: int) -> Tensor:
 
 
 def test_an_ensemble_is_its_members() -> None:
-    model, x = of(Kind.ensemble, prior=0.5), images()
+    model, x = of(EpistemicKind.ensemble, prior=0.5), images()
     assert isinstance(model, Ensemble) and len(model.members) == 4
     expected = torch.stack([m(x) + 0.5 * p(x) for m, p in zip(model.members, model.priors, strict=True)])
     torch.testing.assert_close(model(x, model.indices(4)), expected)
@@ -196,7 +204,7 @@ def test_an_ensemble_is_its_members() -> None:
 
 
 def test_dropout_is_a_mask_before_every_layer_but_the_first() -> None:
-    model, x = of(Kind.mc_dropout, dropout=0.4), images()
+    model, x = of(EpistemicKind.mc_dropout, dropout=0.4), images()
     assert isinstance(model, MCDropout)
     z = model.indices(2000)
     assert z.unique().tolist() == pytest.approx([0, 1 / 0.6]) and z.mean() == pytest.approx(1, abs=0.01)
@@ -211,7 +219,7 @@ def test_dropout_is_a_mask_before_every_layer_but_the_first() -> None:
 
 
 def test_a_batch_ensemble_is_networks_whose_weights_differ_by_rank_one() -> None:
-    model, x = of(Kind.batch_ensemble), images()
+    model, x = of(EpistemicKind.batch_ensemble), images()
     assert isinstance(model, BatchEnsemble)
     for member in range(4):
         h = centred(x, torch.float32)
@@ -247,7 +255,7 @@ def test_a_batch_ensemble_of_any_network(config: ClassifierConfig) -> None:
     """Each member is a plain network with its own weights put in."""
     torch.manual_seed(0)
     base, x = build(config, 3, 32, CLASSES).eval(), images(3).repeat(1, 1, 2, 2)
-    model = BatchEnsemble(EpistemicConfig(Kind.batch_ensemble, members=3), copy.deepcopy(base)).eval()
+    model = BatchEnsemble(EpistemicConfig(EpistemicKind.batch_ensemble, members=3), copy.deepcopy(base)).eval()
     of_members = model(x, model.indices(3))
     state = dict(model.base.state_dict())
     for member in range(3):
@@ -266,7 +274,7 @@ def test_dropout_of_any_network(config: ClassifierConfig) -> None:
     """Of an image and index what a network has whose weights from the left-out channels are zero."""
     torch.manual_seed(0)
     base, x = build(config, 3, 32, CLASSES).eval(), images(3).repeat(1, 1, 2, 2)
-    model = MCDropout(EpistemicConfig(Kind.mc_dropout, dropout=0.3), copy.deepcopy(base)).eval()
+    model = MCDropout(EpistemicConfig(EpistemicKind.mc_dropout, dropout=0.3), copy.deepcopy(base)).eval()
     z = model.indices(2)
     layers = [layer for layer in base.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     masks = z[1, 0].split([layer.weight.shape[1] * getattr(layer, "groups", 1) for layer in layers[1:]])
@@ -292,7 +300,7 @@ class OnEfficientNet(nn.Module):
 
 def test_any_network_with_a_linear_head_is_a_base() -> None:
     base, x = OnEfficientNet().eval(), images(2)
-    model = Epinet(EpistemicConfig(Kind.epinet), base, SHAPE)
+    model = Epinet(EpistemicConfig(EpistemicKind.epinet), base, SHAPE)
     torch.testing.assert_close(model(x, torch.zeros(1, 1, 20))[0], base.head(base.pooled(x)))
     assert model(x, model.indices(30)).std(0).min() > 0
 
@@ -304,7 +312,7 @@ def header(samples: int = 40, side: int = 16, name: str = "x") -> Header:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss", [Loss.cross_entropy, Loss.focal])
-def test_losses_are_means_over_the_indices_of_each_example_by_itself(kind: Kind, loss: Loss) -> None:
+def test_losses_are_means_over_the_indices_of_each_example_by_itself(kind: EpistemicKind, loss: Loss) -> None:
     config = ClassifierConfig(
         channels=(8, 16), dropout=0.0, epistemic=EpistemicConfig(kind, index=6, members=4, samples=3)
     )
@@ -320,16 +328,16 @@ def test_losses_are_means_over_the_indices_of_each_example_by_itself(kind: Kind,
     task.augment.shift, task.augment.flip = 0, False
     still = task.losses(model, batch)
     z = model.training_indices(3, row)  # type: ignore[operator]
-    assert kind is Kind.ensemble or not torch.equal(z, model.training_indices(3, row + 1))  # type: ignore[operator]
+    assert kind is EpistemicKind.ensemble or not torch.equal(z, model.training_indices(3, row + 1))  # type: ignore[operator]
     p = model(batch["image"], z).softmax(2).gather(2, batch["label"].expand(len(z), 7)[..., None])[..., 0]
     expected = -p.log() * ((1 - p) ** 2 if loss is Loss.focal else 1)
     torch.testing.assert_close(still, expected.mean(0), rtol=1e-4, atol=1e-5)
     assert not torch.equal(again, losses), "another step has other indices and changes of the images"
 
 
-@pytest.mark.parametrize("kind", [Kind.epinet, Kind.ensemble, Kind.batch_ensemble])
+@pytest.mark.parametrize("kind", [EpistemicKind.epinet, EpistemicKind.ensemble, EpistemicKind.batch_ensemble])
 @pytest.mark.parametrize("bootstrap", [Bootstrap.bernoulli, Bootstrap.exponential])
-def test_each_index_learns_from_other_data(kind: Kind, bootstrap: Bootstrap) -> None:
+def test_each_index_learns_from_other_data(kind: EpistemicKind, bootstrap: Bootstrap) -> None:
     epistemic = EpistemicConfig(kind, index=6, members=4, samples=3, bootstrap=bootstrap)
     config = ClassifierConfig(channels=(8, 16), dropout=0.0, epistemic=epistemic)
     task = ClassificationTask(config, header(), 3, AugmentConfig(shift=0, flip=False))
@@ -347,17 +355,17 @@ def test_each_index_learns_from_other_data(kind: Kind, bootstrap: Bootstrap) -> 
     torch.testing.assert_close(task.losses(model, batch), (count * losses).mean(0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [Kind.epinet, Kind.ensemble])
-def test_how_much_an_example_counts_has_its_law(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [EpistemicKind.epinet, EpistemicKind.ensemble])
+def test_how_much_an_example_counts_has_its_law(kind: EpistemicKind) -> None:
     """Uniform quantiles over indices of one example and over examples, and weights of mean one."""
     model = of(kind)
-    z = torch.randn(2000, 1, 6) if kind is Kind.epinet else torch.eye(4)[:, None]
+    z = torch.randn(2000, 1, 6) if kind is EpistemicKind.epinet else torch.eye(4)[:, None]
     quantile = model.quantiles(0, torch.arange(2000), z)
-    over_indices = quantile[:, 5] if kind is Kind.epinet else quantile[2]
+    over_indices = quantile[:, 5] if kind is EpistemicKind.epinet else quantile[2]
     assert stats.kstest(over_indices.numpy(), "uniform").pvalue > 1e-3
     for bootstrap in (Bootstrap.bernoulli, Bootstrap.exponential):
         assert weights(bootstrap, quantile).mean().item() == pytest.approx(1, abs=0.05)
-    if kind is Kind.epinet:
+    if kind is EpistemicKind.epinet:
         torch.testing.assert_close(model.quantiles(0, torch.arange(2000), -z), 1 - quantile, rtol=1e-4, atol=1e-5)
     else:
         assert np.abs(np.corrcoef(quantile.numpy()) - np.eye(4)).max() < 0.1, "members draw by themselves"
@@ -475,7 +483,7 @@ def test_an_ensemble_begins_with_no_run_and_an_epinet_with_one_that_fits(trained
     (tmp_path / "c.yaml").write_text(json.dumps(values))
     with pytest.raises(UserError, match="begin with no run"):
         configuration.load(Config, tmp_path / "c.yaml")
-    other = ClassifierConfig(channels=(8, 24, 32), epistemic=EpistemicConfig(Kind.epinet))
+    other = ClassifierConfig(channels=(8, 24, 32), epistemic=EpistemicConfig(EpistemicKind.epinet))
     with pytest.raises(UserError, match="another network"):
         ClassificationTask(other, header(200, 32), 0, start=StartConfig(f"{trained}/base")).build()
 
@@ -521,7 +529,7 @@ def test_an_exported_epinet_predicts_the_mean_over_its_indices(trained: Path, tm
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_can_be_exported_as_a_program(kind: Kind) -> None:
+def test_every_kind_can_be_exported_as_a_program(kind: EpistemicKind) -> None:
     """For batches of any size."""
     model = of(kind)
     program = torch.export.export(model, (images(5),), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
@@ -530,7 +538,7 @@ def test_every_kind_can_be_exported_as_a_program(kind: Kind) -> None:
 
 
 def train_at_stages(world: World, folder: str) -> None:
-    for kind in (Kind.epinet, Kind.batch_ensemble):
+    for kind in (EpistemicKind.epinet, EpistemicKind.batch_ensemble):
         for stage in (1, 3):
             values = {
                 "data": f"{folder}/train",

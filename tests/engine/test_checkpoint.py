@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rayproj.errors import UserError
 from rayproj.storage.store import IntegrityError, Store, sha256_hex
 from tests.support import regression
 from tests.support.ranks import run_ranks
-from tests.support.s3 import S3Server, answering, s3_server
+from tests.support.s3 import S3Server, answering
 
 
 def assert_same(found: list[dict], expected: list[dict]) -> None:
@@ -39,12 +39,6 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[dic
 @pytest.fixture(scope="module")
 def undisturbed(whole_run) -> list[dict]:  # type: ignore[no-untyped-def]
     return whole_run[1]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
 
 
 def test_a_stop_request_commits_and_the_rest_equals_undisturbed(tmp_path, undisturbed) -> None:  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from rayproj.classifiers.ensembles import Ensemble
-from rayproj.classifiers.epinet import EpistemicConfig, Kind
+from rayproj.classifiers.epinet import EpistemicConfig, EpistemicKind
 from rayproj.classifiers.networks import ClassifierConfig, build
 from rayproj.evaluation import epistemic
 from rayproj.evaluation.epistemic import Outcome, measures
@@ -19,7 +19,7 @@ SHAPE, CLASSES = (1, 16, 16), 4
 WIDTHS = (8, 16)
 
 
-def of(kind: Kind, **values: int) -> epistemic.EpistemicNetwork:
+def of(kind: EpistemicKind, **values: int) -> epistemic.EpistemicNetwork:
     torch.manual_seed(0)
     config = ClassifierConfig(channels=WIDTHS, dropout=0.0, epistemic=EpistemicConfig(kind, **values))  # type: ignore[arg-type]
     built = build(config, 1, 32, CLASSES)
@@ -67,7 +67,7 @@ def test_the_temperature_is_that_of_the_least_loss() -> None:
 
 
 def test_indices_in_pieces_are_those_at_once() -> None:
-    model = of(Kind.epinet)
+    model = of(EpistemicKind.epinet)
     z = model.indices(250)
     with torch.no_grad():
         torch.testing.assert_close(epistemic.logits_of(model, images(), z), model(images(), z))
@@ -84,7 +84,7 @@ def flops(batch: int) -> int:
 
 
 def test_the_cost_of_an_ensemble_is_that_of_its_members() -> None:
-    model = of(Kind.ensemble, members=3, prior=0)
+    model = of(EpistemicKind.ensemble, members=3, prior=0)
     for count in (1, 3):
         cost = epistemic.inference_cost(model, images(), count)
         assert cost["inference_flops"] == pytest.approx(count * flops(1), rel=1e-3) and cost["inference_seconds"] > 0
@@ -97,7 +97,7 @@ def test_the_cost_of_an_ensemble_is_that_of_its_members() -> None:
 
 
 def test_the_cost_of_an_epinet_is_its_base_once_and_little_for_each_index() -> None:
-    model = of(Kind.epinet)
+    model = of(EpistemicKind.epinet)
     cost = {count: epistemic.inference_cost(model, images(), count)["inference_flops"] for count in (1, 50, 100)}
     each, batch, hidden, index = (cost[100] - cost[50]) / 50, 8, 50, 20
     shared = 2 * index * hidden + 2 * CLASSES * index * hidden + 2 * index * CLASSES  # of an index, for the whole batch

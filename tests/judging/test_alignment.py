@@ -14,7 +14,7 @@ from rayproj.discovery.captions import CaptionConfig, EmbedderConfig, index_head
 from rayproj.errors import UserError
 from rayproj.evaluation.features import EfficientNetLite0Features
 from rayproj.judging.alignment import SHOWS, AlignmentConfig, AnsweringModel, Counts, KnownImages, Questions, measures
-from rayproj.judging.prompts import Kind, Question
+from rayproj.judging.prompts import Question, QuestionKind
 from tests.judging.test_counting import drawn
 from tests.support import planted
 
@@ -81,7 +81,7 @@ def test_a_model_gets_the_types_of_tokens_if_it_takes_them(tmp_path: Path) -> No
         untold = float(model(**given).logits[0, -1].softmax(0)[by.yes].sum())
     assert by.probability_of_yes(image, question) == pytest.approx(told, rel=1e-4)
     assert told != pytest.approx(untold, rel=1e-3), "it matters"
-    assert isinstance(by.answer(image, np.zeros(4), Question("What is it?", "a dog", Kind.other)), str)
+    assert isinstance(by.answer(image, np.zeros(4), Question("What is it?", "a dog", QuestionKind.other)), str)
 
 
 def test_vqa_score_is_the_probability_of_yes(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_vqa_score_is_the_probability_of_yes(tmp_path: Path) -> None:
             out = model(**given).logits[0, -1]
         yes = by.processor.tokenizer.convert_tokens_to_ids("yes")
         assert got == pytest.approx(float(out.softmax(0)[yes]), rel=1e-5)
-    told = by.answer(images[0], np.zeros(4), Question("What is it?", "a dog", Kind.other))
+    told = by.answer(images[0], np.zeros(4), Question("What is it?", "a dog", QuestionKind.other))
     assert isinstance(told, str)
 
 
@@ -133,7 +133,7 @@ def test_counts_and_colours_are_seen_in_the_picture(known: tuple[Dataset, str]) 
     images = torch.from_numpy(np.stack([drawn(3, (215, 35, 45)), drawn(2, (215, 35, 45)), drawn(1, (40, 90, 220))]))
     features, prompts = np.zeros((3, 1280)), ["three red circles", "three red circles", "blue circle"]
     np.testing.assert_array_equal(Counts("count", by)(images, features, prompts), [1.0, 0.0, np.nan])
-    asked = {p: [Question("What colour?", p.split()[-2], Kind.colour)] for p in prompts}
+    asked = {p: [Question("What colour?", p.split()[-2], QuestionKind.colour)] for p in prompts}
     np.testing.assert_array_equal(Questions("q", by, asked)(images, features, prompts), [1.0, 1.0, 1.0])
 
 

@@ -6,20 +6,29 @@ from pathlib import Path
 import pytest
 
 from rayproj.errors import UserError
-from rayproj.judging.prompts import Kind, Question, categories, questions_of, read_questions, right, score, singular
+from rayproj.judging.prompts import (
+    Question,
+    QuestionKind,
+    categories,
+    questions_of,
+    read_questions,
+    right,
+    score,
+    singular,
+)
 
 
 def test_plain_rules_ask_for_things_numbers_and_colours() -> None:
     found = questions_of("Three red cherries and a blue whale")
     assert [(q.kind, q.about, q.answer, q.needs) for q in found] == [
-        (Kind.object, "cherry", "yes", None),
-        (Kind.count, "cherry", "3", 0),
-        (Kind.colour, "cherry", "red", 0),
-        (Kind.object, ["blue", "whale"][1], "yes", None),
-        (Kind.colour, "whale", "blue", 3),
+        (QuestionKind.object, "cherry", "yes", None),
+        (QuestionKind.count, "cherry", "3", 0),
+        (QuestionKind.colour, "cherry", "red", 0),
+        (QuestionKind.object, ["blue", "whale"][1], "yes", None),
+        (QuestionKind.colour, "whale", "blue", 3),
     ]
     assert [q.about for q in questions_of("house with a garden")] == ["house", "garden"]
-    assert [(q.kind, q.about) for q in questions_of("an orange")] == [(Kind.object, "orange")]
+    assert [(q.kind, q.about) for q in questions_of("an orange")] == [(QuestionKind.object, "orange")]
     assert [q.about for q in questions_of("a black and white cat and an orange and white dog")] == [
         "cat",
         "cat",
@@ -51,25 +60,25 @@ def test_singular(plural: str, one: str) -> None:
 @pytest.mark.parametrize(
     "kind, wanted, said, good",
     [
-        (Kind.count, "3", "there are three of them", True),
-        (Kind.count, "3", "3", True),
-        (Kind.count, "3", "13", False),
-        (Kind.count, "3", "many", False),
-        (Kind.colour, "red", "It is red.", True),
-        (Kind.colour, "red", "coloured", False),
-        (Kind.object, "yes", "Yes, there is", True),
-        (Kind.object, "yes", "no", False),
+        (QuestionKind.count, "3", "there are three of them", True),
+        (QuestionKind.count, "3", "3", True),
+        (QuestionKind.count, "3", "13", False),
+        (QuestionKind.count, "3", "many", False),
+        (QuestionKind.colour, "red", "It is red.", True),
+        (QuestionKind.colour, "red", "coloured", False),
+        (QuestionKind.object, "yes", "Yes, there is", True),
+        (QuestionKind.object, "yes", "no", False),
     ],
 )
-def test_an_answer_is_right(kind: Kind, wanted: str, said: str, good: bool) -> None:
+def test_an_answer_is_right(kind: QuestionKind, wanted: str, said: str, good: bool) -> None:
     assert right(Question("?", wanted, kind), said) is good
 
 
 def test_what_hangs_on_a_wrong_answer_is_wrong_too() -> None:
     asked = [
-        Question("a?", "yes", Kind.object),
-        Question("b?", "red", Kind.colour, needs=0),
-        Question("c?", "yes", Kind.object),
+        Question("a?", "yes", QuestionKind.object),
+        Question("b?", "red", QuestionKind.colour, needs=0),
+        Question("c?", "yes", QuestionKind.object),
     ]
     assert score(asked, {0: "yes", 1: "red", 2: "no"}) == pytest.approx(2 / 3)
     assert score(asked, {0: "no", 1: "red", 2: "yes"}) == pytest.approx(1 / 3)
@@ -97,7 +106,7 @@ def test_questions_of_a_file(tmp_path: Path) -> None:
     ]
     file.write_text(json.dumps({"prompt": "red dog", "questions": asked}) + "\n")
     found = read_questions(str(file))["red dog"]
-    assert [q.needs for q in found] == [None, 0] and found[1].kind is Kind.colour
+    assert [q.needs for q in found] == [None, 0] and found[1].kind is QuestionKind.colour
     file.write_text(json.dumps({"prompt": "red dog", "questions": [{"text": "?", "answer": "yes", "needs": 0}]}))
     with pytest.raises(UserError, match="needs a question before it"):
         read_questions(str(file))

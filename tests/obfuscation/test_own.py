@@ -13,13 +13,13 @@ from rayproj import cli
 from rayproj.classifiers.augment import AugmentConfig, augmented
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
-from rayproj.evaluation.guessing import GuessConfig, result_of
 from rayproj.evaluation.models import ExaminedConfig
+from rayproj.evaluation.predicting import PredictConfig, result_of
 from rayproj.evaluation.shift import ShiftConfig, conditions
 from rayproj.obfuscation import CLEAN, Assets, AssetsConfig, ObfuscateConfig, chosen, obfuscate, regenerate
 from rayproj.obfuscation.writing import WriteConfig
 from rayproj.report.obfuscations import heat_map, obfuscations_of
-from tests.evaluation.test_guessing import guess, write_onnx
+from tests.evaluation.test_predicting import predict, write_onnx
 from tests.obfuscation.test_transforms import pictures, rows
 from tests.obfuscation.test_writing import obfuscated, write_images
 
@@ -65,8 +65,8 @@ def test_they_are_written_judged_and_shown(tmp_path: Path) -> None:
     assert np.array_equal(columns["image"][66:], 255 - pixels) and columns["parameters"][70] == "{}"
     write_onnx(tmp_path / "m.onnx")
     model = ExaminedConfig(str(tmp_path / "m.onnx"), classes=["a", "b"])
-    config = GuessConfig(images.uri, out=f"{tmp_path}/guesses", models={"linear": model}, intervals=5)
-    guess(config, "linear")
+    config = PredictConfig(images.uri, out=f"{tmp_path}/guesses", models={"linear": model}, intervals=5)
+    predict(config, "linear")
     result = result_of(config)
     found = result["metrics"]["linear"]
     assert 0 <= found[f"{DARKEN}-top-1"] <= 1 and found["mean-all-top-1"] == found["RotateImage-top-1"], "in no mean"

@@ -17,15 +17,15 @@ from PIL import Image
 from rayproj import cli
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
-from rayproj.evaluation.guessing import GuessConfig, result_of
 from rayproj.evaluation.models import ExaminedConfig
+from rayproj.evaluation.predicting import PredictConfig, result_of
 from rayproj.obfuscation import HELD_OUT, OBFUSCATIONS, TRAINING, Assets, AssetsConfig, obfuscate
 from rayproj.obfuscation.writing import WriteConfig
 from rayproj.report import figures
 from rayproj.report.build import build
 from rayproj.report.obfuscations import radar
 from rayproj.storage.store import Store, to_json
-from tests.evaluation.test_guessing import guess, write_onnx
+from tests.evaluation.test_predicting import predict, write_onnx
 from tests.obfuscation.test_writing import obfuscated, write_images
 
 
@@ -55,9 +55,9 @@ def root(tmp_path: Path) -> Path:
     images = obfuscated(WriteConfig(source.uri, f"{tmp_path}/obfuscated", names))
     write_onnx(tmp_path / "m.onnx")
     models = {name: ExaminedConfig(str(tmp_path / "m.onnx"), classes=["a", "b"]) for name in ("plain", "hardened")}
-    config = GuessConfig(images.uri, out=f"{tmp_path}/guesses", models=models, intervals=10)
+    config = PredictConfig(images.uri, out=f"{tmp_path}/guesses", models=models, intervals=10)
     for name in models:
-        guess(config, name)
+        predict(config, name)
     result = result_of(config)
     result["seen"]["hardened"] = ["InvertLines"]
     results = {"evaluate_obfuscations": result, "obfuscate": {"dataset": images.uri}}

@@ -23,7 +23,7 @@ from rayproj.robustness.job import (
     FROM_IMAGES,
     Attacker,
     DefenceConfig,
-    Kind,
+    DefenceKind,
     RobustnessConfig,
     builder,
     header_of,
@@ -78,8 +78,8 @@ def config_of(folder: str) -> RobustnessConfig:
         out=f"{folder}/attacked",
         classifiers={"plain": f"{folder}/run"},
         defences={
-            "anti": DefenceConfig("plain", Kind.anti_adversary, {"steps": 2}),
-            "noisy": DefenceConfig("plain", Kind.noise),
+            "anti": DefenceConfig("plain", DefenceKind.anti_adversary, {"steps": 2}),
+            "noisy": DefenceConfig("plain", DefenceKind.noise),
         },
         threats={"linf": ThreatConfig(Norm.linf, 0.08), "l1": ThreatConfig(Norm.l1, 2.0)},
         attack=AttackConfig([Attack.apgd_ce, Attack.apgd_t], steps=10, targets=2),
@@ -139,7 +139,7 @@ def test_a_shard_is_the_same_whoever_makes_it_and_in_whatever_order(folder: str)
 def test_a_defence_that_comes_later_leaves_what_is_there_as_it_was(folder: str) -> None:
     config = config_of(folder)
     before = {name: header_of(config, name, 0) for name in ("plain", "noisy")}
-    config.defences["later"] = DefenceConfig("plain", Kind.quantiser)
+    config.defences["later"] = DefenceConfig("plain", DefenceKind.quantiser)
     assert {name: header_of(config, name, 0) for name in before} == before
     config.defences["noisy"].options = {"std": 0.1}
     assert header_of(config, "plain", 0) == before["plain"] and header_of(config, "noisy", 0) != before["noisy"]
@@ -187,18 +187,17 @@ def diffusion(folder: str) -> str:
     return f"{folder}/diffusion"
 
 
-OPTIONS: dict[Kind, dict[str, float]] = {
-    Kind.hedge: {"steps": 2}, Kind.auxiliary: {"steps": 2}, Kind.entropy: {"steps": 2}, Kind.generative: {"steps": 2},
-    Kind.one_step: {"doubt": 0.1}, Kind.self_supervised: {"steps": 1, "radii": 1}, Kind.control: {"steps": 2},
-    Kind.contrastive: {"steps": 1},
-    Kind.quantiser: {}, Kind.noise: {"copies": 2}, Kind.anti_adversary: {"steps": 2},
+OPTIONS: dict[str, dict[str, float]] = {
+    "hedge": {"steps": 2}, "auxiliary": {"steps": 2}, "entropy": {"steps": 2}, "generative": {"steps": 2},
+    "one_step": {"doubt": 0.1}, "self_supervised": {"steps": 1, "radii": 1}, "control": {"steps": 2},
+    "contrastive": {"steps": 1}, "quantiser": {}, "noise": {"copies": 2}, "anti_adversary": {"steps": 2},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.value)
-def test_every_kind_is_attacked_and_its_cost_told(folder: str, diffusion: str, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", list(DefenceKind), ids=lambda kind: kind.value)
+def test_every_kind_is_attacked_and_its_cost_told(folder: str, diffusion: str, kind: DefenceKind) -> None:
     config = config_of(folder)
-    config.defences = {"it": DefenceConfig("plain", kind, OPTIONS[kind], diffusion, f"{folder}/train")}
+    config.defences = {"it": DefenceConfig("plain", kind, OPTIONS[kind.value], diffusion, f"{folder}/train")}
     config.threats = {"linf": config.threats["linf"]}
     config.adaptive = AdaptiveConfig(steps=2, draws=2, votes=3, queries=5, repeats=2)
     config.examples = config.shard_size = 16
@@ -208,16 +207,18 @@ def test_every_kind_is_attacked_and_its_cost_told(folder: str, diffusion: str, k
     found = summary(dataset, measured.costs["it"], measured.probes["it"])
     columns = found["threats"]["linf"]["columns"]
     assert found["threats"]["linf"]["robust"]["value"] <= min(columns[c]["value"] for c in COLUMNS[2:])
-    assert (found["cost"]["passes"] is None) == (kind in (Kind.entropy, Kind.contrastive, Kind.control))
+    assert (found["cost"]["passes"] is None) == (
+        kind in (DefenceKind.entropy, DefenceKind.contrastive, DefenceKind.control)
+    )
     said = dataset.header.provenance
     assert (said.get("model_commit"), said.get("images")) == (
-        commits(Store(diffusion))[-1].step if kind is Kind.generative else None,
+        commits(Store(diffusion))[-1].step if kind is DefenceKind.generative else None,
         Dataset.open(f"{folder}/train").manifest_hash() if kind in FROM_IMAGES else None,
     ), "what it is made of is pinned"
 
 
 def test_an_option_that_a_diffusion_model_has_not(folder: str, diffusion: str) -> None:
-    wrong = DefenceConfig("plain", Kind.generative, {"noize": 0.5}, diffusion)
+    wrong = DefenceConfig("plain", DefenceKind.generative, {"noize": 0.5}, diffusion)
     with pytest.raises(UserError, match="no option 'noize'; it has noise, steps"):
         builder(wrong, config_of(folder), lambda z: z, "cpu", 0)
 
@@ -239,7 +240,7 @@ def test_checks_are_the_same_whoever_makes_them(folder: str) -> None:
     config = config_of(folder)
     config.out, config.classifiers = f"{folder}/transferred", {"plain": f"{folder}/run", "twin": f"{folder}/run"}
     config.threats = {"linf": config.threats["linf"]}
-    config.defences = {"anti": DefenceConfig("plain", Kind.anti_adversary, {"steps": 1})}
+    config.defences = {"anti": DefenceConfig("plain", DefenceKind.anti_adversary, {"steps": 1})}
     config.adaptive = AdaptiveConfig(steps=2, queries=2, radii=[])
     datasets = {name: made(config, name) for name in config.attacked}
     header = header_of_checks(config, datasets, 0)
@@ -275,10 +276,10 @@ def test_what_cannot_be(folder: str) -> None:
     with pytest.raises(UserError, match="no option 'stepz'; it has steps, step"):
         builder(DefenceConfig("plain", options={"stepz": 1}), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="A generative defence needs"):
-        builder(DefenceConfig("plain", Kind.generative), config, lambda x: x, "cpu", 0)
+        builder(DefenceConfig("plain", DefenceKind.generative), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="of the kind 'one_step' needs"):
-        builder(DefenceConfig("plain", Kind.one_step), config, lambda x: x, "cpu", 0)
+        builder(DefenceConfig("plain", DefenceKind.one_step), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="a classifier of one network"):
-        builder(DefenceConfig("plain", Kind.control, images=f"{folder}/train"), config, lambda x: x, "cpu", 0)
+        builder(DefenceConfig("plain", DefenceKind.control, images=f"{folder}/train"), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="no trained classifier"):
         header_of(RobustnessConfig(test=f"{folder}/test", classifiers={"a": f"{folder}/nowhere"}), "a", 0)

@@ -22,18 +22,7 @@ from rayproj.errors import UserError
 from rayproj.storage import retry
 from rayproj.storage.retry import StoreUnavailable, persist, transient
 from rayproj.storage.store import IntegrityError, Store
-from tests.support.s3 import S3Server, answering, s3_server
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
-
-
-@pytest.fixture
-def store(server: S3Server) -> Store:
-    return Store(f"s3://{server.bucket()}/folder")
+from tests.support.s3 import S3Server, answering
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,20 +15,9 @@ from s3fs import S3FileSystem
 
 from rayproj.errors import UserError
 from rayproj.storage.store import Store
-from tests.support.s3 import App, S3Server, answering, breaking, s3_server
+from tests.support.s3 import App, S3Server, answering, breaking
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
-
-
-@pytest.fixture
-def store(server: S3Server) -> Store:
-    return Store(f"s3://{server.bucket()}/folder")
 
 
 def ignoring_conditions(app: App) -> App:

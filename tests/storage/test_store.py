@@ -4,19 +4,11 @@ import pickle
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rayproj.storage.store import FileRecord, IntegrityError, Store, from_json, sha256_hex, to_json
-from tests.support.s3 import S3Server, s3_server
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
 
 
 @pytest.fixture(params=["local", "file-uri", "memory", "s3"])

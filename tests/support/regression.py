@@ -20,6 +20,8 @@ from rayproj.storage.store import Store
 
 
 class Regression:
+    starts_trained = False
+
     def __init__(self, dropout: float = 0.2) -> None:
         self.dropout = dropout
 

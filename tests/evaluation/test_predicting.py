@@ -14,10 +14,10 @@ from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.errors import UserError
-from rayproj.evaluation import guessing
-from rayproj.evaluation.guessing import GuessConfig, Guesser, groups_of, header_of, result_of
+from rayproj.evaluation import predicting
 from rayproj.evaluation.models import EFFICIENTNET, ExaminedConfig, open_classifier
 from rayproj.evaluation.obfuscations import CONFLICT_STIMULI, metrics, read_csvs
+from rayproj.evaluation.predicting import PredictConfig, Predictor, groups_of, header_of, result_of
 from rayproj.obfuscation.writing import WriteConfig
 from tests.data.test_tfrecords import write_published
 from tests.obfuscation.test_writing import obfuscated, write_images
@@ -43,22 +43,22 @@ def write_onnx(path: Path, channels: int = 3, classes: int = 2) -> Tensor:
     return weight
 
 
-def guess(config: GuessConfig, name: str) -> Dataset:
+def predict(config: PredictConfig, name: str) -> Dataset:
     """What jobs/evaluate_obfuscations.py writes of one model."""
     dataset = Dataset.create(f"{config.out}/{name}", header_of(config, name))
-    guesser = Guesser({"config": asdict(config), "model": name, "out": dataset.uri}, "cpu")
+    predictor = Predictor({"config": asdict(config), "model": name, "out": dataset.uri}, "cpu")
     for shard in range(dataset.header.num_shards):
-        commit_shard(dataset, shard, guesser.make(shard), "test", 0.0)
+        commit_shard(dataset, shard, predictor.make(shard), "test", 0.0)
     return dataset
 
 
-def test_guesses_are_those_of_the_model_and_measured_as_they_are(tmp_path: Path) -> None:
+def test_predictions_are_those_of_the_model_and_measured_as_they_are(tmp_path: Path) -> None:
     source = write_images(f"{tmp_path}/images")
     images = obfuscated(WriteConfig(source.uri, f"{tmp_path}/set", ["InvertLines", "RotateImage"], shard_size=10))
     weight = write_onnx(tmp_path / "m.onnx")
     model = ExaminedConfig(str(tmp_path / "m.onnx"), classes=["a", "b"])
-    config = GuessConfig(images.uri, out=f"{tmp_path}/guesses", models={"linear": model}, batch=7, intervals=20)
-    dataset = guess(config, "linear")
+    config = PredictConfig(images.uri, out=f"{tmp_path}/guesses", models={"linear": model}, batch=7, intervals=20)
+    dataset = predict(config, "linear")
     columns, pictures = Reader(dataset).gather(np.arange(66)), Reader(images).gather(np.arange(66))
     logits = torch.from_numpy(pictures["image"]).double().mean((2, 3)) / 255 @ weight.double()
     assert columns["top"][:, 0].tolist() == logits.argmax(1).tolist()
@@ -76,7 +76,7 @@ def test_guesses_are_those_of_the_model_and_measured_as_they_are(tmp_path: Path)
     assert low <= found["mean-training-top-1"] <= high and result["seen"] == {"linear": []}
     files = read_csvs(f"{config.out}/linear/csv", ["InvertLines", "RotateImage"])
     assert metrics(files) == found
-    again = GuessConfig(images.uri, out=config.out, predictions={"theirs": f"{config.out}/linear/csv"}, intervals=0)
+    again = PredictConfig(images.uri, out=config.out, predictions={"theirs": f"{config.out}/linear/csv"}, intervals=0)
     assert result_of(again)["metrics"]["theirs"] == found
 
 
@@ -85,52 +85,52 @@ def test_classes_are_matched_by_name_and_groups_drop_the_rest(tmp_path: Path) ->
     images = obfuscated(WriteConfig(source.uri, f"{tmp_path}/set", ["InvertLines"]))
     write_onnx(tmp_path / "m.onnx", classes=4)
     model = ExaminedConfig(str(tmp_path / "m.onnx"), classes=["z", "b", "y", "a"])
-    config = GuessConfig(images.uri, out=f"{tmp_path}/plain", models={"m": model})
-    columns = Reader(guess(config, "m")).gather(np.arange(44))
+    config = PredictConfig(images.uri, out=f"{tmp_path}/plain", models={"m": model})
+    columns = Reader(predict(config, "m")).gather(np.arange(44))
     assert set(columns["label"][::2].tolist()) == {3} and set(columns["label"][1::2].tolist()) == {1}
-    grouped = GuessConfig(
+    grouped = PredictConfig(
         images.uri, out=f"{tmp_path}/grouped", models={"m": model}, groups={"first": ["z", "b"], "last": ["y"]}
     )
-    dataset = guess(grouped, "m")
+    dataset = predict(grouped, "m")
     assert dataset.header.classes == ("first", "last") and dataset.header.fields["top"].shape == (2,)
-    found = guessing.predictions_of(dataset)["InvertLines"]
+    found = predicting.predictions_of(dataset)["InvertLines"]
     assert len(found.label) == 11 and set(found.label) == {0}, "images of the class a are in no group"
-    wrong = GuessConfig(images.uri, out="", models={"m": model}, groups={"x": ["c"]})
+    wrong = PredictConfig(images.uri, out="", models={"m": model}, groups={"x": ["c"]})
     with pytest.raises(UserError, match="'c', which is no class"):
         groups_of(wrong, ("a", "b"))
     with pytest.raises(UserError, match="1000 classes"):
-        groups_of(GuessConfig(conflict_stimuli=True), ("a", "b"))
+        groups_of(PredictConfig(conflict_stimuli=True), ("a", "b"))
     other = ExaminedConfig(str(tmp_path / "m.onnx"), classes=["p", "q", "r", "s"])
     with pytest.raises(UserError, match="give a model of the same classes"):
-        guess(GuessConfig(images.uri, out=f"{tmp_path}/other", models={"m": other}), "m")
+        predict(PredictConfig(images.uri, out=f"{tmp_path}/other", models={"m": other}), "m")
     with pytest.raises(UserError, match="The model 'm' has no class 'dog', which the images have"):
-        guessing._numbers(("cat", "dog", "eel"), ("dove", "cat", "fox"), "m")
-    assert guessing._numbers(("cat", "dog"), ("n01", "n02"), "m").tolist() == [0, 1]
+        predicting._numbers(("cat", "dog", "eel"), ("dove", "cat", "fox"), "m")
+    assert predicting._numbers(("cat", "dog"), ("n01", "n02"), "m").tolist() == [0, 1]
 
 
 def test_the_published_files_by_efficientnet_in_the_benchmarks_groups(tmp_path: Path) -> None:
     write_published(tmp_path / "set", ["Clean", "Halftoning"], images=6)
     model = ExaminedConfig(EFFICIENTNET, size=64)
-    config = GuessConfig(f"{tmp_path}/set", out=f"{tmp_path}/guesses", models={"lite0": model}, conflict_stimuli=True)
-    dataset = guess(config, "lite0")
+    config = PredictConfig(f"{tmp_path}/set", out=f"{tmp_path}/guesses", models={"lite0": model}, conflict_stimuli=True)
+    dataset = predict(config, "lite0")
     assert dataset.header.sizes == (3, 3, 3, 3) and dataset.header.classes == tuple(CONFLICT_STIMULI)
-    images = guessing.open_obfuscated(config).gather(np.arange(12))
+    images = predicting.open_obfuscated(config).gather(np.arange(12))
     p = open_classifier(model, "cpu")(torch.from_numpy(images["image"])).numpy()
     expected = np.stack([p[:, list(g)].mean(1) for g in CONFLICT_STIMULI.values()], 1).argmax(1)
     columns = Reader(dataset).gather(np.arange(12))
     assert columns["top"][:, 0].tolist() == expected.tolist() and columns["top"].shape == (12, 10)
     # Of the labels 100 to 105 only 100 is in a group, that of birds.
-    found = guessing.predictions_of(dataset)["Clean"]
+    found = predicting.predictions_of(dataset)["Clean"]
     assert found.label.tolist() == [3] and found.image.tolist() == ["val_000.JPEG"]
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     source = write_images(f"{tmp_path}/images")
     with pytest.raises(UserError, match=r"no dataset of jobs/obfuscate.py"):
-        guessing.open_obfuscated(GuessConfig(source.uri))
+        predicting.open_obfuscated(PredictConfig(source.uri))
     with pytest.raises(UserError, match="There is no classifier at"):
         open_classifier(ExaminedConfig(f"{tmp_path}/nowhere"), "cpu")
     assert (
-        GuessConfig().problems()
-        and GuessConfig(groups={"a": []}, conflict_stimuli=True, predictions={"x": ""}).problems()
+        PredictConfig().problems()
+        and PredictConfig(groups={"a": []}, conflict_stimuli=True, predictions={"x": ""}).problems()
     )

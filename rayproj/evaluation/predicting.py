@@ -1,4 +1,4 @@
-"""The best guesses of several models on images under obfuscations, as committed shards, and what is measured of them."""
+"""The best predictions of several models on images under obfuscations, as committed shards, and what is measured of them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from rayproj.storage.store import Store
 
 
 @dataclass
-class GuessConfig:
+class PredictConfig:
     """Which models, on which images, and how they are measured."""
 
     # A dataset of jobs/obfuscate.py, or a folder with the TFRecord files of the published benchmark.
     images: str = "???"
     part: str = "validation"  # of the published files
-    out: str = "???"  # the guesses of a model go to <out>/<model>, and its CSV files to <out>/<model>/csv
+    out: str = "???"  # the predictions of a model go to <out>/<model>, and its CSV files to <out>/<model>/csv
     models: dict[str, ExaminedConfig] = field(default_factory=dict)  # name -> what it is
     predictions: dict[str, str] = field(default_factory=dict)  # name -> a folder with a CSV of each obfuscation
     # Groups of classes between which is chosen, by their mean probability: name -> classes. Images of others are left out.
@@ -54,7 +54,7 @@ class GuessConfig:
         return found
 
 
-def open_obfuscated(config: GuessConfig) -> Any:
+def open_obfuscated(config: PredictConfig) -> Any:
     """The images, with `header` and `gather`.
 
     Raises:
@@ -70,7 +70,7 @@ def open_obfuscated(config: GuessConfig) -> Any:
     return reader
 
 
-def groups_of(config: GuessConfig, classes: tuple[str, ...]) -> dict[str, list[int]]:
+def groups_of(config: PredictConfig, classes: tuple[str, ...]) -> dict[str, list[int]]:
     """The numbers of the classes of each group; {} where there are no groups.
 
     Raises:
@@ -90,8 +90,8 @@ def groups_of(config: GuessConfig, classes: tuple[str, ...]) -> dict[str, list[i
     return {group: [known[name] for name in names] for group, names in config.groups.items()}
 
 
-def header_of(config: GuessConfig, name: str) -> Header:
-    """Of the guesses of one model, in the order of the images."""
+def header_of(config: PredictConfig, name: str) -> Header:
+    """Of the predictions of one model, in the order of the images."""
     images: Header = open_obfuscated(config).header
     model = open_classifier(config.models[name], "cpu")
     groups = groups_of(config, model.classes)
@@ -114,11 +114,11 @@ def header_of(config: GuessConfig, name: str) -> Header:
     )  # fmt: skip
 
 
-class Guesser:
-    """Makes shards of guesses. Values: "config", as of `GuessConfig`, "model", its name, and "out"."""
+class Predictor:
+    """Makes shards of predictions. Values: "config", as of `PredictConfig`, "model", its name, and "out"."""
 
     def __init__(self, values: dict[str, Any], device: str) -> None:
-        self.config = configuration.from_dict(GuessConfig, values["config"])
+        self.config = configuration.from_dict(PredictConfig, values["config"])
         self.images, self.header = open_obfuscated(self.config), Dataset.open(values["out"]).header
         self.model = open_classifier(self.config.models[values["model"]], device)
         self.groups = list(groups_of(self.config, self.model.classes).values())
@@ -167,7 +167,7 @@ def _numbers(images: tuple[str, ...], model: tuple[str, ...], name: str) -> np.n
 
 
 def predictions_of(dataset: Dataset) -> dict[str, measured.Predictions]:
-    """The guesses by obfuscation; without images that are in no group."""
+    """The predictions by obfuscation; without images that are in no group."""
     header = dataset.header
     columns = Reader(dataset).gather(np.arange(header.num_samples))
     inside, found = columns["label"] >= 0, {}
@@ -179,7 +179,7 @@ def predictions_of(dataset: Dataset) -> dict[str, measured.Predictions]:
     return found
 
 
-def result_of(config: GuessConfig) -> dict[str, Any]:
+def result_of(config: PredictConfig) -> dict[str, Any]:
     """What is measured of all models; writes their CSV files where they are not of others.
 
     Returns:
