@@ -72,8 +72,9 @@ def over_clusters(hits: np.ndarray, of: np.ndarray, level: float = 0.95) -> tupl
         number = float(n)
     else:
         # Few clusters tell the variance badly, for which the degrees of freedom of Student's t make up.
-        unsure = (stats.t.ppf((1 + level) / 2, n - 1) / stats.t.ppf((1 + level) / 2, max(total - 1, n - 1))) ** 2
-        number = min(share * (1 - share) / max(variance, 1e-12) / unsure, total)
+        quantile = scipy.stats.t(np.array([n - 1, max(total - 1, n - 1)])).ppf((1 + level) / 2)
+        number = share * (1 - share) / max(variance, 1e-12) * (quantile[1] / quantile[0]) ** 2
+        number = min(number, total)
     return _clopper_pearson(share * number, number, level)
 
 
