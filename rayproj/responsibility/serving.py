@@ -213,7 +213,7 @@ class Playground:
         png = ENCODINGS["png"].encode(image)
         if self.signer:
             conditions = {name: self.offer.choices[name][number] for name, number in asked.values}
-            facts = facts_of(self.provenance, asked.prompt, asked.seed, asked.guidance, asked.steps, **conditions)
+            facts = facts_of(self.provenance, asked.prompt, asked.seed, asked.guidance, asked.steps, conditions)
             if self.signer.embeds:
                 png = self.signer.embedded(png, "png", facts)
             else:

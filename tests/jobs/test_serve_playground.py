@@ -159,7 +159,7 @@ def test_many_users_at_once_get_what_each_would_get_alone(served: Served) -> Non
         assert found.sound and found.trusted
         facts, body = found.facts, bodies[user]
         assert (facts["seed"], facts["guidance"], facts["steps"]) == (body["seed"], body["guidance"], body["steps"])
-        assert facts.get("style") == body["properties"].get("style")
+        assert facts["conditions"] == body["properties"]
         said = hashlib.sha256(body["prompt"].encode()).hexdigest() if body["prompt"] else ""
         assert facts["prompt_sha256"] == said and facts["model_commit"] == answer["model_commit"]
         if user < len(alone):
