@@ -11,9 +11,9 @@ from typing import Any
 
 from rayproj.errors import Interrupted
 from rayproj.preferences.images import prepare
-from rayproj.preferences.plan import StudyConfig
 from rayproj.preferences.ratings import Progress
 from rayproj.preferences.serving import ServeConfig, serving
+from rayproj.preferences.study import StudyConfig
 from rayproj.report.preferences import write
 from rayproj.runtime import interrupt
 from rayproj.runtime.command import command
@@ -37,6 +37,8 @@ def main(config: Config) -> dict[str, Any]:
         if run.result:
             return run.result
         plan = prepare(config.study, run.store, config.run.seed)
+        for name, count in plan.left_out.items():
+            say(f"{count} prompts of the set '{name}' are left out: an image of them does not pass study.safety.")
         progress = Progress(plan, run.store)
         run.tracker.event({"type": "total", "steps": plan.slots})
         with serving(run.store.uri, run.id, config.serve) as address:
@@ -49,7 +51,8 @@ def main(config: Config) -> dict[str, Any]:
                 if run.stop_wished() or interrupt.requested():
                     raise Interrupted
                 time.sleep(LOOK_SECONDS)
-        return run.finish(write([run.store.uri], f"{run.store.uri}/preferences"))
+        found = write([run.store.uri], f"{run.store.uri}/preferences")
+        return run.finish({**found, "prompts_left_out": plan.left_out})
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from rayproj.data.prompts import MOST
 from rayproj.preferences import ratings
-from rayproj.preferences.images import REFERENCE, open_plan
-from rayproj.preferences.plan import LEFT, RIGHT, Question, Task
+from rayproj.preferences.plan import LEFT, RIGHT, Question, Task, open_plan
 from rayproj.preferences.ratings import Progress, Rating
-from rayproj.preferences.tokens import Seal, rater_of
+from rayproj.preferences.tokens import REFERENCE, Seal, rater_of
 from rayproj.storage.store import Store
 from rayproj.web import READS, refusal
 

@@ -20,8 +20,7 @@ import yaml
 from rayproj import config as configuration
 from rayproj.errors import UserError
 from rayproj.preferences import ratings
-from rayproj.preferences.images import open_plan
-from rayproj.preferences.plan import Question
+from rayproj.preferences.plan import Question, open_plan
 from rayproj.preferences.serving import ServeConfig, serving
 from rayproj.preferences.tokens import issue
 from rayproj.storage.store import Store, from_json

@@ -17,7 +17,8 @@ import requests
 from rayproj.data.encodings import decode_image
 from rayproj.preferences import ratings
 from rayproj.preferences.images import prepare
-from rayproj.preferences.plan import Plan, Question, SetConfig, StudyConfig
+from rayproj.preferences.plan import Plan, Question
+from rayproj.preferences.study import SetConfig, StudyConfig
 from rayproj.preferences.tokens import Seal, issue
 from rayproj.storage.store import Store
 from tests.support import drawn
