@@ -153,6 +153,8 @@ def _decisions(run: str) -> list[dict[str, Any]]:
         )
     with ThreadPoolExecutor(16) as threads:
         records = list(threads.map(lambda path: from_json(store.read(path)), store.list("decisions")))
-    counts = Counter(tuple(record[name] for name in names) for record in records)
+    counts = Counter[tuple[str, ...]]()
+    for record in records:  # of many together, how many they were
+        counts[tuple(record[name] for name in names)] += record.get("count", 1)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [{**dict(zip(names, said, strict=True)), "count": count} for said, count in ordered]

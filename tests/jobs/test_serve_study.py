@@ -21,8 +21,9 @@ from rayproj import config as configuration
 from rayproj.errors import UserError
 from rayproj.preferences import ratings
 from rayproj.preferences.plan import Question, open_plan
-from rayproj.preferences.serving import ServeConfig, serving
+from rayproj.preferences.serving import ServeConfig, bound
 from rayproj.preferences.tokens import issue
+from rayproj.runtime.serving import serving
 from rayproj.storage.store import Store, from_json
 from tests.support import commands, drawn
 from tests.support.commands import ROOT, environment
@@ -284,7 +285,11 @@ def test_without_ray_serve_one_sentence_says_what_to_install(monkeypatch: pytest
 
     monkeypatch.delattr(ray, "serve", raising=False)
     monkeypatch.setitem(sys.modules, "ray.serve", None)
-    with pytest.raises(UserError, match=r"rayproj\[serve\]"), serving("memory://x", "x", ServeConfig()):
+    config = ServeConfig()
+    with (
+        pytest.raises(UserError, match=r"rayproj\[serve\]"),
+        serving("x", config.http, lambda: bound("memory://x", config)),
+    ):
         pass
 
 
@@ -308,4 +313,7 @@ def test_what_is_wrong_with_where_raters_come_to() -> None:
     assert (
         ServeConfig(certificate="c").problems() and ServeConfig(replicas=0).problems() and not ServeConfig().problems()
     )
+    everybody = ServeConfig("0.0.0.0")
+    assert everybody.open and not ServeConfig().open and not ServeConfig("0.0.0.0", https=True).open
+    assert everybody.http == {"host": "0.0.0.0", "port": 8000}
     assert ServeConfig(certificate="c", key="k").secure and not ServeConfig().secure and ServeConfig(https=True).secure
