@@ -77,7 +77,7 @@ def application(uri: str, secure: bool = False, hosts: Sequence[str] = ()) -> Fa
     async def wrong(
         _: Request, error: RequestValidationError
     ) -> Response:  # FastAPI's own repeats what cannot be sent back
-        return JSONResponse({"error": "This is no such request; the page asks right.", "where": ""}, 422)
+        return JSONResponse({"error": "The request has not the form of those that the page sends.", "where": ""}, 422)
 
     def signed_in(rater: Annotated[str | None, Cookie()] = None) -> str:
         found = rater_of(store, rater or "")

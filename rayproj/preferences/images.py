@@ -49,7 +49,7 @@ def prepare(config: StudyConfig, store: Store, seed: int) -> Plan:
     else:
         store.write(DECISIONS, records(decisions_of(config)))
         made = plan(config, _hashes(config.models), seed, _hashes(references))
-    seal, there = Seal.of(store), set(store.list("images"))
+    seal, there = Seal.of(store), set(store.list("images") if begun else [])
     missing = {
         name: lacking
         for name, texts in _shown(made).items()

@@ -128,6 +128,8 @@ def test_what_does_not_pass_the_rules_is_left_out_for_all_models_before_anything
     shown = {seal.image(name, text) for name in config.models for text in left["main"]}
     assert {*store.list("images")} == shown | {seal.image(REFERENCE + "photos", text) for text in left["photos"]}
     assert prepare(config, store, seed=0) == made, "and it stays so"
+    store.delete_tree("study.json")
+    assert prepare(config, store, seed=0) == made, "whatever is there"
     drawn.write(f"{tmp_path}/never", 3, PROMPTS, blank=PROMPTS)
     config.models["never"] = f"{tmp_path}/never"
     with pytest.raises(UserError, match=r"Of every prompt of the set 'main' some image does not pass study\.safety"):

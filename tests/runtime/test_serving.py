@@ -57,10 +57,3 @@ def test_what_others_serve_on_a_cluster_is_left_as_it_is(cluster: None) -> None:
         with serving("one", http, saying("another")):  # of a driver that took the run up again
             assert requests.get(url).json() == "another"
     assert _get_global_client(raise_if_no_controller_running=False) is None, "nothing was left to serve"
-    elsewhere = {**http, "port": ports[1]}
-    with (
-        socket.create_server(("127.0.0.1", ports[1])),
-        pytest.raises(UserError, match=f":{ports[1]}: .*is the port free"),
-        serving("one", elsewhere, saying("one")),
-    ):
-        pass
