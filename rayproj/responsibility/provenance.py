@@ -413,7 +413,7 @@ def check_manifest(file: str, data: bytes, anchors: bytes = b"") -> Verdict:
     )
     signed, facts = manifest.get("signature_info", {}), {}
     for assertion in manifest.get("assertions", []):
-        if assertion["label"] == ASSERTION:
+        if assertion["label"] == ASSERTION and isinstance(assertion["data"], dict):  # anybody can sign anything
             facts = assertion["data"]
     signer = ", ".join(filter(None, (signed.get("common_name"), signed.get("issuer"))))
     return Verdict(file, "C2PA manifest", signer, UNTRUSTED not in codes if anchors else None, wrong, facts)

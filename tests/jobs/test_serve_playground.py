@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,8 +244,17 @@ def test_a_load_test_that_could_not_be_made_is_refused() -> None:
 
 
 def test_who_comes_when_the_queue_is_full_is_told_when_to_come_back(served: Served) -> None:
-    answers = ask_all(served.url, [{"prompt": "a red square", "seed": i, "steps": 50, "images": 2} for i in range(30)])
-    statuses = [status for status, _, _ in answers]
+    def blocked() -> int:
+        found = records.served(ServedConfig(str(served.run)))
+        return sum(d["count"] for d in found["decisions"] if d["action"] == "block") if found else 0
+
+    before = blocked()
+    bodies = [{"prompt": "a red square", "seed": i, "steps": 50, "images": 2} for i in range(30)]
+    answers = ask_all(served.url, bodies + [{"prompt": "a nude person"}] * 20)
+    told = Counter(status for status, _, _ in answers[30:])
+    assert told[503] >= 1 and told[503] + told[403] == 20, "nor is the policy asked then, or anything written down"
+    assert blocked() == before + told[403]
+    statuses = [status for status, _, _ in answers[:30]]
     assert set(statuses) == {200, 503} and statuses.count(200) >= QUEUE // 2
     refused = [(headers, answer) for status, headers, answer in answers if status == 503]
     assert all(int(headers["Retry-After"]) >= 1 and "ask again in" in answer["error"] for headers, answer in refused)

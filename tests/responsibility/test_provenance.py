@@ -276,6 +276,9 @@ def test_a_strangers_sidecar_does_not_stand_in_for_a_manifest(keys: Path, signer
     public = tmp_path / "public.pem"
     key = stranger.key.public_key()
     public.write_bytes(key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    odd: Any = ["no names"]
+    file.write_bytes(stranger.embedded(picture("webp"), "webp", odd))
+    assert check(str(file)).facts == {} and "sound" in str(check(str(file)))
     file.write_bytes(signer.embedded(picture("webp"), "webp", FACTS))
     assert check(str(file), str(public)).trusted is False, "a key vouches for no certificate of another"
 
