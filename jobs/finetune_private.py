@@ -57,7 +57,7 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     header = latents.header
     task = task_of(config, header)
     if config.privacy.unsafe_metrics:
-        task.show(world.device, config.train, Safety(config.safety, world.device).reasons)
+        task.show(world.device, config.train, Safety(config.safety, world.device).greyed)
     mechanism = plan(config.privacy, header.num_samples, config.train.steps)
     config.train.steps = mechanism.steps
     if world.rank == 0:  # at every start: steps that are done again are charged again

@@ -5,12 +5,11 @@ python jobs/generate.py configs/generate.yaml key=value ...
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayproj.data.dataset import Dataset, Header, Inputs
-from rayproj.responsibility.policy import DECISIONS
+from rayproj.responsibility.policy import DECISIONS, records
 from rayproj.responsibility.provenance import Signer
 from rayproj.runtime.command import command
 from rayproj.runtime.producer import PoolConfig, produce
@@ -44,9 +43,8 @@ def main(config: Config) -> dict[str, Any]:
     with Run.open("generate", config) as run:
         if run.result:
             return run.result
-        record = "".join(json.dumps(d.record(), ensure_ascii=False) + "\n" for d in decisions_of(config.generate))
-        if record:
-            run.store.write(DECISIONS, record.encode())
+        if record := records(decisions_of(config.generate)):
+            run.store.write(DECISIONS, record)
         signer = Signer(config.generate.provenance) if config.generate.provenance.key else None
         dataset = Dataset.create(config.generate.out, plan(config.generate, config.run.seed))
         maker = {"out": dataset.uri, "batch": config.generate.batch, "key": config.generate.watermark.key}

@@ -6,18 +6,18 @@ python jobs/serve_playground.py configs/serve_playground.yaml key=value ...
 
 from __future__ import annotations
 
-import socket
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayproj.errors import Interrupted, UserError
+from rayproj.errors import Interrupted
 from rayproj.report.pages import rendered
 from rayproj.responsibility.load import LoadConfig, carry_out
 from rayproj.responsibility.playground import PlaygroundConfig, offer_of, planned
 from rayproj.runtime import interrupt
 from rayproj.runtime.command import command
 from rayproj.runtime.run import Run, RunConfig
+from rayproj.runtime.serving import serving
 from rayproj.tracking.progress import say
 from rayproj.tracking.tracker import TrackingConfig
 
@@ -42,17 +42,17 @@ def main(config: Config) -> dict[str, Any]:
     with Run.open("serve_playground", config) as run:
         if run.result:
             return run.result
-        try:
-            from rayproj.responsibility import serving
-        except ImportError as error:
-            raise UserError(f"The playground needs Ray Serve ({error}); pip install 'rayproj[serve]'.") from error
         wanted = config.playground
         header, offer = planned(wanted), offer_of(wanted.model)
-        _need_port(wanted.host, wanted.port)
         page = rendered("playground.html", config=wanted, offer=offer, provenance=header.provenance, name=header.name)
-        try:
-            address = serving.start(wanted, header, offer, page, run.store.uri)
-            say(f"The playground is at {address}/; Ctrl-C ends it.")
+
+        def build() -> Any:
+            from rayproj.responsibility.serving import bound  # needs the extra serve
+
+            return bound(wanted, header, offer, page, run.store.uri)
+
+        with serving(run.id, {"host": wanted.host, "port": wanted.port}, build):
+            say(f"The playground is at http://{wanted.host}:{wanted.port}/; Ctrl-C ends it.")
             if config.load.users:
                 load = carry_out(config.load, f"http://127.0.0.1:{wanted.port}")
                 say(str(load))
@@ -62,19 +62,6 @@ def main(config: Config) -> dict[str, Any]:
                 if run.stop_wished():
                     raise Interrupted
                 time.sleep(LOOK_SECONDS)
-        finally:
-            serving.stop()
-
-
-def _need_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"{host}:{port} cannot be listened to ({error}); set playground.port to another."
-            ) from error
 
 
 if __name__ == "__main__":

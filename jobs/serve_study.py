@@ -11,13 +11,14 @@ from typing import Any
 
 from rayproj.errors import Interrupted
 from rayproj.preferences.images import prepare
-from rayproj.preferences.plan import StudyConfig
 from rayproj.preferences.ratings import Progress
-from rayproj.preferences.serving import ServeConfig, serving
+from rayproj.preferences.serving import ServeConfig, bound
+from rayproj.preferences.study import StudyConfig
 from rayproj.report.preferences import write
 from rayproj.runtime import interrupt
 from rayproj.runtime.command import command
 from rayproj.runtime.run import Run, RunConfig
+from rayproj.runtime.serving import serving
 from rayproj.tracking.progress import say
 from rayproj.tracking.tracker import TrackingConfig
 
@@ -37,10 +38,15 @@ def main(config: Config) -> dict[str, Any]:
         if run.result:
             return run.result
         plan = prepare(config.study, run.store, config.run.seed)
+        for name, count in plan.left_out.items():
+            say(f"{count} prompts of the set '{name}' are left out: an image of them does not pass study.safety.")
         progress = Progress(plan, run.store)
         run.tracker.event({"type": "total", "steps": plan.slots})
-        with serving(run.store.uri, run.id, config.serve) as address:
-            say(f"The study is at {address}; 'rayproj study tokens {run.store.uri} --raters N' issues tokens for it.")
+        with serving(run.id, config.serve.http, lambda: bound(run.store.uri, config.serve)):
+            issues = f"'rayproj study tokens {run.store.uri} --raters N' issues tokens for it"
+            say(f"The study is at {config.serve.address}; {issues}.")
+            if config.serve.open:
+                say("Raters' tokens go there as plain text: give serve.certificate and key, or put a proxy before it.")
             known = -1
             while not (taken := progress.taken()).all():
                 if (given := int(taken.sum())) != known:
@@ -49,7 +55,8 @@ def main(config: Config) -> dict[str, Any]:
                 if run.stop_wished() or interrupt.requested():
                     raise Interrupted
                 time.sleep(LOOK_SECONDS)
-        return run.finish(write([run.store.uri], f"{run.store.uri}/preferences"))
+        found = write([run.store.uri], f"{run.store.uri}/preferences")
+        return run.finish({**found, "prompts_left_out": plan.left_out})
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
     datasets = [Dataset.open(uri) for uri in (config.diffusion.latents, *config.diffusion.buckets)]
     task = task_of(config, datasets[0].header)
     task.take([latents.header for latents in datasets[1:]])
-    task.show(world.device, config.train, Safety(config.safety, world.device).reasons)
+    task.show(world.device, config.train, Safety(config.safety, world.device).greyed)
     batch, seed = config.train.batch, config.run.seed
     shapes: dict[tuple[int, ...], list[Dataset]] = {}
     for latents in datasets:

@@ -399,7 +399,7 @@ def run_dataset(arguments: argparse.Namespace) -> int:
 def run_study(arguments: argparse.Namespace) -> int:
     """Tokens, ratings and results of studies."""
     from rayproj.preferences import results, tokens
-    from rayproj.preferences.images import open_plan
+    from rayproj.preferences.plan import open_plan
 
     if arguments.question == "tokens":
         store = Store(arguments.run)

@@ -4,6 +4,7 @@
 <uri>/shards/000000-<id>.tar   data under a unique name
 <uri>/commits/000000.json      the record; a shard exists when and only when its record does
 <uri>/weights.npy              how often each sample is to be drawn, fp32 [num_samples]; where it is not, all alike
+<uri>/withheld/000000.json     of images that were drawn: how many for a shard did not pass safety rules, and why
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import numpy as np
 
 from rayproj.data.encodings import ENCODINGS, Encoding
 from rayproj.errors import Interrupted, UserError
-from rayproj.storage.store import Store, from_json, to_json
+from rayproj.storage.store import Store, from_json, sha256_hex, to_json
 
-WEIGHTS = "weights.npy"
+WEIGHTS, WITHHELD = "weights.npy", "withheld"
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,11 @@ class Dataset:
         if not self.store.exists(WEIGHTS):
             return None
         return np.asarray(np.load(io.BytesIO(self.store.read(WEIGHTS)), allow_pickle=False))
+
+    def beside(self) -> dict[str, str]:
+        """What else says something of the samples, `manifest_hash` not included: path -> SHA-256."""
+        paths = [WEIGHTS] * self.store.exists(WEIGHTS) + self.store.list(WITHHELD)
+        return {path: sha256_hex(self.store.read(path)) for path in paths}
 
     def manifest_hash(self) -> str:
         """Identifies the contents: header and shard hashes.

@@ -34,8 +34,6 @@ from rayproj.evaluation.frechet import FeatureStatistics, frechet_distance
 from rayproj.storage.store import Store
 
 VALIDATED = 8  # times at which the loss on held-out examples is measured
-GREY = 128  # of a preview that may not be shown
-Judge = Callable[[np.ndarray], list[list[str]]]
 
 
 @dataclass
@@ -105,7 +103,7 @@ class DiffusionTask:
         self.config, self.header, self.seed = config, latents, seed
         self.codec, self.held_out = codec, held_out
         self.text: TextEncoder | None = None  # of the previews' prompts
-        self.reasons: Judge | None = None
+        self.shown: Callable[[np.ndarray], np.ndarray] | None = None
         self.process = Process(config.process)
         self.starts_trained = bool(config.init or config.denoiser.weights)
         double, *sides = latents.fields["moments"].shape
@@ -146,11 +144,11 @@ class DiffusionTask:
                     f"denoiser.channels take multiples of {halved}; choose other source.buckets."
                 )
 
-    def show(self, device: str, train: TrainConfig, reasons: Judge | None = None) -> None:
+    def show(self, device: str, train: TrainConfig, shown: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
         """Get what it takes to make previews and to validate on a device, as far as they are asked for.
 
         Args:
-            reasons: says of previews uint8 [n, C, H, W] why each may not be shown; such are of an even grey.
+            shown: makes of previews uint8 [n, C, H, W] what may be shown, such as `Safety.greyed`.
 
         Raises:
             UserError: the autoencoder, the text encoder or the held-out latents are gone, or do not fit.
@@ -160,7 +158,7 @@ class DiffusionTask:
             self.codec = Codec.load(self.header.provenance["autoencoder"], device)
         if train.preview_every:
             self.text = encoder_of(self.header, device) if self.config.prompts else None
-            self.reasons = reasons
+            self.shown = shown
         if train.validate_every and self.config.validation:
             self.held_out = held_out(self.config, self.fields, device)
 
@@ -250,9 +248,7 @@ class DiffusionTask:
             model, self.codec, condition, ids, self.latent_shape, self.seed, self.config.preview, self.process
         )
         found = images.cpu().numpy()
-        if self.reasons:
-            found[[bool(names) for names in self.reasons(found)]] = GREY
-        return found
+        return self.shown(found) if self.shown else found
 
 
 def made_ready(denoiser: Denoiser, codec: Codec, config: SamplerConfig, device: str) -> sampling.Network:

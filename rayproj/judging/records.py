@@ -15,7 +15,7 @@ from rayproj.errors import UserError
 from rayproj.evaluation.proportions import Rate
 from rayproj.responsibility.load import Load
 from rayproj.responsibility.policy import Action
-from rayproj.responsibility.provenance import KINDS, SIDECAR, Verdict, check, need_c2pa
+from rayproj.responsibility.provenance import KINDS, SIDECAR, Verdict, check, has_manifest, need_c2pa
 from rayproj.storage.store import Store, from_json
 from rayproj.synthesis.gate import withheld
 
@@ -104,9 +104,10 @@ def need_reader(folder: str) -> None:
     Raises:
         UserError: there is no image, or one without a sidecar and nothing here reads manifests.
     """
-    bare = [file for file in images_of(folder) if not Path(f"{file}{SIDECAR}").exists()]
-    if bare:
-        need_c2pa(f"judge.signed: '{bare[0]}' has no sidecar. ")
+    for file in images_of(folder):
+        bare = not Path(f"{file}{SIDECAR}").exists()
+        if bare or has_manifest(file.read_bytes()):
+            need_c2pa(f"judge.signed: '{file}' has {'no sidecar' if bare else 'a manifest'}. ")
 
 
 def _of_set(uri: str, trust: str) -> dict[str, Any]:
@@ -152,6 +153,8 @@ def _decisions(run: str) -> list[dict[str, Any]]:
         )
     with ThreadPoolExecutor(16) as threads:
         records = list(threads.map(lambda path: from_json(store.read(path)), store.list("decisions")))
-    counts = Counter(tuple(record[name] for name in names) for record in records)
+    counts = Counter[tuple[str, ...]]()
+    for record in records:  # of many together, how many they were
+        counts[tuple(record[name] for name in names)] += record.get("count", 1)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [{**dict(zip(names, said, strict=True)), "count": count} for said, count in ordered]

@@ -28,6 +28,7 @@ from rayproj.judging.extraction import adaptive_distance
 from rayproj.judging.prompts import categories, read_questions
 from rayproj.judging.records import ServedConfig
 from rayproj.responsibility.policy import PolicyConfig
+from rayproj.responsibility.safety import SafetyConfig
 from rayproj.storage.store import Store, sha256_hex, to_json
 from rayproj.synthesis.plan import commit_hash
 
@@ -35,7 +36,7 @@ FEATURE, SECOND, IMAGES = "feature", "second_feature", "images"
 PIXELS = 32  # side at which pixels are compared
 # Options that no score depends on.
 ELSEWHERE = {
-    "models", "attempts", "reference", "out", "batch", "human", "question", "adversarial", "policy", "cards",
+    "models", "attempts", "reference", "out", "batch", "human", "question", "adversarial", "policy", "safety", "cards",
     "watermark_key", "playground", "trust", "signed", "pairs", "labelled", "labelled_group",
 }  # fmt: skip
 
@@ -75,6 +76,7 @@ class JudgeConfig:
     # policy stops, plain and disguised, and how many of the captions of `reference`. "": it is not tried.
     adversarial: str = ""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)  # of the report: what does not pass is shown grey
     # File with the secret of the models' watermark: what it survives, against the images of `reference`.
     watermark_key: str = ""
     trust: str = ""  # PEM file of those whose signatures on datasets and images are trusted

@@ -13,17 +13,18 @@ from importlib.resources import files
 from typing import Annotated, Any, Literal
 
 from fastapi import Cookie, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.middleware import Middleware
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from rayproj.data.prompts import MOST
 from rayproj.preferences import ratings
-from rayproj.preferences.images import REFERENCE, open_plan
-from rayproj.preferences.plan import LEFT, RIGHT, Question, Task
+from rayproj.preferences.plan import LEFT, RIGHT, Question, Task, open_plan
 from rayproj.preferences.ratings import Progress, Rating
-from rayproj.preferences.tokens import Seal, rater_of
+from rayproj.preferences.tokens import REFERENCE, Seal, rater_of
 from rayproj.storage.store import Store
-from rayproj.web import READS, refusal
+from rayproj.web import Guarded
 
 COOKIE = "rater"
 DAYS = 30
@@ -31,14 +32,7 @@ LARGEST = 4096  # bytes of a request's body
 ONLY = "only"
 PAGES = {"": "index.html", "style.css": "style.css", "study.js": "study.js"}
 KINDS = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-store",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
+POLICY = "script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'"
 TEXTS = {
     Question.overall: "Imagine that you wrote this prompt. Which image would you rather have?",
     Question.alignment: "Which image shows better what the prompt says?",
@@ -65,33 +59,6 @@ class Answer(BaseModel):
     seconds: float = Field(ge=0, le=86400, allow_inf_nan=False)
 
 
-class Guarded:
-    """Refuses what comes by a name that is not among `hosts`, what other sites send, and what is too large; puts the headers
-    of `HEADERS` on every answer."""
-
-    def __init__(self, app: Any, hosts: Sequence[str]) -> None:
-        self.app, self.hosts = app, hosts
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-
-        async def with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                given = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-                message = {**message, "headers": [*message["headers"], *given]}
-            await send(message)
-
-        request = Request(scope)
-        if wrong := refusal(request.method, request.headers, self.hosts):
-            return await Response(wrong[1], wrong[0])(scope, receive, with_headers)
-        if request.method not in READS:
-            length = request.headers.get("content-length", "")
-            if not length.isdigit() or int(length) > LARGEST:
-                return await Response("Too large.", 413)(scope, receive, with_headers)
-        await self.app(scope, receive, with_headers)
-
-
 def application(uri: str, secure: bool = False, hosts: Sequence[str] = ()) -> FastAPI:
     """The application on the study of a run.
 
@@ -104,7 +71,13 @@ def application(uri: str, secure: bool = False, hosts: Sequence[str] = ()) -> Fa
     plan, seal = open_plan(store), Seal.of(store)
     progress = Progress(plan, store)
     most = min(plan.per_rater, sum(min(plan.limit, len(plan.sets[c.set])) for c in plan.comparisons))
-    app = FastAPI(openapi_url=None, middleware=[Middleware(Guarded, hosts=hosts)])
+    app = FastAPI(openapi_url=None, middleware=[Middleware(Guarded, hosts=hosts, policy=POLICY, largest=LARGEST)])
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong(
+        _: Request, error: RequestValidationError
+    ) -> Response:  # FastAPI's own repeats what cannot be sent back
+        return JSONResponse({"error": "The request has not the form of those that the page sends.", "where": ""}, 422)
 
     def signed_in(rater: Annotated[str | None, Cookie()] = None) -> str:
         found = rater_of(store, rater or "")
@@ -146,7 +119,10 @@ def application(uri: str, secure: bool = False, hosts: Sequence[str] = ()) -> Fa
             models["reference"] = REFERENCE + shown.comparison.set
         if side not in models:
             raise HTTPException(404, "There is no such image.")
-        return Response(store.read(seal.image(models[side], shown.prompt.text)), media_type="image/png")
+        try:
+            return Response(store.read(seal.image(models[side], shown.prompt.text)), media_type="image/png")
+        except FileNotFoundError:
+            raise HTTPException(404, "The image is gone; start jobs/serve_study.py again, which copies it.") from None
 
     @app.post("/api/rating")
     def rate(answer: Answer, rater: str = Depends(signed_in)) -> dict[str, Any]:

@@ -16,14 +16,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import lru_cache
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rayproj.data.parts import hashed
-from rayproj.data.prompts import Prompt, read_prompts
+from rayproj.data.prompts import Prompt
 from rayproj.errors import UserError
+from rayproj.storage.store import Store, from_json
 
 LEFT, RIGHT, INDIFFERENT = "left", "right", "indifferent"
 
@@ -36,64 +36,6 @@ class Question(Enum):
     appeal = "appeal"  # which one is more appealing; the prompt is hidden
     detailed = "detailed"  # which one is nearer to a reference photo, which is shown in the prompt's place
     count = "count"  # how many objects of a kind one image shows; the prompt is hidden
-
-
-@dataclass
-class SetConfig:
-    """A set of prompts, and what is asked of the images of them."""
-
-    # .csv with the columns prompt, category, and for `count` object (what is counted) and number; or .txt, a prompt a line.
-    file: str = "???"
-    questions: list[Question] = field(default_factory=lambda: [Question.overall, Question.alignment, Question.appeal])
-    references: str = (
-        ""  # dataset of the photos that `detailed` compares with, found by the prompt like the models' images
-    )
-
-    def problems(self) -> list[str]:
-        if not self.questions or len(set(self.questions)) < len(self.questions):
-            return [
-                "study.sets: questions are a list of different ones of " + ", ".join(q.name for q in Question) + "."
-            ]
-        if (Question.detailed in self.questions) != bool(self.references):
-            return ["study.sets: the question 'detailed' and 'references' go together; give both or neither."]
-        return []
-
-
-@dataclass
-class StudyConfig:
-    """Who is compared with whom, on what, and how often."""
-
-    models: dict[str, str] = field(default_factory=dict)  # name -> dataset of its images, each with its prompt
-    sets: dict[str, SetConfig] = field(default_factory=dict)  # name -> prompts
-    pairs: list[list[str]] = field(default_factory=list)  # []: all; `rayproj study add` names those of a new model
-    ratings: int = 2500  # of each pair, on each question and set; of each model where objects are counted
-    per_rater: int = 200  # ratings that one rater may give
-    share: float = 0.1  # of the ratings of a pair on a question and set that one rater may give
-    block: int = (
-        20  # ratings on one question that a rater gets in a row, with one attention check among them; 0: no checks
-    )
-    failed: float = 0.25  # a rater who fails more of the attention checks than this is left out
-    size: list[int] = field(default_factory=list)  # height and width to bring all images to; []: they are alike
-
-    def problems(self) -> list[str]:
-        found = []
-        if not self.models or not self.sets:
-            found.append("study.models and study.sets must both name something.")
-        paired = any(q is not Question.count for one in self.sets.values() for q in one.questions)
-        if paired and len(self.models) < 2:
-            found.append("study.models: a comparison needs two models.")
-        for pair in self.pairs:
-            if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(self.models):
-                found.append(f"study.pairs: {pair} is no pair of two of study.models.")
-        if len({frozenset(pair) for pair in self.pairs}) < len(self.pairs):
-            found.append("study.pairs: a pair is named twice.")
-        if self.ratings < 1 or self.per_rater < 1 or self.block < 0:
-            found.append("study.ratings and study.per_rater must be positive, and study.block not negative.")
-        if not 0 < self.share <= 1 or not 0 <= self.failed <= 1:
-            found.append("study.share and study.failed are shares, up to 1.")
-        if self.size and (len(self.size) != 2 or min(self.size) < 1):
-            found.append("study.size is [height, width], both positive.")
-        return found
 
 
 @dataclass(frozen=True)
@@ -144,6 +86,10 @@ class Plan:
     share: float
     block: int
     failed: float
+    references: dict[str, str] = field(default_factory=dict)  # set -> hash of the contents of the dataset of its photos
+    left_out: dict[str, int] = field(
+        default_factory=dict
+    )  # set -> prompts an image of which did not pass `study.safety`
 
     @property
     def slots(self) -> int:
@@ -252,48 +198,16 @@ class Plan:
         return cls(**{**values, "sets": sets, "comparisons": comparisons})
 
 
-def plan(config: StudyConfig, models: Mapping[str, str], seed: int) -> Plan:
-    """The study of a config.
-
-    Args:
-        models: name -> hash of the contents of its dataset.
+def open_plan(store: Store) -> Plan:
+    """The plan of a study.
 
     Raises:
-        UserError: a file of prompts cannot be read, or lacks what its questions need.
+        UserError: there is none.
     """
-    sets = {name: tuple(prompts_of(one)) for name, one in sorted(config.sets.items())}
-    pairs = [tuple(pair) for pair in config.pairs] or list(combinations(sorted(models), 2))
-    alone = sorted({name for pair in config.pairs for name in pair} or set(models))
-    comparisons = tuple(
-        Comparison(name, question, tuple(chosen))
-        for name in sets
-        for question in config.sets[name].questions
-        for chosen in ([(model,) for model in alone] if question is Question.count else pairs)
-    )
-    return Plan(
-        seed, dict(sorted(models.items())), sets, comparisons, config.ratings, config.per_rater, config.share,
-        config.block, config.failed,
-    )  # fmt: skip
-
-
-def prompts_of(config: SetConfig) -> list[Prompt]:
-    """The prompts of a set, in their order.
-
-    Raises:
-        UserError: the file cannot be read, or has no prompts, one twice, or not what the questions need.
-    """
-    prompts = read_prompts(config.file, "study.sets: file")
-    texts = [prompt.text for prompt in prompts]
-    if twice := next((text for text in texts if texts.count(text) > 1), None) if len(set(texts)) < len(texts) else None:
-        raise UserError(f"The prompts '{config.file}' have '{twice}' twice; leave one of them out.")
-    if Question.count in config.questions:
-        for prompt in prompts:
-            if not prompt.object or prompt.number is None:
-                raise UserError(
-                    f"The prompts '{config.file}' do not say what is to be counted on '{prompt.text}'; the question "
-                    "'count' needs a .csv file with the columns prompt, object and number."
-                )
-    return prompts
+    try:
+        return Plan.from_dict(from_json(store.read("study.json")))
+    except FileNotFoundError:
+        raise UserError(f"There is no study at '{store.uri}'; start jobs/serve_study.py once.") from None
 
 
 def _draw(purpose: str, key: str, seed: int, below: int) -> int:

@@ -13,8 +13,7 @@ from rayproj.errors import UserError
 from rayproj.evaluation.proportions import over_clusters
 from rayproj.preferences import analysis
 from rayproj.preferences.analysis import Games
-from rayproj.preferences.images import open_plan
-from rayproj.preferences.plan import INDIFFERENT, LEFT, RIGHT, Question
+from rayproj.preferences.plan import INDIFFERENT, LEFT, RIGHT, Question, open_plan
 from rayproj.preferences.ratings import all_of, counted, passed
 from rayproj.storage.store import Store
 
@@ -75,7 +74,20 @@ def parquet(rows: Sequence[Row]) -> bytes:
 
 
 def together(uris: Sequence[str]) -> list[Row]:
-    """The ratings of several studies, such as one and that of a model added later; a rater is of one study."""
+    """The ratings of several studies, such as one and that of a model added later; a rater is of one study.
+
+    Raises:
+        UserError: a study is not there, or two call different images by one name.
+    """
+    of: dict[str, tuple[str, str]] = {}
+    for uri in uris:
+        for name, images in open_plan(Store(uri)).models.items():
+            other, theirs = of.setdefault(name, (uri, images))
+            if images != theirs:
+                raise UserError(
+                    f"The studies '{other}' and '{uri}' each call other images '{name}', so that their ratings do not say "
+                    "the same; report them apart, or name the models of one differently."
+                )
     several = len(uris) > 1
     return [
         {**row, "rater": f"{number}/{row['rater']}" if several else row["rater"]}

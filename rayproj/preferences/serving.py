@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayproj.errors import UserError
-from rayproj.web import name_problems
+from rayproj.web import name_problems, own
 
 
 @dataclass
@@ -39,21 +35,24 @@ class ServeConfig:
         return self.https or bool(self.certificate)
 
     @property
+    def open(self) -> bool:
+        """Whether raters' tokens and answers go over a network that others may read."""
+        return not self.secure and not own(self.host)
+
+    @property
     def address(self) -> str:
         return f"http{'s' if self.certificate else ''}://{self.host}:{self.port}/"
 
+    @property
+    def http(self) -> dict[str, Any]:
+        """As of `ray.serve.config.HTTPOptions`."""
+        tls = {"ssl_certfile": self.certificate, "ssl_keyfile": self.key} if self.certificate else {}
+        return {"host": self.host, "port": self.port, **tls}
 
-@contextmanager
-def serving(uri: str, name: str, config: ServeConfig) -> Iterator[str]:
-    """Serve the study of a run while the block runs; gives its address.
 
-    Raises:
-        UserError: Ray Serve is not installed, or does not come up.
-    """
-    try:
-        from ray import serve
-    except ImportError as error:
-        raise UserError(f"The study needs Ray Serve: pip install 'rayproj[serve]' ({error}).") from error
+def bound(uri: str, config: ServeConfig) -> Any:
+    """The application on the study of a run, for `serve.run`."""
+    from ray import serve
 
     class Server:
         def __init__(self, uri: str, secure: bool, hosts: list[str]) -> None:
@@ -64,21 +63,7 @@ def serving(uri: str, name: str, config: ServeConfig) -> Iterator[str]:
 
             return application(self.uri, self.secure, self.hosts)
 
-    http = {"host": config.host, "port": config.port}
-    if config.certificate:
-        http |= {"ssl_certfile": config.certificate, "ssl_keyfile": config.key}
     deploy = serve.deployment(
         name="study", num_replicas=config.replicas, ray_actor_options={"num_cpus": config.cpus_per_replica}
     )
-    hosts = [config.host, *config.hosts]
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    try:
-        serve.start(http_options=http)
-        serve.run(deploy(serve.ingress()(Server)).bind(uri, config.secure, hosts), name=name, route_prefix="/")
-    except RuntimeError as error:
-        why = str(error).strip().splitlines()[-1].rstrip(".)")  # above it is the proxy's traceback
-        raise UserError(f"The study could not be served on {config.address}: {why}; is the port free?") from error
-    try:
-        yield config.address
-    finally:
-        serve.delete(name)  # and nothing else that the cluster serves
+    return deploy(serve.ingress()(Server)).bind(uri, config.secure, [config.host, *config.hosts])

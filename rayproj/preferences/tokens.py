@@ -19,6 +19,7 @@ from rayproj.storage.store import Store, from_json, to_json
 RATERS = "raters"
 TOKEN = re.compile(r"(r\d{4,8})-([A-Za-z0-9_\-]{22})")
 RATER = re.compile(r"r(\d{4,8})\b")
+REFERENCE = "/"  # before the name of a set stands for its photos; no model has such a name
 TURN = struct.Struct(">BQ")
 
 

@@ -17,6 +17,7 @@ from rayproj.judging.scoring import JudgeConfig
 from rayproj.report.figures import SERIES, svg, watermark
 from rayproj.report.pages import data_uri, picture_uri, rendered
 from rayproj.report.preferences import TITLES, picture
+from rayproj.responsibility.safety import Safety
 
 SHOWN = 12  # prompts with pictures
 
@@ -65,14 +66,16 @@ def page(
 
 
 def samples(config: JudgeConfig, count: int = SHOWN) -> dict[str, dict[str, str]]:
-    """Prompt -> model -> the first image of it, as an address; of prompts spread evenly over the set."""
+    """Prompt -> model -> the first image of it, as an address; of prompts spread evenly over the set. What does not pass the
+    safety rules is grey."""
     found: dict[str, dict[str, str]] = {}
+    shown = Safety(config.safety).greyed
     for name, uri in config.models.items():
         reader = Reader(Dataset.open(uri), ["image", "prompt"])
         texts = Reader(Dataset.open(uri), ["prompt"]).gather(np.arange(reader.dataset.header.num_samples))["prompt"]
         prompts, first = np.unique(texts.astype(str), return_index=True)
         chosen = np.unique(np.linspace(0, len(prompts) - 1, min(count, len(prompts))).astype(int))
-        images = reader.gather(first[chosen])["image"]
+        images = shown(reader.gather(first[chosen])["image"])
         for prompt, image in zip(prompts[chosen], images, strict=True):
             found.setdefault(str(prompt), {})[name] = picture_uri(image)
     return found
@@ -80,10 +83,11 @@ def samples(config: JudgeConfig, count: int = SHOWN) -> dict[str, dict[str, str]
 
 def pairs(config: JudgeConfig) -> dict[str, list[dict[str, Any]]]:
     """Set -> those of its images that are nearest to a training image, the nearest first: {prompt, ratio, drawn, nearest},
-    both images as addresses. Sets of a model that saw private data are left out: the report would show these."""
+    both images as addresses, grey where one does not pass the safety rules. Sets of a model that saw private data are left
+    out: the report would show these."""
     if not config.learned_from or not config.pairs:
         return {}
-    known, found = Reader(Dataset.open(config.learned_from), ["image"]), {}
+    known, found, shown = Reader(Dataset.open(config.learned_from), ["image"]), {}, Safety(config.safety).greyed
     for name, uri in {**config.models, **config.attempts}.items():
         dataset, scores = Dataset.open(uri), Dataset.open(f"{config.out}/scores/{name}")
         if dataset.header.provenance.get("private"):
@@ -91,6 +95,7 @@ def pairs(config: JudgeConfig) -> dict[str, list[dict[str, Any]]]:
         of = Reader(scores, ["prompt", "nearest", "nearest_ratio"]).gather(np.arange(scores.header.num_samples))
         first = np.argsort(of["nearest_ratio"], kind="stable")[: config.pairs]
         images = Reader(dataset, ["image"]).gather(first)["image"], known.gather(of["nearest"][first])["image"]
+        images = shown(images[0]), shown(images[1])
         found[name] = [
             {"prompt": str(prompt), "ratio": float(ratio), "drawn": picture_uri(own), "nearest": picture_uri(its)}
             for prompt, ratio, own, its in zip(of["prompt"][first], of["nearest_ratio"][first], *images, strict=True)

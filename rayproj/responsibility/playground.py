@@ -7,6 +7,13 @@ whose images are drawn in the same batch, up to one grey level: sums of other si
 from __future__ import annotations
 
 import json
+import math
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +26,16 @@ from rayproj.evaluation.watermark import WatermarkConfig
 from rayproj.responsibility.policy import PolicyConfig
 from rayproj.responsibility.provenance import ProvenanceConfig
 from rayproj.responsibility.safety import SafetyConfig
-from rayproj.storage.store import Store
+from rayproj.storage.store import Store, to_json
 from rayproj.synthesis.plan import GenerateConfig, plan
-from rayproj.web import name_problems
+from rayproj.web import asker, name_problems
 
 SEEDS = 2**31  # seeds lie below
 BODY = 1 << 16  # bytes of a request at most
+DEEP = "The request is nested too deeply; properties are an object of texts, and all else is no list and no object."
+DECIDED = "decisions"  # folder of a run
+KIND = ("action", "rule", "reason")
+PAUSE = 1.0
 
 
 @dataclass
@@ -42,6 +53,12 @@ class PlaygroundConfig:
     batch: int = 8  # images that a sampler draws at once, of whoever asks
     wait_ms: float = 20.0  # how long a batch waits for more
     queue: int = 64  # images that wait or are being drawn; who asks for more is told to come back
+    per_address: int = (
+        16  # of these, of who asks from one address; those of this machine are a proxy's, and not counted
+    )
+    records: int = (
+        10000  # decisions of the policy and the filter that a run keeps whole; of more, how many of each kind
+    )
     max_images: int = 4  # of a request
     max_steps: int = 50
     max_guidance: float = 15.0
@@ -55,12 +72,15 @@ class PlaygroundConfig:
     hosts: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
-        names = ("batch", "queue", "max_images", "max_steps", "max_characters", "samplers")
+        names = ("batch", "queue", "per_address", "records", "max_images", "max_steps", "max_characters", "samplers")
         found = [f"playground.{name} must be positive." for name in names if getattr(self, name) <= 0]
         if self.sampler.weights:
             found.append("playground.sampler.weights: requests say one guidance; leave the weights out.")
-        if self.max_images > self.queue:
-            found.append("playground.max_images must not exceed playground.queue, or a request could never be served.")
+        for name in ("queue", "per_address"):
+            if self.max_images > getattr(self, name):
+                found.append(
+                    f"playground.max_images must not exceed playground.{name}, or a request could never be served."
+                )
         if self.sampler.steps > self.max_steps or self.sampler.guidance > self.max_guidance:
             found.append("playground.sampler has more steps or guidance than playground.max_steps or max_guidance.")
         return found + name_problems(self.hosts, "playground.hosts")
@@ -108,6 +128,81 @@ class Refused(Exception):
         self.status, self.where, self.more = status, where, more
 
 
+class Places:
+    """Images that wait or are being drawn, and who asked for them.
+
+    Attributes:
+        waiting: images.
+        pace: seconds between two images, a running mean.
+    """
+
+    def __init__(self, queue: int, per_address: int) -> None:
+        self.queue, self.per_address = queue, per_address
+        self.waiting, self.pace = 0, 0.0
+        self._of = Counter[str]()
+
+    @contextmanager
+    def taken(self, images: int, address: str) -> Iterator[None]:
+        """Places for the images of a request while a block runs.
+
+        Raises:
+            Refused: 503 where there are no more, 429 where this address has as many as it may; with when to come back.
+        """
+        of, seconds = asker(address), max(1, math.ceil(self.waiting * self.pace))
+        then: dict[str, Any] = {"retry_after": seconds, "waiting": self.waiting}
+        if of and self._of[of] + images > self.per_address:
+            raise Refused(429, f"Too many images of yours are waiting; ask again in {seconds} s.", **then)
+        if self.waiting + images > self.queue:
+            raise Refused(503, f"Too many images are waiting; ask again in {seconds} s.", **then)
+        self.waiting += images
+        self._of[of] += images
+        try:
+            yield
+        finally:
+            self.waiting -= images
+            self._of[of] -= images
+            if not self._of[of]:
+                del self._of[of]
+
+    def paced(self, seconds: float, images: int) -> None:
+        """As many images took so long."""
+        each = seconds / (self.waiting + images)
+        self.pace = each if self.pace == 0 else 0.8 * self.pace + 0.2 * each
+
+
+class Decisions:
+    """What was not simply allowed, in the folder decisions/ of a run: the first `whole` records each in a file, so that all
+    can be read; of what comes after them, which may be somebody who asks again and again, how many there were of each kind,
+    in a file that is written anew every `PAUSE` seconds at most."""
+
+    def __init__(self, store: Store, whole: int) -> None:
+        self.store, self.left = store, whole - len(store.list(DECIDED))
+        self._more, self._lock = Counter[tuple[str, ...]](), threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._name = f"{time.time():.3f}-{uuid.uuid4().hex[:8]}"
+
+    def keep(self, record: dict[str, Any]) -> None:
+        with self._lock:
+            self.left -= 1
+            whole = self.left >= 0
+            if not whole:
+                self._more[tuple(record[name] for name in KIND)] += 1
+                if self._timer is None:
+                    self._timer = threading.Timer(PAUSE, self._count)
+                    self._timer.daemon = True
+                    self._timer.start()
+        if whole:
+            path = f"{DECIDED}/{time.time():.3f}-{uuid.uuid4().hex[:8]}.json"
+            self.store.put_once(path, to_json({**record, "at": time.time()}))
+
+    def _count(self) -> None:
+        with self._lock:
+            self._timer, counts = None, list(self._more.items())
+        for number, (kind, count) in enumerate(counts):  # in the order in which they first came, which stays
+            said = {**dict(zip(KIND, kind, strict=True)), "count": count}
+            self.store.write(f"{DECIDED}/{self._name}-{number:03d}.json", to_json(said))
+
+
 def planned(config: PlaygroundConfig) -> Header:
     """The plan of `jobs/generate.py` for such images: model, commit, certificate, sampler, watermark.
 
@@ -135,6 +230,20 @@ def offer_of(model: str) -> Offer:
     return Offer({name: list(latents.values_of(name)) for name in conditions.values}, bool(conditions.text))
 
 
+def read(body: bytes) -> Any:
+    """The JSON of a request.
+
+    Raises:
+        Refused: 400, it is none.
+    """
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise Refused(400, DEEP) from None
+    except ValueError:
+        raise Refused(400, 'The request is no JSON; send an object, such as {"prompt": "a red heart"}.') from None
+
+
 def parse(body: Any, config: PlaygroundConfig, offer: Offer) -> list[Asked]:
     """The images that a request asks for, seeds in a row.
 
@@ -150,6 +259,8 @@ def parse(body: Any, config: PlaygroundConfig, offer: Offer) -> list[Asked]:
     for name, value in body.items():
         try:
             json.dumps({name: value}, ensure_ascii=False).encode()
+        except RecursionError:
+            raise Refused(400, DEEP) from None
         except UnicodeEncodeError:  # before the tokenizer, a record or an answer that repeats it fails at it
             where = name if name.isprintable() else ""  # it stands in the answer too
             raise Refused(

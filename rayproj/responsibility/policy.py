@@ -9,6 +9,7 @@ evasion alone: paraphrases, other languages and images of words need a classifie
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -23,6 +24,7 @@ from rayproj.errors import UserError
 from rayproj.responsibility.personal import places
 from rayproj.storage.store import to_json
 
+NAMED = 5  # prompts that an error names
 DECISIONS = "decisions.jsonl"  # of a run: what was decided of each prompt, and why
 
 
@@ -33,10 +35,10 @@ class Action(Enum):
 
 
 class Blocked(Enum):
-    """What is done when the policy blocks some of the prompts of a dataset."""
+    """What is done when the policy blocks some of the prompts of a dataset or study."""
 
-    refuse = "refuse"  # nothing is drawn; the prompts are named
-    drop = "drop"  # the others are drawn; the run records those that are not, and why
+    refuse = "refuse"  # nothing is drawn or shown; the prompts are named
+    drop = "drop"  # the others are; the run records those that are not, and why
 
 
 @dataclass
@@ -263,6 +265,32 @@ class PromptPolicy:
             counts[told] += 1
         found = {"rules": self.digest, "rewrite": self.config.rewrite, "decisions": dict(sorted(counts.items()))}
         return {**found, **({"reasons": dict(sorted(reasons.items()))} if reasons else {})}
+
+
+def allowed(config: PolicyConfig, decisions: Sequence[Decision], section: str) -> list[Decision]:
+    """Those that are against no prompt.
+
+    Args:
+        section: of the config that has the policy, for messages.
+
+    Raises:
+        UserError: some are, and `blocked` is refuse; or all are.
+    """
+    blocked = [decision for decision in decisions if decision.action is Action.block]
+    found = [decision for decision in decisions if decision.action is not Action.block]
+    if blocked and (config.blocked is Blocked.refuse or not found):
+        named = "; ".join(f"'{d.before[:80]}' ({d.rule}: {d.reason})" for d in blocked[:NAMED])
+        more = f"; and {len(blocked) - NAMED} more" if len(blocked) > NAMED else ""
+        raise UserError(
+            f"The policy blocks {len(blocked)} of {len(decisions)} prompts: {named}{more}. Take them out, say "
+            f"{section}.policy.blocked=drop to go on with the others, or give other rules in {section}.policy.file."
+        )
+    return found
+
+
+def records(decisions: Iterable[Decision]) -> bytes:
+    """What is kept in `DECISIONS`: a line of JSON for each."""
+    return "".join(json.dumps(d.record(), ensure_ascii=False) + "\n" for d in decisions).encode()
 
 
 def _replaced(text: str, spans: list[tuple[int, int]], instead: str | None) -> str:

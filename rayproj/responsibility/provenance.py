@@ -13,14 +13,15 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -35,6 +36,7 @@ SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmic
 ASSERTION = "rayproj.generation"  # label of our own assertion
 SIDECAR = ".provenance.json"  # what is put behind the name of a file
 OF_DATASET = "provenance.json"
+PEM = rb"(?s)-----BEGIN %b-----.*?-----END %b-----"
 KINDS = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
 Key = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey
 PublicKey = ed25519.Ed25519PublicKey | ec.EllipticCurvePublicKey
@@ -152,8 +154,12 @@ class Signer:
             builder.sign(signer, KINDS[kind], io.BytesIO(image), signed)
         return signed.getvalue()
 
-    def sidecar(self, sha256: str, facts: dict[str, Any]) -> bytes:
-        """JSON that says of what has this hash how it was made."""
+    def sidecar(self, sha256: str, facts: dict[str, Any], files: Mapping[str, str] | None = None) -> bytes:
+        """JSON that says of what has this hash how it was made.
+
+        Args:
+            files: of a dataset, `Dataset.beside`.
+        """
         public = self.key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
@@ -162,6 +168,7 @@ class Signer:
             "digital_source_type": SOURCE_TYPE,
             "sha256": sha256,
             "facts": facts,
+            **({"files": dict(files)} if files else {}),
             "algorithm": self.algorithm,
             "public_key": public.decode(),
             "certificate": self.chain.decode(),
@@ -174,12 +181,13 @@ class Signer:
         return to_json({**said, "signature": base64.b64encode(signature).decode()})
 
     def sign_dataset(self, dataset: Dataset) -> None:
-        """Put a sidecar into a complete dataset, on its header and the hashes of its shards."""
+        """Put a sidecar into a complete dataset, on its header, the hashes of its shards and of what is beside them."""
         said = dataset.header.provenance
-        names = ("model_commit", "model_step", "seed", "plan", "private", "watermark", "policy", "safety")
+        names = ["model_commit", "model_step", "seed", "plan", "private", "watermark", "policy", "safety"]
+        names += ["upscaled_from", "upscaler", "upscaler_commit", "upscaler_seed"]
         facts = {name: said[name] for name in names if name in said}
         facts |= {"name": dataset.header.name, "samples": dataset.header.num_samples}
-        dataset.store.write(OF_DATASET, self.sidecar(dataset.manifest_hash(), facts))
+        dataset.store.write(OF_DATASET, self.sidecar(dataset.manifest_hash(), facts, dataset.beside()))
 
 
 def canonical(said: dict[str, Any]) -> bytes:
@@ -188,12 +196,13 @@ def canonical(said: dict[str, Any]) -> bytes:
 
 
 def facts_of(
-    provenance: dict[str, Any], prompt: str, seed: int, guidance: float, steps: int, **more: Any
+    provenance: dict[str, Any], prompt: str, seed: int, guidance: float, steps: int, conditions: Mapping[str, str]
 ) -> dict[str, Any]:
     """What is stated of one image. Of the prompt only its hash: whoever knows it can check it.
 
     Args:
         provenance: of the plan by which it was drawn.
+        conditions: label and properties, whatever the model calls them -> what was asked for.
     """
     private = provenance["private"]
     return {
@@ -204,12 +213,13 @@ def facts_of(
         "steps": steps,
         "privacy": private and {name: private[name] for name in ("epsilon", "delta", "ledger")},
         "watermark": provenance.get("watermark", {}).get("key", ""),
-        **more,
+        "conditions": dict(conditions),
     }
 
 
 def check(path: str, trust: str = "") -> Verdict:
-    """Whether an image or dataset is what its signer signed.
+    """Whether an image or dataset is what its signer signed. A sidecar counts only where an image has no manifest in it:
+    anybody can put one beside it.
 
     Args:
         path: an image, or the URI of a dataset.
@@ -226,9 +236,11 @@ def check(path: str, trust: str = "") -> Verdict:
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error}); give an image, or the URI of a dataset.") from error
     beside = Path(path + SIDECAR)
-    if beside.exists():
-        return check_sidecar(path, beside.read_bytes(), sha256_hex(data), anchors)
-    return check_manifest(path, data, anchors)
+    if has_manifest(data) or not beside.exists():
+        found = check_manifest(path, data, anchors)
+        if found.form != "none" or not beside.exists():
+            return found
+    return check_sidecar(path, beside.read_bytes(), sha256_hex(data), anchors)
 
 
 def read_anchors(trust: str) -> bytes:
@@ -241,15 +253,23 @@ def read_anchors(trust: str) -> bytes:
         return b""
     try:
         found = Path(trust).read_bytes()
-        if b"BEGIN PUBLIC KEY" in found:
-            serialization.load_pem_public_key(found)
-        else:
-            x509.load_pem_x509_certificates(found)
+        if not _keys(found) + _certificates(found):
+            raise ValueError("nothing is in it")
     except OSError as error:
         raise UserError(f"'{trust}', whom to trust, cannot be read ({error}); give a PEM file.") from error
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise UserError(f"'{trust}', whom to trust, has no certificate or public key; give a PEM file.") from error
     return found
+
+
+def _keys(anchors: bytes) -> list[Any]:
+    """Every public key of a PEM file."""
+    return [serialization.load_pem_public_key(one) for one in re.findall(PEM % (b"PUBLIC KEY", b"PUBLIC KEY"), anchors)]
+
+
+def _certificates(anchors: bytes) -> list[x509.Certificate]:
+    """Every certificate of a PEM file."""
+    return [x509.load_pem_x509_certificate(one) for one in re.findall(PEM % (b"CERTIFICATE", b"CERTIFICATE"), anchors)]
 
 
 def _check_dataset(uri: str, anchors: bytes) -> Verdict:
@@ -258,7 +278,7 @@ def _check_dataset(uri: str, anchors: bytes) -> Verdict:
         return Verdict(uri, "none", problems=(f"it has no {OF_DATASET}",))
     if not dataset.complete:
         return Verdict(uri, "signed sidecar", problems=("shards are missing",))
-    verdict = check_sidecar(uri, dataset.store.read(OF_DATASET), dataset.manifest_hash(), anchors)
+    verdict = check_sidecar(uri, dataset.store.read(OF_DATASET), dataset.manifest_hash(), anchors, dataset.beside())
     changed = []
     for record in dataset.records().values():
         try:
@@ -269,16 +289,24 @@ def _check_dataset(uri: str, anchors: bytes) -> Verdict:
     return Verdict(uri, verdict.form, verdict.signer, verdict.trusted, (*verdict.problems, *changed), verdict.facts)
 
 
-def check_sidecar(file: str, sidecar: bytes, sha256: str, anchors: bytes = b"") -> Verdict:
-    """Whether a sidecar is of what has this hash, and as it was signed."""
+def check_sidecar(
+    file: str, sidecar: bytes, sha256: str, anchors: bytes = b"", files: Mapping[str, str] | None = None
+) -> Verdict:
+    """Whether a sidecar is of what has this hash, and as it was signed. Whatever it holds, it may be anybody's.
+
+    Args:
+        files: as of `Signer.sidecar`, as they are now.
+    """
     try:
         said = json.loads(sidecar)
         key: Any = serialization.load_pem_public_key(said["public_key"].encode())
         signature, signed = base64.b64decode(said["signature"]), canonical(said)
         chain = x509.load_pem_x509_certificates(said["certificate"].encode()) if said["certificate"] else []
-        facts, stated = dict(said["facts"]), said["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return Verdict(file, "signed sidecar", "nobody", problems=(f"the sidecar cannot be read ({error})",))
+        facts, stated, signed_files = dict(said["facts"]), str(said["sha256"]), dict(said.get("files", {}))
+        signer, vouched = _name(key, chain), _vouched(key, chain, anchors)
+        same_key = not chain or chain[0].public_key() == key
+    except Exception as error:  # what reads keys and certificates has too many ways to fail at what somebody made up
+        return Verdict(file, "signed sidecar", "nobody", problems=(f"the sidecar cannot be read ({_short(error)})",))
     wrong = []
     try:
         if isinstance(key, ed25519.Ed25519PublicKey):
@@ -289,9 +317,19 @@ def check_sidecar(file: str, sidecar: bytes, sha256: str, anchors: bytes = b"") 
         wrong.append("the sidecar was changed after it was signed")
     if stated != sha256:
         wrong.append(f"the contents were changed: their SHA-256 is {sha256[:16]}…, signed was {stated[:16]}…")
-    if chain and chain[0].public_key() != key:
+    if not same_key:
         wrong.append("the certificate is of another key")
-    return Verdict(file, "signed sidecar", _name(key, chain), _vouched(key, chain, anchors), tuple(wrong), facts)
+    there = files or {}
+    for path in sorted({*there, *signed_files}):
+        if path not in signed_files:
+            wrong.append(f"{path} is none of what was signed")
+        elif there.get(path) != signed_files[path]:
+            wrong.append(f"{path} {'was changed' if path in there else 'is missing'}")
+    return Verdict(file, "signed sidecar", signer, vouched, tuple(wrong), facts)
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _name(key: PublicKey, chain: Sequence[x509.Certificate]) -> str:
@@ -305,11 +343,11 @@ def _vouched(key: PublicKey, chain: Sequence[x509.Certificate], anchors: bytes) 
     """Whether one of the anchors is the key, or issued the chain that ends in it, each certificate in its time."""
     if not anchors:
         return None
-    if b"BEGIN PUBLIC KEY" in anchors:
-        return bool(serialization.load_pem_public_key(anchors) == key)
-    trusted = x509.load_pem_x509_certificates(anchors)
+    if key in _keys(anchors):
+        return True
+    trusted = _certificates(anchors)
     now = datetime.now(UTC)
-    for certificate, issuer in zip(chain, [*chain[1:], None], strict=True):
+    for certificate, issuer in zip(chain, [*chain[1:], None], strict=False):  # of a bare key there is no chain
         if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
             return False
         if certificate in trusted or any(_issued(certificate, anchor) for anchor in trusted):
@@ -342,6 +380,11 @@ def need_c2pa(why: str = "") -> Any:
     return c2pa
 
 
+def has_manifest(data: bytes) -> bool:
+    """Whether a file seems to have a C2PA manifest: a JUMBF box of that label (Technical Specification 2.1, 11.1.4)."""
+    return b"jumb" in data and b"c2pa\0" in data
+
+
 def check_manifest(file: str, data: bytes, anchors: bytes = b"") -> Verdict:
     """Whether an image is as its C2PA manifest says.
 
@@ -350,8 +393,9 @@ def check_manifest(file: str, data: bytes, anchors: bytes = b"") -> Verdict:
     """
     c2pa = need_c2pa()
     settings: dict[str, Any] = {"verify": {"verify_trust": True}}
-    if anchors:
-        settings["trust"] = {"trust_anchors": anchors.decode()}
+    if trusted := _certificates(anchors):
+        pem = b"".join(one.public_bytes(serialization.Encoding.PEM) for one in trusted)
+        settings["trust"] = {"trust_anchors": pem.decode()}
     try:
         with (
             c2pa.Context.from_dict(settings) as context,
@@ -369,7 +413,7 @@ def check_manifest(file: str, data: bytes, anchors: bytes = b"") -> Verdict:
     )
     signed, facts = manifest.get("signature_info", {}), {}
     for assertion in manifest.get("assertions", []):
-        if assertion["label"] == ASSERTION:
+        if assertion["label"] == ASSERTION and isinstance(assertion["data"], dict):  # anybody can sign anything
             facts = assertion["data"]
     signer = ", ".join(filter(None, (signed.get("common_name"), signed.get("issuer"))))
     return Verdict(file, "C2PA manifest", signer, UNTRUSTED not in codes if anchors else None, wrong, facts)

@@ -14,6 +14,7 @@ from rayproj import config as configuration
 from rayproj.curation.scorers import RuleConfig, Scorer, file_of, scorer
 from rayproj.errors import UserError
 
+GREY = 128  # of an image that may not be shown, where something has to stand in its place
 OF_IMAGES = (Scorer.model, Scorer.sharpness, Scorer.contrast)  # scorers that need nothing but the image
 
 
@@ -47,6 +48,11 @@ class Safety:
         """For each of uint8 images [n, C, H, W] the rules that it does not pass."""
         outside = {name: rule.outside(self.judges[name]({"image": images})) for name, rule in self.config.rules.items()}
         return [[name for name, wrong in outside.items() if wrong[i]] for i in range(len(images))]
+
+    def greyed(self, images: np.ndarray) -> np.ndarray:
+        """Images uint8 [n, C, H, W], those that may not be shown of an even grey."""
+        wrong = np.array([bool(names) for names in self.reasons(images)], bool)
+        return np.where(wrong[:, None, None, None], np.uint8(GREY), images)
 
     def replaced(self, images: np.ndarray, again: Callable[[np.ndarray, int], np.ndarray]) -> list[list[list[str]]]:
         """Draw those that may not be shown anew, in place, at most `tries` times in all.

@@ -9,40 +9,45 @@ images of whoever asks.
 
 import asyncio
 import base64
-import json
 import logging
-import math
 import os
 import time
-import uuid
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
+from fastapi.middleware import Middleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation
 
 from rayproj import config as configuration
 from rayproj.data.dataset import Header
 from rayproj.data.encodings import ENCODINGS
 from rayproj.diffusion.conditions import TEXT
 from rayproj.evaluation.watermark import mark, read_key
-from rayproj.responsibility.playground import BODY, Asked, Offer, PlaygroundConfig, Refused, parse
+from rayproj.responsibility.playground import (
+    BODY,
+    Asked,
+    Decisions,
+    Offer,
+    Places,
+    PlaygroundConfig,
+    Refused,
+    parse,
+    read,
+)
 from rayproj.responsibility.policy import Action, Decision, PromptPolicy
 from rayproj.responsibility.provenance import Signer, facts_of
 from rayproj.responsibility.safety import Safety
-from rayproj.storage.store import Store, sha256_hex, to_json
+from rayproj.storage.store import Store, sha256_hex
 from rayproj.synthesis.synthesizer import planned_model
-from rayproj.web import refusal
+from rayproj.web import Guarded
 
-APPLICATION = "playground"
+POLICY = "img-src data:; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 Drawn = tuple[np.ndarray | None, list[str]]
 """uint8 [C, H, W], or None and the safety rules that it did not pass."""
-
-app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
 
 @serve.deployment(max_ongoing_requests=1024)
@@ -95,21 +100,8 @@ class Sampler:
         return [(None if why else image, why) for image, why in zip(images, reasons, strict=True)]
 
 
-async def _json(request: Request) -> Any:
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > BODY:
-            raise Refused(413, f"The request is larger than {BODY // 1024} KiB; shorten it.")
-        parts.append(part)
-    try:
-        return json.loads(b"".join(parts))
-    except ValueError:
-        raise Refused(400, 'The request is no JSON; send an object, such as {"prompt": "a red heart"}.') from None
-
-
 @serve.deployment(num_replicas=1, max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0})
-@serve.ingress(app)
+@serve.ingress()
 class Playground:
     """The door: validates, asks the policy, counts who waits, and signs what leaves."""
 
@@ -122,26 +114,26 @@ class Playground:
         self.sampler, self.store = sampler, Store(run)
         self.policy = PromptPolicy(self.config.policy)
         self.signer = Signer(self.config.provenance) if self.config.provenance.key else None
-        self.waiting = 0  # images
-        self.pace = 0.0  # seconds between two images, a running mean
+        self.places = Places(self.config.queue, self.config.per_address)
+        self.decisions = Decisions(self.store, self.config.records)
         self.counts = Counter[str]()
 
-    @app.get("/", response_class=HTMLResponse)
-    async def show(self, request: Request) -> HTMLResponse:
-        if wrong := self._refusal(request):
-            raise HTTPException(*wrong)
-        inline = "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-        rules = f"default-src 'none'; img-src data:; connect-src 'self'; {inline}"
-        return HTMLResponse(self.page, headers={"Content-Security-Policy": rules})
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        hosts = [self.config.host, *self.config.hosts]
+        guard = Middleware(Guarded, hosts=hosts, policy=POLICY, largest=BODY)
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[guard])
+        app.add_api_route("/", self.show, response_class=HTMLResponse)
+        app.add_api_route("/health", self.health)
+        app.add_api_route("/images", self.images, methods=["POST"])
+        return app
 
-    @app.get("/health")
-    async def health(self, request: Request) -> dict[str, Any]:
-        if wrong := self._refusal(request):
-            raise HTTPException(*wrong)
+    async def show(self) -> HTMLResponse:
+        return HTMLResponse(self.page)
+
+    async def health(self) -> dict[str, Any]:
         said = {name: self.provenance[name] for name in ("model_commit", "model_step")}
-        return {"status": "ok", **said, "waiting": self.waiting, "counts": dict(sorted(self.counts.items()))}
+        return {"status": "ok", **said, "waiting": self.places.waiting, "counts": dict(sorted(self.counts.items()))}
 
-    @app.post("/images")
     async def images(self, request: Request) -> Response:
         try:
             return JSONResponse(await self._images(request))
@@ -156,50 +148,34 @@ class Playground:
             content = {"error": "The image could not be drawn; try again, and look into the server's log.", "where": ""}
             return JSONResponse(content, 500)
 
-    def _refusal(self, request: Request) -> tuple[int, str] | None:
-        return refusal(request.method, request.headers, [self.config.host, *self.config.hosts])
-
     async def _images(self, request: Request) -> dict[str, Any]:
         began = time.monotonic()
-        if wrong := self._refusal(request):
-            raise Refused(*wrong)
-        asked = parse(await _json(request), self.config, self.offer)
-        decision = await asyncio.to_thread(self.policy.decide, asked[0].prompt)
-        self.counts[decision.action.value] += 1  # also what is simply allowed, so that shares can be told
-        if decision.action is not Action.allow or decision.rule:
-            await asyncio.to_thread(self._record, decision.record())
-        said = {"action": decision.action.value, "rule": decision.rule, "reason": decision.reason}
-        if decision.action is Action.block:
-            raise Refused(403, f"The prompt is not drawn: {decision.reason}. Ask for something else.", "prompt", **said)
-        if self.waiting + len(asked) > self.config.queue:
-            seconds = max(1, math.ceil(self.waiting * self.pace))
-            raise Refused(
-                503,
-                f"Too many images are waiting; ask again in {seconds} s.",
-                retry_after=seconds,
-                waiting=self.waiting,
-            )
-        asked = [Asked(decision.prompt, a.values, a.seed, a.guidance, a.steps) for a in asked]
-        self.waiting += len(asked)
-        try:
+        asked = parse(read(await request.body()), self.config, self.offer)
+        with self.places.taken(len(asked), request.client.host if request.client else ""):
+            decision = await self._decided(asked[0].prompt)
+            asked = [Asked(decision.prompt, a.values, a.seed, a.guidance, a.steps) for a in asked]
             found = await asyncio.gather(*(self.sampler.draw.remote(one) for one in asked))
-        finally:
-            self.waiting -= len(asked)
-        self._paced(time.monotonic() - began, len(asked))
+        self.places.paced(time.monotonic() - began, len(asked))
         images = await asyncio.to_thread(self._finished, decision, asked, found)
         self.counts["images"] += sum(image["png"] is not None for image in images)
         self.counts["withhold"] += sum(image["png"] is None for image in images)
         return {
             "prompt": decision.prompt,
-            "decision": said,
+            "decision": told(decision),
             "model_commit": self.provenance["model_commit"],
             "images": images,
             "seconds": time.monotonic() - began,
         }
 
-    def _paced(self, seconds: float, images: int) -> None:
-        each = seconds / (self.waiting + images)
-        self.pace = each if self.pace == 0 else 0.8 * self.pace + 0.2 * each
+    async def _decided(self, prompt: str) -> Decision:
+        decision = await asyncio.to_thread(self.policy.decide, prompt)
+        self.counts[decision.action.value] += 1  # also what is simply allowed, so that shares can be told
+        if decision.action is not Action.allow or decision.rule:
+            await asyncio.to_thread(self.decisions.keep, decision.record())
+        if decision.action is Action.block:
+            sentence = f"The prompt is not drawn: {decision.reason}. Ask for something else."
+            raise Refused(403, sentence, "prompt", **told(decision))
+        return decision
 
     def _finished(self, decision: Decision, asked: list[Asked], found: list[Drawn]) -> list[dict[str, Any]]:
         return [self._image(decision, one, image, why) for one, (image, why) in zip(asked, found, strict=True)]
@@ -208,26 +184,26 @@ class Playground:
         said: dict[str, Any] = {"seed": asked.seed, "png": None, "withheld": why, "provenance": None}
         if image is None:
             record = {**decision.record(), "action": "withhold", "rule": ", ".join(why), "seed": asked.seed}
-            self._record({**record, "reason": "the image did not pass the safety rules"})
+            self.decisions.keep({**record, "reason": "the image did not pass the safety rules"})
             return said
         png = ENCODINGS["png"].encode(image)
         if self.signer:
             conditions = {name: self.offer.choices[name][number] for name, number in asked.values}
-            facts = facts_of(self.provenance, asked.prompt, asked.seed, asked.guidance, asked.steps, **conditions)
+            facts = facts_of(self.provenance, asked.prompt, asked.seed, asked.guidance, asked.steps, conditions)
             if self.signer.embeds:
                 png = self.signer.embedded(png, "png", facts)
             else:
                 said["provenance"] = self.signer.sidecar(sha256_hex(png), facts).decode()  # as it was signed
         return {**said, "png": base64.b64encode(png).decode()}
 
-    def _record(self, record: dict[str, Any]) -> None:
-        """Into the run: what was not simply allowed."""
-        path = f"decisions/{time.time():.3f}-{uuid.uuid4().hex[:8]}.json"
-        self.store.put_once(path, to_json({**record, "at": time.time()}))
+
+def told(decision: Decision) -> dict[str, str]:
+    """What who asked hears of it."""
+    return {"action": decision.action.value, "rule": decision.rule, "reason": decision.reason}
 
 
-def start(config: PlaygroundConfig, header: Header, offer: Offer, page: str, run: str) -> str:
-    """Bring the playground up on the Ray cluster that the process is connected to; returns its address.
+def bound(config: PlaygroundConfig, header: Header, offer: Offer, page: str, run: str) -> Any:
+    """The playground, for `serve.run`.
 
     Args:
         page: the HTML of "/".
@@ -240,11 +216,4 @@ def start(config: PlaygroundConfig, header: Header, offer: Offer, page: str, run
         ray_actor_options=options,
         max_ongoing_requests=max(config.queue, config.batch),
     ).bind(values, described, folder)
-    door = Playground.bind(values, described, offer, page, run, folder, sampler)  # type: ignore[attr-defined]
-    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=config.host, port=config.port))
-    serve.run(door, name=APPLICATION, route_prefix="/", logging_config={"enable_access_log": False})
-    return f"http://{config.host}:{config.port}"
-
-
-def stop() -> None:
-    serve.shutdown()
+    return Playground.bind(values, described, offer, page, run, folder, sampler)  # type: ignore[attr-defined]

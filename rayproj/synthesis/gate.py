@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from rayproj.data.dataset import Dataset
+from rayproj.data.dataset import WITHHELD, Dataset
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
 from rayproj.evaluation.watermark import WatermarkConfig, key_name, mark, read_key
 from rayproj.responsibility import safety
 from rayproj.responsibility.safety import TRIES, Safety, SafetyConfig
 from rayproj.storage.store import from_json, to_json
-
-WITHHELD = "withheld"  # folder of a dataset: of each shard, how many images did not pass the rules, and why
 
 
 def described(watermark: WatermarkConfig, rules: SafetyConfig) -> dict[str, Any]:

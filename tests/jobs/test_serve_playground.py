@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_many_users_at_once_get_what_each_would_get_alone(served: Served) -> Non
         assert found.sound and found.trusted
         facts, body = found.facts, bodies[user]
         assert (facts["seed"], facts["guidance"], facts["steps"]) == (body["seed"], body["guidance"], body["steps"])
-        assert facts.get("style") == body["properties"].get("style")
+        assert facts["conditions"] == body["properties"]
         said = hashlib.sha256(body["prompt"].encode()).hexdigest() if body["prompt"] else ""
         assert facts["prompt_sha256"] == said and facts["model_commit"] == answer["model_commit"]
         if user < len(alone):
@@ -172,8 +173,9 @@ def test_many_users_at_once_get_what_each_would_get_alone(served: Served) -> Non
 
 def test_what_is_not_drawn_is_said_and_recorded(served: Served) -> None:
     bodies: list[Any] = [{"prompt": "a nude person"}, {"prompt": "a cat", "steps": 99}, b"{", b"x" * 70_000]
-    bodies += [b'{"prompt": "cat \\ud800"}', {"prompt": "a cat"}]
-    (blocked, wrong, broken, large, half, drawn_too) = ask_all(served.url, bodies)
+    bodies += [b'{"prompt": "cat \\ud800"}', {"prompt": "a cat"}, b"[" * 65_000]
+    (blocked, wrong, broken, large, half, drawn_too, deep) = ask_all(served.url, bodies)
+    assert deep[0] == 400 and "nested too deeply" in deep[2]["error"]
     assert half[0] == 400 and half[2]["where"] == "prompt" and drawn_too[0] == 200, "others of its batch are drawn"
     assert blocked[0] == 403 and blocked[2]["rule"] == "sexual" and "asks for sexual images" in blocked[2]["error"]
     assert wrong[0] == 400 and wrong[2] == {
@@ -212,6 +214,8 @@ def test_a_page_of_another_site_can_have_nothing_drawn(served: Served, headers: 
         for path, taken in (("/", 421), ("/health", 421), ("/-/healthz", 200)):  # the last one is the proxy's own
             assert get(f"{served.url}{path}", Host=name)[0] == taken
             assert get(f"{served.url}{path}", Host="Pictures.example")[0] == 200
+        for path, ours in (("/nothing", 404), ("/images", 405), ("/health/", 200)):  # the last one by a redirect
+            assert get(f"{served.url}{path}")[0] == ours and get(f"{served.url}{path}", Host=name)[0] == 421
 
 
 def test_it_measures_itself_and_keeps_pictures(served: Served, tmp_path: Path) -> None:
@@ -240,8 +244,17 @@ def test_a_load_test_that_could_not_be_made_is_refused() -> None:
 
 
 def test_who_comes_when_the_queue_is_full_is_told_when_to_come_back(served: Served) -> None:
-    answers = ask_all(served.url, [{"prompt": "a red square", "seed": i, "steps": 50, "images": 2} for i in range(30)])
-    statuses = [status for status, _, _ in answers]
+    def blocked() -> int:
+        found = records.served(ServedConfig(str(served.run)))
+        return sum(d["count"] for d in found["decisions"] if d["action"] == "block") if found else 0
+
+    before = blocked()
+    bodies = [{"prompt": "a red square", "seed": i, "steps": 50, "images": 2} for i in range(30)]
+    answers = ask_all(served.url, bodies + [{"prompt": "a nude person"}] * 20)
+    told = Counter(status for status, _, _ in answers[30:])
+    assert told[503] >= 1 and told[503] + told[403] == 20, "nor is the policy asked then, or anything written down"
+    assert blocked() == before + told[403]
+    statuses = [status for status, _, _ in answers[:30]]
     assert set(statuses) == {200, 503} and statuses.count(200) >= QUEUE // 2
     refused = [(headers, answer) for status, headers, answer in answers if status == 503]
     assert all(int(headers["Retry-After"]) >= 1 and "ask again in" in answer["error"] for headers, answer in refused)
@@ -254,7 +267,11 @@ def test_who_comes_when_the_queue_is_full_is_told_when_to_come_back(served: Serv
 
 def test_the_page_needs_nothing_else(served: Served) -> None:
     status, headers, page = get(f"{served.url}/")
-    assert status == 200 and "default-src 'none'" in headers["Content-Security-Policy"]
+    assert status == 200 and headers["X-Content-Type-Options"] == "nosniff"
+    policy = headers["Content-Security-Policy"]
+    assert all(
+        rule in policy for rule in ("default-src 'none'", "frame-ancestors 'none'", "base-uri 'none'", "form-action")
+    )
     assert "http://" not in page and "https://" not in page and "src=" not in page, "no other resource"
     fields = ("prompt", "seed", "guidance", "steps", "images", "choice-1")
     assert all(f'<label for="{name}">' in page and f'id="{name}"' in page for name in fields)
@@ -353,7 +370,7 @@ def test_its_records_are_read_for_a_report(served: Served, tmp_path: Path) -> No
 def test_a_port_that_is_taken_and_a_model_that_is_not_there(served: Served, tmp_path: Path) -> None:
     model, port = f"{served.run.parent}/denoiser", served.url.rpartition(":")[2]
     for words, says in (
-        ([f"playground.model={model}", f"playground.port={port}"], "set playground.port to another"),
+        ([f"playground.model={model}", f"playground.port={port}"], "give another port"),
         (["playground.model=/nowhere"], "There is no run at '/nowhere'"),
     ):
         place = f"run.dir={tmp_path}/{port}-{len(words)}"

@@ -1,5 +1,6 @@
 """From images to what is said of models that are known: one draws what it is asked for, the other something else."""
 
+import base64
 import json
 import shutil
 import sys
@@ -14,8 +15,9 @@ import pytest
 import torch
 from scipy import stats
 
+from rayproj.curation.scorers import RuleConfig, Scorer, scorer
 from rayproj.data.dataset import Dataset, Field, Header
-from rayproj.data.encodings import ENCODINGS
+from rayproj.data.encodings import ENCODINGS, decode_image
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.discovery.captions import CaptionConfig, EmbedderConfig, index_header
@@ -31,9 +33,10 @@ from rayproj.judging.records import ServedConfig
 from rayproj.judging.scoring import JudgeConfig, Scores, contents_of, headers_of, planned, small
 from rayproj.preferences.results import rows_of, summary
 from rayproj.report.judged import homogeneity, page, pairs, samples
-from rayproj.report.pages import data_uri
+from rayproj.report.pages import data_uri, picture_uri
 from rayproj.responsibility.load import Load
 from rayproj.responsibility.provenance import ProvenanceConfig, Signer, write_keys
+from rayproj.responsibility.safety import SafetyConfig
 from rayproj.storage.store import FileRecord, Store, to_json
 from tests.judging.test_counting import drawn
 from tests.support import clips, planted
@@ -405,6 +408,28 @@ def test_the_nearest_pairs_are_those_that_a_look_at_all_finds(config: JudgeConfi
     (tmp_path / "private" / "dataset.json").write_text(json.dumps(header))
     private = replace(config, models={**config.models, "asked": str(tmp_path / "private")})
     assert list(pairs(private)) == ["other", "attempt"]
+
+
+def test_what_does_not_pass_the_rules_is_shown_grey(config: JudgeConfig) -> None:
+    """Contrast alone tells what is shown, of what was drawn and of what it is near to."""
+    before, of = samples(config, 4), scorer(RuleConfig(Scorer.contrast, at_most=0.0))
+
+    def contrast(uri: str) -> float:
+        return float(of({"image": decode_image(base64.b64decode(uri.partition(",")[2]))[None]})[0])
+
+    bound = float(np.median([contrast(uri) for one in before.values() for uri in one.values()]))
+    sifted = replace(config, safety=SafetyConfig({"loud": RuleConfig(Scorer.contrast, at_most=bound)}))
+    grey = picture_uri(np.full((3, 64, 64), 128, np.uint8))
+    after = samples(sifted, 4)
+    told = [(before[p][n], uri) for p, one in after.items() for n, uri in one.items()]
+    assert all(uri == (was if contrast(was) <= bound else grey) for was, uri in told)
+    assert len(told) == 8 and sum(uri == grey for _, uri in told) == 4
+    near = [
+        (was, now) for name, some in pairs(sifted).items() for was, now in zip(pairs(config)[name], some, strict=True)
+    ]
+    shown = [(was[side], now[side]) for was, now in near for side in ("drawn", "nearest")]
+    assert all(uri == (was if contrast(was) <= bound else grey) for was, uri in shown)
+    assert 0 < sum(uri == grey for _, uri in shown) < len(shown)
 
 
 def test_the_page_has_what_was_recorded_elsewhere(config: JudgeConfig, found: dict[str, Any], tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import requests
 from rayproj.data.encodings import decode_image
 from rayproj.preferences import ratings
 from rayproj.preferences.images import prepare
-from rayproj.preferences.plan import Plan, Question, SetConfig, StudyConfig
+from rayproj.preferences.plan import Plan, Question
+from rayproj.preferences.study import SetConfig, StudyConfig
 from rayproj.preferences.tokens import Seal, issue
 from rayproj.storage.store import Store
 from tests.support import drawn
@@ -203,7 +204,8 @@ def test_other_sites_and_odd_bodies_are_refused(running: tuple[Plan, Store, str]
         assert session.post(url, json=body, headers={"Sec-Fetch-Site": site}).status_code == 403
     assert session.post(url, data=body).status_code == 415
     assert session.post(url, data="{" * 5000, headers={"Content-Type": "application/json"}).status_code == 413
-    assert session.post(url, data=iter([b"{}"]), headers={"Content-Type": "application/json"}).status_code == 413
+    chunks = {"data": iter([b"{" * 3000, b"{" * 2000]), "headers": {"Content-Type": "application/json"}}
+    assert session.post(url, **chunks).status_code == 413, "whatever length is said"
     assert session.post(url, data="{", headers={"Content-Type": "application/json"}).status_code == 422
     for path in ("", "study.js", "api/task", f"api/task/{task['id']}/left"):
         got = session.get(f"{address}/{path}", headers={"Host": "evil.example:8000"})
@@ -212,6 +214,23 @@ def test_other_sites_and_odd_bodies_are_refused(running: tuple[Plan, Store, str]
     rebound = {"Host": "evil.example", "Origin": "http://evil.example", "Sec-Fetch-Site": "same-origin"}
     assert session.post(url, json=body, headers=rebound).status_code == 421
     assert not store.list("ratings") and not store.list("checks")
+
+
+def test_what_cannot_be_answered_is_no_fault_of_the_server(running: tuple[Plan, Store, str]) -> None:
+    _, store, address = running
+    session, json = client(address, store), {"Content-Type": "application/json"}
+    for data in (b'{"task": "\\ud800", "answer": "left", "seconds": 1}', b'{"\\ud800": 1}', b"[" * 4000, b"\xff", b"{"):
+        assert session.post(f"{address}/api/rating", data=data, headers=json).status_code in (400, 422)
+        assert session.post(f"{address}/api/session", data=data, headers=json).status_code in (400, 422)
+    task = session.get(f"{address}/api/task").json()["task"]
+    for path in store.list("images"):
+        store.delete_tree(path)
+    got = session.get(f"{address}/api/task/{task['id']}/{task['images'][0]}")
+    assert got.status_code == 404 and "start jobs/serve_study.py again" in got.json()["detail"]
+    store.write("raters/r0001.json", b"{")
+    got = session.get(f"{address}/api/task")
+    assert got.status_code == 500 and "frame-ancestors 'none'" in got.headers["content-security-policy"]
+    assert "Traceback" not in got.text and got.headers["cache-control"] == "no-store"
 
 
 def test_several_servers_and_many_clicks_count_once_and_raters_go_on_elsewhere(tmp_path: Path) -> None:

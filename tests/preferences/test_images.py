@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rayproj.curation.scorers import RuleConfig, Scorer
 from rayproj.data.encodings import decode_image
 from rayproj.errors import UserError
-from rayproj.preferences.images import REFERENCE, open_plan, prepare
-from rayproj.preferences.plan import Question, SetConfig, StudyConfig
-from rayproj.preferences.tokens import Seal
+from rayproj.preferences.images import prepare
+from rayproj.preferences.plan import Question, open_plan
+from rayproj.preferences.study import SetConfig, StudyConfig
+from rayproj.preferences.tokens import REFERENCE, Seal
+from rayproj.responsibility.policy import Blocked, PolicyConfig
+from rayproj.responsibility.safety import SafetyConfig
 from rayproj.storage.store import Store
 from tests.support import drawn
 
@@ -105,3 +109,64 @@ def test_latents_are_refused_and_a_study_that_is_not_there_is_said(tmp_path: Pat
         prepare(config, Store(f"{tmp_path}/run"), seed=0)
     with pytest.raises(UserError, match="There is no study"):
         open_plan(Store(f"{tmp_path}/none"))
+
+
+def test_what_does_not_pass_the_rules_is_left_out_for_all_models_before_anything_is_planned(tmp_path: Path) -> None:
+    rules = SafetyConfig({"blank": RuleConfig(Scorer.contrast, at_least=5.0)})
+    config, store = study(tmp_path, safety=rules), Store(f"{tmp_path}/run")
+    drawn.write(f"{tmp_path}/sometimes", 3, PROMPTS, blank=["a dog"])
+    drawn.write(f"{tmp_path}/photos", 3, PROMPTS, field="caption", blank=["a tree"])
+    config.models["sometimes"] = f"{tmp_path}/sometimes"
+    config.sets["photos"] = SetConfig(str(tmp_path / "prompts.txt"), [Question.detailed], f"{tmp_path}/photos")
+    made = prepare(config, store, seed=0)
+    left = {name: [prompt.text for prompt in prompts] for name, prompts in made.sets.items()}
+    assert left["main"] == [text for text in PROMPTS if text != "a dog"]
+    assert left["photos"] == [text for text in left["main"] if text != "a tree"]
+    assert made.left_out == {"main": 1, "photos": 2} and open_plan(store) == made
+    assert {made.task(slot).prompt.text for slot in range(made.slots)} == {*left["main"]}
+    seal = Seal.of(store)
+    shown = {seal.image(name, text) for name in config.models for text in left["main"]}
+    assert {*store.list("images")} == shown | {seal.image(REFERENCE + "photos", text) for text in left["photos"]}
+    assert prepare(config, store, seed=0) == made, "and it stays so"
+    store.delete_tree("study.json")
+    assert prepare(config, store, seed=0) == made, "whatever is there"
+    drawn.write(f"{tmp_path}/never", 3, PROMPTS, blank=PROMPTS)
+    config.models["never"] = f"{tmp_path}/never"
+    with pytest.raises(UserError, match=r"Of every prompt of the set 'main' some image does not pass study\.safety"):
+        prepare(config, Store(f"{tmp_path}/other"), seed=0)
+
+
+def test_the_policy_is_asked_for_the_prompts_and_its_decisions_are_kept(tmp_path: Path) -> None:
+    config, store = study(tmp_path, [*PROMPTS, "a nude person", "a tree for a@b.org"]), Store(f"{tmp_path}/run")
+    with pytest.raises(
+        UserError, match=r"blocks 2 of 7 prompts: 'a nude person' \(sexual.*study\.policy\.blocked=drop"
+    ):
+        prepare(config, store, seed=0)
+    assert not store.exists("study.json") and len(store.read("decisions.jsonl").splitlines()) == 7
+    config.policy = PolicyConfig(blocked=Blocked.drop)
+    assert [prompt.text for prompt in prepare(config, store, seed=0).sets["main"]] == PROMPTS
+
+
+def test_a_prompt_that_the_policy_rewrites_is_shown_and_looked_for_as_it_is_then(tmp_path: Path) -> None:
+    config = study(tmp_path, ["a cat for a@b.org", "a cat for", "a dog"], policy=PolicyConfig(rewrite=True))
+    for strength, name in enumerate("ab"):
+        drawn.write(f"{tmp_path}/{name}2", strength, ["a cat for", "a dog"])
+        config.models[name] = f"{tmp_path}/{name}2"
+    made = prepare(config, Store(f"{tmp_path}/run"), seed=0)
+    assert [prompt.text for prompt in made.sets["main"]] == ["a cat for", "a dog"], "each once"
+
+
+def test_images_are_not_made_up_for_from_another_dataset(tmp_path: Path) -> None:
+    config, store = study(tmp_path), Store(f"{tmp_path}/run")
+    drawn.write(f"{tmp_path}/photos", 5, PROMPTS, field="caption")
+    config.sets["photos"] = SetConfig(str(tmp_path / "prompts.txt"), [Question.detailed], f"{tmp_path}/photos")
+    made, seal = prepare(config, store, seed=0), Seal.of(store)
+    for name, of, field in (("a", "a", "prompt"), ("photos", f"{REFERENCE}photos", "caption")):
+        Store(str(tmp_path)).delete_tree(name)
+        drawn.write(f"{tmp_path}/{name}", 6, PROMPTS, field=field)
+        assert prepare(config, store, seed=0) == made, "nothing is missing"
+        kept = store.read(seal.image(of, "a cat"))
+        store.delete_tree(seal.image(of, "a cat"))
+        with pytest.raises(UserError, match=f"missing, and '{tmp_path}/{name}' is another dataset than it began with"):
+            prepare(config, store, seed=0)
+        store.write(seal.image(of, "a cat"), kept)

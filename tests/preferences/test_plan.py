@@ -11,7 +11,8 @@ import pytest
 
 from rayproj import config as configuration
 from rayproj.errors import UserError
-from rayproj.preferences.plan import Plan, Question, SetConfig, Turn, prompts_of
+from rayproj.preferences.plan import Plan, Question, Turn
+from rayproj.preferences.study import SetConfig, prompts_of
 from tests.support.studies import made, study
 
 

@@ -142,6 +142,18 @@ def test_a_model_is_added_by_few_pairs(tmp_path: Path, capsys: pytest.CaptureFix
     assert set(found["results"][0]["models"]) == {"a", "b", "c", "new"}
 
 
+def test_studies_that_call_other_images_by_one_name_are_not_put_together(tmp_path: Path) -> None:
+    of, store = made(tmp_path), Store(f"{tmp_path}/run")
+    store.put_once("study.json", to_json(of.to_dict()))
+    redrawn, more = Store(f"{tmp_path}/redrawn"), Store(f"{tmp_path}/more")
+    redrawn.put_once("study.json", to_json({**of.to_dict(), "models": {**of.models, "b": "drawn anew"}}))
+    more.put_once("study.json", to_json({**of.to_dict(), "models": {**of.models, "d": "another"}}))
+    assert results.together([store.uri, more.uri]) == []
+    for ask in (results.together, lambda uris: results.pairs_to_add(uris, "a")):
+        with pytest.raises(UserError, match=rf"'{more.uri}' and '{redrawn.uri}' each call other images 'b'"):
+            ask([more.uri, store.uri, redrawn.uri])
+
+
 def test_the_commands_write_what_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     of, store = simulate(tmp_path)
     assert cli.main(["study", "export", store.uri, "--to", f"{tmp_path}/r.parquet"]) == 0

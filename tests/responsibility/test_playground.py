@@ -1,11 +1,17 @@
 """What may be asked of the playground."""
 
+import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rayproj.diffusion.sampling import SamplerConfig
-from rayproj.responsibility.playground import Asked, Offer, PlaygroundConfig, Refused, parse
+from rayproj.judging.records import ServedConfig, served
+from rayproj.responsibility import playground
+from rayproj.responsibility.playground import Asked, Decisions, Offer, Places, PlaygroundConfig, Refused, parse, read
+from rayproj.storage.store import Store, to_json
 
 CONFIG = PlaygroundConfig(model="run", sampler=SamplerConfig(steps=8, guidance=2.0), max_images=3, max_characters=20)
 OFFER = Offer({"label": ["cat", "dog"], "style": ["flat", "bold"]}, True)
@@ -67,3 +73,67 @@ def test_a_config_that_could_serve_nobody_is_refused() -> None:
     )
     said = " ".join(wrong.problems())
     assert "must not exceed playground.queue" in said and "one guidance" in said and "more steps" in said
+    assert "must not exceed playground.per_address" in " ".join(PlaygroundConfig("run", per_address=3).problems())
+
+
+@pytest.mark.parametrize("body", [b"[" * 65000, b'{"seed":' * 5000, b"\xff", b"{", b""])
+def test_what_is_no_json_is_said(body: bytes) -> None:
+    with pytest.raises(Refused, match=r"nested too deeply|is no JSON") as refused:
+        read(body)
+    assert refused.value.status == 400
+
+
+def test_whatever_depth_can_be_read_is_answered() -> None:
+    """There are depths that can be read but not written again."""
+    for depth in range(900, 1000):
+        with pytest.raises(Refused) as refused:
+            parse(read(b'{"properties": {"style": ' + b"[" * depth + b"]" * depth + b"}}"), CONFIG, OFFER)
+        assert refused.value.status == 400
+
+
+def test_nobody_holds_all_places() -> None:
+    places = Places(queue=8, per_address=3)
+    places.paced(10.0, 4)
+    with ExitStack() as stack:
+        for address, images in (("192.0.2.1", 2), ("192.0.2.1", 1), ("2001:db8::1", 3)):
+            stack.enter_context(places.taken(images, address))
+        for address in ("192.0.2.1", "2001:db8::2"):
+            with pytest.raises(Refused, match=r"Too many images of yours are waiting; ask again in 15 s") as refused:
+                stack.enter_context(places.taken(1, address))
+            assert refused.value.status == 429 and refused.value.more == {"retry_after": 15, "waiting": 6}
+        stack.enter_context(places.taken(1, "192.0.2.2"))
+        with pytest.raises(Refused, match="Too many images are waiting") as refused:
+            stack.enter_context(places.taken(2, "192.0.2.3"))
+        assert refused.value.status == 503 and places.waiting == 7
+    assert places.waiting == 0
+    with places.taken(3, "192.0.2.1"), pytest.raises(ZeroDivisionError), places.taken(5, "127.0.0.1"):
+        raise ZeroDivisionError  # of this machine come those of many, by a proxy
+    with places.taken(3, "192.0.2.2"), places.taken(3, "192.0.2.1"):
+        assert places.waiting == 6, "what was given back can be had again"
+
+
+def test_who_asks_again_and_again_fills_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(playground, "PAUSE", 0.05)
+    store = Store(str(tmp_path))
+    store.write("run.json", to_json({"job": "serve_playground"}))
+
+    def told() -> dict[str, int]:
+        found = served(ServedConfig(store.uri))
+        assert found is not None
+        return {d["rule"]: d["count"] for d in found["decisions"]}
+
+    decisions = Decisions(store, 5)
+    for number in range(40):
+        rule = ("sexual", "violence")[number % 4 == 3]
+        decisions.keep({"action": "block", "rule": rule, "reason": "no", "before": f"prompt {number}"})
+    deadline = time.monotonic() + 10
+    while sum(told().values()) < 40 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert told() == {"sexual": 30, "violence": 10} and len(store.list("decisions")) == 5 + 2
+    again = Decisions(store, 5)  # the run is taken up again
+    again.keep({"action": "block", "rule": "sexual", "reason": "no", "before": "once more"})
+    while told()["sexual"] < 31 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert told() == {"sexual": 31, "violence": 10} and len(store.list("decisions")) == 5 + 2 + 1
+    everything = b"".join(store.read(path) for path in store.list("decisions"))
+    assert everything.count(b"prompt ") == 5 and b"once more" not in everything

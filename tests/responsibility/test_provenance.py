@@ -1,5 +1,6 @@
 """Signed images and datasets: what is signed is read back, and every change after it is found."""
 
+import hashlib
 import io
 import json
 import stat
@@ -17,6 +18,7 @@ from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.encodings import ENCODINGS
 from rayproj.data.writer import commit_shard
 from rayproj.errors import UserError
+from rayproj.judging import records
 from rayproj.responsibility import provenance
 from rayproj.responsibility.provenance import SIDECAR, ProvenanceConfig, Signer, check
 from rayproj.storage.store import sha256_hex
@@ -149,6 +151,16 @@ def test_a_dataset(signer: Signer, keys: Path, tmp_path: Path) -> None:
     signer.sign_dataset(dataset)
     found = check(dataset.uri, str(keys / "authority.pem"))
     assert found.sound and found.trusted and found.facts == {**said, "name": "numbers", "samples": 4}
+    for name in ("weights.npy", "withheld/000000.json", "withheld/000001.json"):
+        dataset.store.write(name, b"as it was")
+    assert check(dataset.uri).problems[0] == "weights.npy is none of what was signed" and not check(dataset.uri).sound
+    signer.sign_dataset(dataset)
+    assert check(dataset.uri).sound
+    dataset.store.write("weights.npy", b"changed")
+    dataset.store.delete_tree("withheld/000001.json")
+    assert check(dataset.uri).problems == ("weights.npy was changed", "withheld/000001.json is missing")
+    dataset.store.write("weights.npy", b"as it was")
+    dataset.store.write("withheld/000001.json", b"as it was")
     tar = Path(dataset.uri, dataset.records()[1].object)
     data = bytearray(tar.read_bytes())
     data[600] ^= 1
@@ -158,6 +170,117 @@ def test_a_dataset(signer: Signer, keys: Path, tmp_path: Path) -> None:
     assert "is missing" in check(dataset.uri).problems[0]
     Path(dataset.uri, "dataset.json").write_bytes(header.to_json().replace(b"numbers", b"letters"))
     assert "the contents were changed" in check(dataset.uri).problems[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"sha256": value} for value in (5, None, [], {})),
+        *({"facts": value} for value in (5, None, "x", [1])),
+        *({"files": value} for value in (5, None, "xy")),
+        *({"public_key": value} for value in (5, None, "", "\ud800", "-----BEGIN PUBLIC KEY-----")),
+        *({"signature": value} for value in (5, None, "x", "é")),
+        *({"certificate": value} for value in (5, "x", ["x"])),
+    ],
+)
+def test_whatever_a_sidecar_holds_it_is_told_as_not_sound(
+    signer: Signer, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    data, file = picture("png"), tmp_path / "image.png"
+    file.write_bytes(data)
+    said = {**json.loads(signer.sidecar(sha256_hex(data), FACTS)), **changes}
+    (tmp_path / f"image.png{SIDECAR}").write_text(json.dumps(said))
+    found = check(str(file))
+    assert not found.sound and found.problems and str(found)
+
+
+@pytest.mark.parametrize("depth", [100, 900, 100_000])
+def test_a_sidecar_that_is_nested_deeply_ends_nothing(signer: Signer, tmp_path: Path, depth: int) -> None:
+    data, file = picture("png"), tmp_path / "image.png"
+    file.write_bytes(data)
+    said = json.dumps({**json.loads(signer.sidecar(sha256_hex(data), FACTS)), "facts": {"x": 0}})
+    (tmp_path / f"image.png{SIDECAR}").write_text(said.replace('"x": 0', '"x": ' + "[" * depth + "]" * depth))
+    assert not check(str(file)).sound
+    told = records.verified({}, str(tmp_path))
+    assert told["files"] == {"signed sidecar": {"sound": 0, "of": 1}} and told["wrong"][0].startswith("image.png: ")
+
+
+def test_no_name_of_a_property_replaces_what_is_stated() -> None:
+    plan = {"model_commit": "c0ffee", "private": {"epsilon": 8.0, "delta": 1e-5, "ledger": "1ed9e5", "more": 1}}
+    names = (
+        "seed",
+        "steps",
+        "guidance",
+        "prompt",
+        "model_commit",
+        "privacy",
+        "watermark",
+        "prompt_sha256",
+        "provenance",
+    )
+    conditions = dict.fromkeys(names, "a lie")
+    found = provenance.facts_of(plan, "a cat", 3, 1.5, 20, conditions)
+    assert found == {
+        "model_commit": "c0ffee",
+        "prompt_sha256": hashlib.sha256(b"a cat").hexdigest(),
+        "seed": 3,
+        "guidance": 1.5,
+        "steps": 20,
+        "privacy": {"epsilon": 8.0, "delta": 1e-5, "ledger": "1ed9e5"},
+        "watermark": "",
+        "conditions": conditions,
+    }
+
+
+def test_of_several_keys_and_certificates_whichever_vouches(keys: Path, signer: Signer, tmp_path: Path) -> None:
+    pem, own = serialization.Encoding.PEM, serialization.NoEncryption()
+    private = [ed25519.Ed25519PrivateKey.generate() for _ in range(3)]
+    public = [key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo) for key in private]
+    authority, trust = (keys / "authority.pem").read_bytes(), tmp_path / "trust.pem"
+    data, file = picture("png"), tmp_path / "image.png"
+    file.write_bytes(data)
+    signers = [signer]
+    for number, key in enumerate(private):
+        (tmp_path / f"{number}").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, own))
+        signers.append(Signer(ProvenanceConfig(str(tmp_path / f"{number}"))))
+    for trusted, vouched in (
+        ([public[0], public[1]], [False, True, True, False]),
+        ([public[2], b"a comment\n", authority], [True, False, False, True]),
+        ([authority, public[1]], [True, False, True, False]),
+    ):
+        trust.write_bytes(b"".join(trusted))
+        for one, expected in zip(signers, vouched, strict=True):
+            (tmp_path / f"image.png{SIDECAR}").write_bytes(one.sidecar(sha256_hex(data), FACTS))
+            assert check(str(file), str(trust)).trusted is expected
+    trust.write_bytes(b"no such thing")
+    with pytest.raises(UserError, match="has no certificate or public key"):
+        check(str(file), str(trust))
+
+
+@needs_c2pa
+def test_a_strangers_sidecar_does_not_stand_in_for_a_manifest(keys: Path, signer: Signer, tmp_path: Path) -> None:
+    provenance.write_keys(str(tmp_path / "stranger"))
+    stranger = Signer(ProvenanceConfig(*(str(tmp_path / "stranger" / f) for f in ("key.pem", "certificate.pem"))))
+    for kind in ("png", "jpg", "webp"):
+        file, signed = tmp_path / f"image.{kind}", one_pixel_changed(signer.embedded(picture(kind), kind, FACTS), kind)
+        file.write_bytes(signed)
+        (tmp_path / f"image.{kind}{SIDECAR}").write_bytes(
+            stranger.sidecar(sha256_hex(signed), {"model_commit": "mine"})
+        )
+        found = check(str(file))
+        assert found.form == "C2PA manifest" and found.problems == ("the picture was changed after it was signed",)
+        plain = picture(kind)
+        file.write_bytes(plain)
+        (tmp_path / f"image.{kind}{SIDECAR}").write_bytes(signer.sidecar(sha256_hex(plain), FACTS))
+        assert check(str(file), str(keys / "authority.pem")).form == "signed sidecar"
+    public = tmp_path / "public.pem"
+    key = stranger.key.public_key()
+    public.write_bytes(key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    odd: Any = ["no names"]
+    file.write_bytes(stranger.embedded(picture("webp"), "webp", odd))
+    assert check(str(file)).facts == {} and "sound" in str(check(str(file)))
+    file.write_bytes(signer.embedded(picture("webp"), "webp", FACTS))
+    assert check(str(file), str(public)).trusted is False, "a key vouches for no certificate of another"
 
 
 def test_keys(keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,15 +21,21 @@ def picture(strength: int, text: str, side: int = 16, channels: int = 3) -> np.n
 
 
 def write(
-    uri: str, strength: int, prompts: Sequence[str], side: int = 16, field: str = "prompt", copies: int = 1
+    uri: str,
+    strength: int,
+    prompts: Sequence[str],
+    side: int = 16,
+    field: str = "prompt",
+    copies: int = 1,
+    blank: Sequence[str] = (),
 ) -> Dataset:
-    """A dataset with an image of each prompt, or several."""
+    """A dataset with an image of each prompt, or several; of some prompts a black one."""
     texts = [text for text in prompts for _ in range(copies)]
     fields = {"image": Field("png", (3, side, side)), field: Field("str")}
     dataset = Dataset.create(uri, Header("drawn", fields, len(texts), 4, (), provenance={"model": uri}))
     for shard in range(dataset.header.num_shards):
         rows = [
-            {"key": f"{i:06d}", "image": picture(strength, texts[i], side), field: texts[i]}
+            {"key": f"{i:06d}", "image": picture(strength, texts[i], side) * (texts[i] not in blank), field: texts[i]}
             for i in dataset.header.shard_range(shard)
         ]
         commit_shard(dataset, shard, rows, "test", 0.1)

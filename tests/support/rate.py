@@ -6,7 +6,7 @@ import sys
 import time
 
 from rayproj.preferences import ratings
-from rayproj.preferences.images import open_plan
+from rayproj.preferences.plan import open_plan
 from rayproj.preferences.ratings import Progress, Rating
 from rayproj.storage.store import Store
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from rayproj.preferences.plan import Plan, Question, SetConfig, StudyConfig, Task, plan
+from rayproj.preferences.plan import Plan, Question, Task
 from rayproj.preferences.ratings import Rating
+from rayproj.preferences.study import SetConfig, StudyConfig, plan
 from rayproj.storage.store import Store, to_json
 
 STRENGTHS = {"a": 0.8, "b": 0.0, "c": -0.8}

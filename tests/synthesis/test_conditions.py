@@ -316,7 +316,7 @@ def test_previews_that_do_not_pass_the_safety_rules_are_grey(folder: Path) -> No
     def previews(rules: dict[str, RuleConfig]) -> np.ndarray:
         config = configuration.from_dict(DiffusionConfig, values)
         task = DiffusionTask(config, Dataset.open(config.latents).header, 0)
-        task.show("cpu", TrainConfig(preview_every=1), Safety(SafetyConfig(rules)).reasons)
+        task.show("cpu", TrainConfig(preview_every=1), Safety(SafetyConfig(rules)).greyed)
         found = task.preview(task.build().eval())
         assert found is not None and found.shape == (8, 3, 8, 8)
         return found

@@ -12,12 +12,15 @@ from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.data.writer import commit_shard
 from rayproj.diffusion.sampling import SamplerConfig
+from rayproj.engine.checkpoint import commits
 from rayproj.engine.world import World
 from rayproj.errors import UserError
 from rayproj.evaluation.watermark import WatermarkConfig, key_name, mark
+from rayproj.responsibility.provenance import ProvenanceConfig, Signer, check, write_keys
 from rayproj.responsibility.safety import SafetyConfig, described
+from rayproj.storage.store import Store, to_json
 from rayproj.synthesis.gate import withheld
-from rayproj.synthesis.plan import GenerateConfig
+from rayproj.synthesis.plan import GenerateConfig, commit_hash
 from rayproj.synthesis.plan import plan as generate_plan
 from rayproj.synthesis.upscaler import UpscaleConfig, Upscaler, plan
 from tests.support import runs
@@ -133,6 +136,25 @@ def test_larger_images_pass_the_rules_and_are_marked_again(folder: Path) -> None
     Dataset.create(changes["out"], plan(config_of(folder, **changes), 3))
     with pytest.raises(UserError, match=r"none of 2 images passed upscale\.safety\.rules \(all\)"):
         Upscaler({"out": changes["out"], "batch": 6, "key": str(key)}, "cpu").make(0)
+
+
+def test_what_made_a_signed_set_larger_is_stated_and_so_is_what_was_withheld(folder: Path) -> None:
+    keys = write_keys(str(folder / "keys"))
+    rules = SafetyConfig({"quiet": RuleConfig(Scorer.contrast, at_least=0.0)})
+    config = config_of(folder, out=str(folder / "signed"), safety=rules)
+    dataset = Dataset.create(config.out, plan(config, 3))
+    maker = Upscaler({"out": config.out, "batch": 6, "key": ""}, "cpu")
+    for shard in (0, 1):
+        commit_shard(dataset, shard, maker.make(shard), "test", 0.1)
+    Signer(ProvenanceConfig(str(keys[0]), str(keys[1]))).sign_dataset(dataset)
+    found = check(config.out, str(keys[2]))
+    assert found.sound and found.trusted
+    run = Store(str(folder / "upscaler"))
+    stated = {"upscaler": run.uri, "upscaler_commit": commit_hash(commits(run)[-1]), "upscaler_seed": 3}
+    stated |= {"upscaled_from": Store(config.images).uri, "private": {"epsilon": 8.0}, "samples": 12}
+    assert {name: found.facts[name] for name in stated} == stated
+    dataset.store.write("withheld/000001.json", to_json({"images": 7, "reasons": {"quiet": 7}}))
+    assert check(config.out, str(keys[2])).problems == ("withheld/000001.json was changed",)
 
 
 def test_what_does_not_go_together_is_said(folder: Path) -> None:

@@ -10,7 +10,8 @@ function show(id) {
 
 function wait(on) {
   busy = on;
-  for (const button of document.querySelectorAll("#choices button, #number-form button")) button.disabled = on;
+  // And not disabled, which would take the focus from who uses keys.
+  for (const button of document.querySelectorAll("#choices button, #number-form button")) button.ariaDisabled = on ? "true" : null;
 }
 
 // An answer that the server may have missed is sent again until it is heard of; the server counts it once.
@@ -75,8 +76,9 @@ async function display(answer) {
   $("choices").hidden = counts;
   $("number-form").hidden = !counts;
   $("number").value = "";
-  $("keys").textContent = counts ? "Type a number, then Enter." : "Keys: 1 or ←, 2, 3 or →.";
+  $("keys").hidden = counts;
   show("rating");
+  $("question").focus({ preventScroll: true });
   const current = task;
   try {
     await Promise.all([...document.querySelectorAll("#rating figure:not([hidden]) img")].map((image) => image.decode()));
@@ -87,7 +89,7 @@ async function display(answer) {
   if (current !== task) return;
   shownAt = performance.now();
   wait(false);
-  (counts ? $("number") : $("question")).focus({ preventScroll: true });
+  if (counts) $("number").focus({ preventScroll: true });
 }
 
 function caption() {
@@ -123,13 +125,26 @@ $("choices").addEventListener("click", (event) => {
   if (button) rate(button.dataset.answer);
 });
 document.addEventListener("keydown", (event) => {
-  if (event.repeat || event.ctrlKey || event.altKey || event.metaKey || $("choices").hidden || $("large").open) return;
+  if (!$("shortcuts").checked || event.repeat || event.ctrlKey || event.altKey || event.metaKey || $("choices").hidden || $("large").open) return;
   // Not by the arrow down, which scrolls to what a small screen does not show.
   const answer = { 1: "left", 2: "indifferent", 3: "right", ArrowLeft: "left", ArrowRight: "right" }[event.key];
   if (!answer) return;
   event.preventDefault();
   rate(answer);
 });
+function shortcuts() {
+  for (const button of $("choices").children) {
+    if ($("shortcuts").checked) button.setAttribute("aria-keyshortcuts", button.dataset.keys);
+    else button.removeAttribute("aria-keyshortcuts");
+  }
+}
+$("shortcuts").checked = localStorage.getItem("shortcuts") !== "off";
+$("shortcuts").addEventListener("change", () => {
+  localStorage.setItem("shortcuts", $("shortcuts").checked ? "on" : "off");
+  shortcuts();
+});
+shortcuts();
+$("large").addEventListener("click", () => $("large").close());
 $("rating").addEventListener("click", (event) => {
   const button = event.target.closest(".picture");
   if (!button) return;
