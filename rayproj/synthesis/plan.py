@@ -27,14 +27,13 @@ from rayproj.engine.checkpoint import Commit, commits
 from rayproj.errors import UserError
 from rayproj.evaluation.watermark import WatermarkConfig
 from rayproj.privacy.certificate import certificate
-from rayproj.responsibility.policy import Action, Blocked, Decision, PolicyConfig, PromptPolicy
+from rayproj.responsibility.policy import Decision, PolicyConfig, PromptPolicy, allowed
 from rayproj.responsibility.provenance import ProvenanceConfig
 from rayproj.responsibility.safety import TRIES, SafetyConfig
 from rayproj.storage.store import Store, from_json, to_json
 from rayproj.synthesis import gate
 
 PROMPT = "prompt"
-NAMED = 5  # prompts that an error names
 
 
 @dataclass
@@ -188,24 +187,6 @@ def decisions_of(config: GenerateConfig) -> list[Decision]:
     return [policy.decide(prompt) for prompt in prompts] if policy else []
 
 
-def allowed(config: GenerateConfig, decisions: list[Decision]) -> list[str]:
-    """The prompts that are drawn, as the policy left them.
-
-    Raises:
-        UserError: it blocked some and `policy.blocked` is refuse, or it blocked all.
-    """
-    blocked = [decision for decision in decisions if decision.action is Action.block]
-    found = list(dict.fromkeys(d.prompt for d in decisions if d.action is not Action.block))
-    if blocked and (config.policy.blocked is Blocked.refuse or not found):
-        named = "; ".join(f"'{d.before[:80]}' ({d.rule}: {d.reason})" for d in blocked[:NAMED])
-        more = f"; and {len(blocked) - NAMED} more" if len(blocked) > NAMED else ""
-        raise UserError(
-            f"The policy blocks {len(blocked)} of {len(decisions)} prompts: {named}{more}. Take them out, say "
-            "generate.policy.blocked=drop to draw the others, or give other rules in generate.policy.file."
-        )
-    return found
-
-
 def axes_of(
     config: GenerateConfig, conditions: Conditions, latents: Header, decisions: list[Decision]
 ) -> dict[str, list[str]]:
@@ -222,7 +203,7 @@ def axes_of(
             there = {n: list(latents.values_of(n)) for n in conditions.values if n != LABEL}
             raise UserError(f"generate.properties.{name}={values} is nothing this model knows; it knows {there}.")
         axes[name] = values
-    prompts = allowed(config, decisions)
+    prompts = allowed(decisions, config.policy, "generate.policy")
     if prompts and not conditions.text:
         raise UserError("generate.prompts: this model was trained without text; its conditions are "
                         f"{', '.join(conditions.values) or 'none'}.")  # fmt: skip
