@@ -7,6 +7,7 @@ whose images are drawn in the same batch, up to one grey level: sums of other si
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,9 +160,11 @@ def parse(body: Any, config: PlaygroundConfig, offer: Offer) -> list[Asked]:
     if unknown := sorted(set(map(str, body)) - set(known)):
         raise Refused(400, f"There is no '{unknown[0]}'; a request has {', '.join(known)}.", unknown[0])
     prompt = body.get("prompt") or ""
-    if not isinstance(prompt, str) or "\0" in prompt:
+    if not isinstance(prompt, str):
         raise Refused(400, "prompt must be a text.", "prompt")
     prompt = " ".join(prompt.split())
+    if any(unicodedata.category(character) in ("Cc", "Co") for character in prompt):
+        raise Refused(400, "prompt has control characters or such for private use; send it without them.", "prompt")
     if prompt and not offer.text:
         raise Refused(400, f"This model takes no prompt; choose by {', '.join(offer.choices) or 'the seed'}.", "prompt")
     if len(prompt) > config.max_characters:
