@@ -20,6 +20,7 @@ from rayproj.privacy.ledger import epsilon_spent, secret_key, spent
 from rayproj.privacy.plan import PrivacyConfig, plan
 from rayproj.privacy.sampling import PoissonSampling
 from rayproj.privacy.step import PrivateStep
+from rayproj.responsibility.policy import PolicyConfig, judged
 from rayproj.responsibility.safety import Safety, SafetyConfig
 from rayproj.runtime.command import command
 from rayproj.runtime.group import GroupConfig
@@ -37,6 +38,7 @@ class Config:
     safety: SafetyConfig = field(
         default_factory=SafetyConfig
     )  # what previews have to pass; others are shown as even grey
+    policy: PolicyConfig = field(default_factory=PolicyConfig)  # what the previews' prompts may ask for
     run: RunConfig = field(default_factory=RunConfig)
     cluster: GroupConfig = field(default_factory=GroupConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -74,6 +76,7 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
 
 
 def main(config: Config) -> dict[str, Any]:
+    config.diffusion.prompts = judged(config.diffusion.prompts, config.policy, "policy")
     with Run.open("finetune_private", config) as run:
         if run.result:
             return run.result

@@ -16,6 +16,7 @@ from rayproj.diffusion.task import DiffusionConfig, DiffusionTask
 from rayproj.engine.steps import PlainStep, world_sizes
 from rayproj.engine.training import Link, Recipe, TrainConfig, summary, train
 from rayproj.engine.world import World
+from rayproj.responsibility.policy import PolicyConfig, judged
 from rayproj.responsibility.safety import Safety, SafetyConfig
 from rayproj.runtime.command import command
 from rayproj.runtime.group import GroupConfig
@@ -32,6 +33,7 @@ class Config:
     safety: SafetyConfig = field(
         default_factory=SafetyConfig
     )  # what previews have to pass; others are shown as even grey
+    policy: PolicyConfig = field(default_factory=PolicyConfig)  # what the previews' prompts may ask for
     run: RunConfig = field(default_factory=RunConfig)
     cluster: GroupConfig = field(default_factory=GroupConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -60,6 +62,7 @@ def worker(values: dict[str, Any], world: World, link: Link) -> dict[str, Any]:
 
 
 def main(config: Config) -> dict[str, Any]:
+    config.diffusion.prompts = judged(config.diffusion.prompts, config.policy, "policy")
     with Run.open("train_diffusion", config) as run:
         worlds = world_sizes(config.train.batch, config.train.micro_batch)
         return run.result or run.finish(fit(run, "rayproj.jobs.train_diffusion:worker", config.cluster, worlds))

@@ -10,6 +10,7 @@ import json
 import math
 import threading
 import time
+import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -270,9 +271,11 @@ def parse(body: Any, config: PlaygroundConfig, offer: Offer) -> list[Asked]:
     if unknown := sorted(set(map(str, body)) - set(known)):
         raise Refused(400, f"There is no '{unknown[0]}'; a request has {', '.join(known)}.", unknown[0])
     prompt = body.get("prompt") or ""
-    if not isinstance(prompt, str) or "\0" in prompt:
+    if not isinstance(prompt, str):
         raise Refused(400, "prompt must be a text.", "prompt")
     prompt = " ".join(prompt.split())
+    if any(unicodedata.category(character) in ("Cc", "Co") for character in prompt):
+        raise Refused(400, "prompt has control characters or such for private use; send it without them.", "prompt")
     if prompt and not offer.text:
         raise Refused(400, f"This model takes no prompt; choose by {', '.join(offer.choices) or 'the seed'}.", "prompt")
     if len(prompt) > config.max_characters:

@@ -1,9 +1,9 @@
 """What prompts may ask for: rules in a YAML file, and what they decide of a text, with the reason.
 
-Words are looked for in a plain reading of the text: compatibility forms as what they stand for (Unicode NFKD), no accents,
-no invisible characters, one case, and letters of other alphabets that look like Latin ones as these. There a word is found
-also with digits for letters, with letters repeated, and with the same mark or space between all of them. That meets trivial
-evasion alone: paraphrases, other languages and images of words need a classifier, which a rule may name.
+Words are looked for in a plain `Reading` of the text. There a word is found also with digits for letters, with letters
+repeated, with marks between its letters, in pieces of one or two letters, and with x's around it. That meets trivial evasion
+alone: misspellings, synonyms, paraphrases, languages that no list has and images of words need a classifier, which a rule
+may name. What a rule allows is taken as it is written, or it would let disguises through.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import cached_property
+from itertools import groupby, zip_longest
 from typing import Any
 
 from rayproj import config as configuration
 from rayproj.errors import UserError
 from rayproj.responsibility.personal import places
+from rayproj.responsibility.reading import Reading, as_written, readings
 from rayproj.storage.store import to_json
 
 NAMED = 5  # prompts that an error names
@@ -61,7 +62,7 @@ class PromptRule:
 
     action: Action = Action.block
     words: list[str] = field(default_factory=list)
-    patterns: list[str] = field(default_factory=list)  # regular expressions, in any case
+    patterns: list[str] = field(default_factory=list)  # regular expressions, in any case; what nobody sees is left out
     personal: bool = False  # addresses and numbers that may lead to a person
     classifier: ClassifierRule = field(default_factory=ClassifierRule)
     also: list[str] = field(default_factory=list)  # words of which one must be there too
@@ -122,62 +123,85 @@ class Decision:
         return {**asdict(self), "action": self.action.value}
 
 
-# Letters of other alphabets, in small, that are drawn as Latin ones (Unicode Technical Standard 39, the common confusables).
-LOOKALIKES = str.maketrans(
-    "аеорсухіјѕԁһкмтвнԛԝӏɡɑοανρτυικχϲβηωεσμ",
-    "aeopcyxijsdhkmtbhqwlgaoavptuikxcbnweou",
-)
-LEET = {"a": "4@", "b": "8", "e": "3€", "g": "9", "i": "1!|", "l": "1|", "o": "0", "s": "5$", "t": "7+", "z": "2"}
+LEET = {
+    "a": "4@",
+    "b": "8",
+    "e": "3€",
+    "g": "9",
+    "i": "1!|",
+    "l": "1|",
+    "o": "0",
+    "s": "5$",
+    "t": "7+",
+    "u": "v",
+    "z": "2",
+}
+MARKS = "".join(form for forms in LEET.values() for form in forms if not form.isalnum())
+# Scripts that are written without spaces: beside them a Latin word begins and ends as it does beside a space.
+UNSPACED = "\u0e00-\u0e7f\u1100-\u11ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+LETTER = rf"[^\W\d_{UNSPACED}]"
+BEGIN = rf"(?<!{LETTER})(?!(?<=(?P<before>.))(?P=before))(?:xx+)?"  # of equal marks at the first alone, to be linear
+END = rf"(?:xx+)?(?!{LETTER})"
+APART = 8  # characters between letters at most, and letters in a row where the next may be the same
+REPEATED = 40  # letters in a row at most
 
 
-class Reading:
-    """A text in plain letters.
-
-    Attributes:
-        text: the plain letters.
-        origin: of each, which character of the text it is of.
-    """
-
-    def __init__(self, text: str) -> None:
-        found = [
-            (plain, i)
-            for i, character in enumerate(text)
-            for plain in unicodedata.normalize("NFKD", character).casefold().translate(LOOKALIKES)
-            # Marks go (Mn); so do invisible characters, such as joiners and soft hyphens (Cf).
-            if unicodedata.category(plain) not in ("Mn", "Cf")
-        ]
-        self.text, self.origin = "".join(plain for plain, _ in found), [i for _, i in found]
-
-    def span(self, start: int, end: int) -> tuple[int, int]:
-        """Of the text as it was given."""
-        return self.origin[start], self.origin[end - 1] + 1
-
-
-def pattern_of(word: str, group: str = "mark") -> str:
-    """A regular expression for a word or phrase in a `Reading`, between what is no letter; * at its end is any ending.
+def pattern_of(word: str, marks: bool = False, spaces: bool = False) -> str:
+    """A regular expression for a word or phrase in a plain `Reading`; * at its end is any ending.
 
     Args:
-        group: name of the group that the expression has in it.
+        marks: may stand between letters, and not between the words of a phrase alone.
+        spaces: so may these, too.
     """
-    plain = Reading(word.removesuffix("*")).text
-    parts = [[f"[{re.escape(c + LEET.get(c, ''))}]+" for c in part if c.isalnum()] for part in plain.split()]
-    letters = [letter for part in parts for letter in part]
-    forms = [r"[\W_]+".join(map("".join, parts)), "".join(letters)]
-    if len(letters) > 2:  # a mark or space between all letters, everywhere the same
-        forms.append(rf"{letters[0]}(?P<{group}>[\W_]{{1,3}})" + f"(?P={group})".join(letters[1:]))
-    return rf"(?:{'|'.join(dict.fromkeys(forms))})" + (r"\w*" if word.endswith("*") else "")
+    letters = [  # what each may be, and of which word of the phrase it is
+        (letter + LEET.get(letter, ""), number)
+        for number, part in enumerate(Reading(word.removesuffix("*")).text.split())
+        for letter in part
+        if letter.isalnum()
+    ]
+    found = ""
+    for (forms, number), after in zip_longest(letters, letters[1:]):
+        # Bounds, and no second try (`+`) unless the next letter may be the same character, keep the time linear.
+        shared = set(forms) & set(after[0]) if after else set()
+        often = "" if after and forms == after[0] else f"{{1,{APART}}}" if shared else f"{{1,{REPEATED}}}+"
+        found += f"[{re.escape(forms)}]{often}"
+        if after and marks and (spaces or after[1] == number):
+            no_marks = re.escape("".join(form for form in after[0] if form in MARKS)) + ("" if spaces else r"\s")
+            found += rf"(?:[^\w{no_marks}]|_){{0,{APART}}}+"
+        elif after and after[1] > number:
+            found += rf"[\W_]{{0,{APART}}}"
+    return found + ("" if not word.endswith("*") else r"\w{0,2}" if marks else r"\w*")
 
 
 def _finder(words: Sequence[str]) -> Callable[[str], list[tuple[int, int]]]:
-    """The spans of a `Reading`'s text in which one of the words is found."""
-    any_of = "|".join(pattern_of(word, f"mark{i}") for i, word in enumerate(words))
-    compiled = re.compile(rf"(?<!\w)(?:{any_of})(?!\w)")
+    """The spans of a plain `Reading`'s text in which one of the words is found."""
+    whole, marked, apart = (
+        re.compile(rf"(?=(?P<found>{BEGIN}(?:{'|'.join(pattern_of(word, *between) for word in words)}){END}))")
+        for between in ((False, False), (True, False), (True, True))
+    )
 
     def find(text: str) -> list[tuple[int, int]]:
+        found = [m.span("found") for pattern in (whole, marked) for m in pattern.finditer(text)]
+        found += [m.span("found") for m in apart.finditer(text) if _spelt(m["found"])]
         # Numbers are no words, though their digits may stand for letters.
-        return [m.span() for m in compiled.finditer(text) if any(c.isalpha() for c in m[0])]
+        return [span for span in found if any(c.isalpha() for c in text[slice(*span)])]
 
-    return find
+    return find if words else lambda text: []
+
+
+def _spelt(found: str) -> bool:
+    """Whether spaces part it into pieces that are too short to be words; "the pen is" has other words in it."""
+    return all(len(list(groupby(c for c in piece if c.isalnum() or c in MARKS))) <= 2 for piece in found.split())
+
+
+def _exact(phrases: Sequence[str]) -> Callable[[str], list[tuple[int, int]]]:
+    """The spans of a text in which one of the phrases stands as it is, with one space or hyphen between its words."""
+    forms = "|".join(
+        "[ -]".join(map(re.escape, re.split("[ -]", phrase.removesuffix("*")))) + r"\w*" * phrase.endswith("*")
+        for phrase in phrases
+    )
+    compiled = re.compile(rf"\b(?:{forms})\b", re.IGNORECASE)
+    return lambda text: [m.span() for m in compiled.finditer(text)] if phrases else []
 
 
 class _Rule:
@@ -185,7 +209,8 @@ class _Rule:
 
     def __init__(self, name: str, rule: PromptRule, base: PolicyConfig) -> None:
         self.name, self.rule = name, rule
-        self.words, self.also = _finder(rule.words), _finder(rule.also)
+        self.exact = _exact(rule.words if rule.action is Action.allow else [])
+        self.words, self.also = _finder([] if rule.action is Action.allow else rule.words), _finder(rule.also)
         self.patterns = [re.compile(pattern, re.IGNORECASE) for pattern in rule.patterns]
         verb = "allows" if rule.action is Action.allow else "is against"
         self.reason = rule.reason or f"the rule '{name}' {verb} it"
@@ -193,15 +218,14 @@ class _Rule:
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Where the text, as it was given, has what is looked for; in order, without overlaps."""
-        reading = Reading(text)
-        if self.rule.also and not self.also(reading.text):
+        plain, written = readings(text), Reading(text, as_written)
+        if self.rule.also and not any(self.also(reading.text) for reading in plain):
             return []
-        plain = [reading.span(*span) for span in self.words(reading.text)]
-        found = plain + [m.span() for pattern in self.patterns for m in pattern.finditer(text) if m[0]]
+        found = self.exact(text)
+        found += [reading.span(*span) for reading in plain for span in self.words(reading.text)]
+        found += [written.span(*m.span()) for p in self.patterns for m in p.finditer(written.text) if m[0]]
         if self.rule.personal:
-            # Full-width digits and the like are read as what they stand for, but case and marks stay.
-            wide = [(plain, i) for i, c in enumerate(text) for plain in unicodedata.normalize("NFKC", c)]
-            found += [(wide[s][1], wide[e - 1][1] + 1) for _, s, e in places("".join(c for c, _ in wide))]
+            found += [(start, end) for _, start, end in places(text)]
         merged: list[tuple[int, int]] = []
         for start, end in sorted(found):
             if merged and start < merged[-1][1]:
@@ -271,7 +295,7 @@ def allowed(config: PolicyConfig, decisions: Sequence[Decision], section: str) -
     """Those that are against no prompt.
 
     Args:
-        section: of the config that has the policy, for messages.
+        section: where a config has the policy's, for messages.
 
     Raises:
         UserError: some are, and `blocked` is refuse; or all are.
@@ -283,9 +307,16 @@ def allowed(config: PolicyConfig, decisions: Sequence[Decision], section: str) -
         more = f"; and {len(blocked) - NAMED} more" if len(blocked) > NAMED else ""
         raise UserError(
             f"The policy blocks {len(blocked)} of {len(decisions)} prompts: {named}{more}. Take them out, say "
-            f"{section}.policy.blocked=drop to go on with the others, or give other rules in {section}.policy.file."
+            f"{section}.blocked=drop to go on with the others, or give other rules in {section}.file."
         )
     return found
+
+
+def judged(prompts: Sequence[str], config: PolicyConfig, section: str) -> list[str]:
+    """Prompts as a policy leaves them, each once; else as `allowed`."""
+    policy = PromptPolicy(config) if prompts else None
+    decisions = [policy.decide(prompt) for prompt in prompts] if policy else []
+    return list(dict.fromkeys(d.prompt for d in allowed(config, decisions, section)))
 
 
 def records(decisions: Iterable[Decision]) -> bytes:

@@ -203,7 +203,7 @@ def axes_of(
             there = {n: list(latents.values_of(n)) for n in conditions.values if n != LABEL}
             raise UserError(f"generate.properties.{name}={values} is nothing this model knows; it knows {there}.")
         axes[name] = values
-    prompts = list(dict.fromkeys(d.prompt for d in allowed(config.policy, decisions, "generate")))
+    prompts = list(dict.fromkeys(d.prompt for d in allowed(config.policy, decisions, "generate.policy")))
     if prompts and not conditions.text:
         raise UserError("generate.prompts: this model was trained without text; its conditions are "
                         f"{', '.join(conditions.values) or 'none'}.")  # fmt: skip

@@ -349,7 +349,8 @@ def test_how_often_a_classifier_of_attributes_is_right_is_told_and_its_mistakes_
 def test_attempts_find_what_is_in_the_training_set(found: dict[str, Any]) -> None:
     """The images of the attempt differ from those of their captions by noise alone."""
     of = found["extraction"]["attempt"]
-    assert of["prompts"]["of"] == 8 and of["images"]["of"] == 8
+    assert (of["images"]["count"], of["images"]["of"]) == (8, 8)
+    assert (of["prompts"]["count"], of["prompts"]["of"]) == (8, 8) and of["extracted"] == sorted(PROMPTS)
 
 
 def test_the_policy_is_tried(found: dict[str, Any]) -> None:

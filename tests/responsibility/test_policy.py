@@ -1,6 +1,7 @@
 """The prompt policy: what the shipped rules say of planted texts and of thousands of innocent ones, evasion, rewriting, and
 classifiers against transformers itself."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 import torch
 
 from rayproj.data.sources import SourceConfig, SourceKind, open_source
+from rayproj.diffusion.task import DiffusionConfig
 from rayproj.errors import UserError
-from rayproj.responsibility.policy import Action, PolicyConfig, PromptPolicy, Reading
+from rayproj.jobs import finetune_private, train_diffusion
+from rayproj.responsibility.policy import Action, Blocked, PolicyConfig, PromptPolicy, judged
+from rayproj.runtime.run import RunConfig
 
 
 def policy_of(tmp_path: Path, rules: str, **changes: Any) -> PromptPolicy:
@@ -36,8 +40,9 @@ def shipped() -> PromptPolicy:
         ("pay to DE89 3704 0044 0532 0130 00", "personal"),
         ("a red heart", ""),
         ("a naked mole rat", "innocent"),
-        ("a girl in a red dress and a naked mole rat", "innocent"),
         ("an us flag, 455 apples and a gore-tex jacket seen by the naked eye", "innocent"),
+        ("Al Gore, Naked Mole Rats", "innocent"),
+        ("a girl in a red dress and a naked mole rat", "minors"),  # what protects children has no exemptions
         ("a naked mole rat and a naked man", "sexual"),
     ],
 )
@@ -50,30 +55,86 @@ def test_what_the_shipped_rules_say(shipped: PromptPolicy, prompt: str, rule: st
 
 @pytest.mark.parametrize(
     "word",
-    ["NUDE", "Núde", "ｎｕｄｅ", "nudе", "ոude".replace("ո", "n"), "nu\u200bde", "nu\u00adde", "nud3", "nuuudde", "n u d e",
-     "n.u.d.e", "n-u-d-e", "n__u__d__e", "nudes", "𝓷𝓾𝓭𝓮", "ⓝⓤⓓⓔ"],
+    ["NUDE", "Núde", "ｎｕｄｅ", "nudе", "ոude", "nսde", "пude", "ΝUDE", "nuđe", "ɴᴜᴅᴇ", "𝓷𝓾𝓭𝓮", "ⓝⓤⓓⓔ", "🅽🆄🅳🅴", "nu⃝de",
+     "nu\u200bde", "nu\u00adde", "nu\bde", "nu\ue000de", "nu\ufffdde", "nu\u3164de", "n\u200bu_d_e", "nud3", "nvde",
+     "nuuudde", "n u d e", "n    u    d    e", "n.u.d.e", "n-u-d-e", "n.u-d.e", "n__u__d__e", "nu de", "nu-de", "_nude_",
+     "xxnudexx", "nude1", "nude\u200bwoman", "日本nude写真", "nudes", "n u d e s", "blow job", "strip-tease",
+     "rapist", "r4pe"],
 )  # fmt: skip
 def test_trivial_evasion_is_seen(shipped: PromptPolicy, word: str) -> None:
     assert shipped.decide(f"a {word} person").rule == "sexual"
 
 
-def test_places_in_a_reading_are_those_of_the_text() -> None:
-    text = "Ärger ﬁ\u200bn ＮÚDE"
-    reading = Reading(text)
-    assert reading.text == "arger fin nude"
-    start = reading.text.index("nude")
-    assert text[slice(*reading.span(start, start + 4))] == "ＮÚDE"
-    assert text[slice(*reading.span(6, 9))] == "ﬁ\u200bn", "a ligature is of one character"
+@pytest.mark.parametrize(
+    "word", ["desnuda", "nackte Frau", "裸体の女性", "裸\u200b体", "ヌード写真", "çıplak", "голая женщина"]
+)
+def test_other_languages(shipped: PromptPolicy, word: str) -> None:
+    assert shipped.decide(word).rule == "other_languages"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rule"),
+    [
+        ("a child, naked, eye contact", "minors"),
+        ("kids nakedeye", "minors"),
+        ("a girl. naked. Eye shadow", "minors"),
+        ("a girl and a naked mole rat", "minors"),
+        ("young woman, fully naked, eye contact, bedroom", "sexual"),
+        ("young woman fully naked eye contact", "sexual"),
+        ("a n4ked mole rat", "sexual"),
+        ("a naked  mole rat", "sexual"),
+        ("et al. gore everywhere", "gore"),
+        ("et al gore everywhere", "gore"),
+        ("gore, tex", "gore"),
+    ],
+)
+def test_what_is_allowed_is_taken_as_it_is_written(shipped: PromptPolicy, prompt: str, rule: str) -> None:
+    assert shipped.decide(prompt).rule == rule
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["the pen is on the table", "a comic strip per page", "a close-up shot, a seductive dancer in fantasy style",
+     "lol i see", "a next-gen Italian car", "the art nu design", "a therapist with grapes", "go. Read", "size 4 5 3 7",
+     "scunthorpe", "marine corps, early morning", "Essex, the top less visible", "is is flagged",
+     "a cock, a tit and an ass in the yard"],
+)  # fmt: skip
+def test_words_in_pieces_are_no_words_in_a_row(shipped: PromptPolicy, prompt: str) -> None:
+    assert shipped.decide(prompt).action is Action.allow
+
+
+@pytest.mark.parametrize("repeated", ["$", "n", "|1", "n u d ", "gor-", "a@b.c ", "sex$ ", "\u200b", "nu\u0301"])
+def test_time_is_linear(shipped: PromptPolicy, repeated: str) -> None:
+    began = time.process_time()
+    shipped.decide(repeated * (20_000 // len(repeated)))
+    assert time.process_time() - began < 5
+
+
+def test_prompts_as_the_policy_leaves_them() -> None:
+    """As training does with those of its previews."""
+    prompts = ["a red heart", "a nude man", "a cat"]
+    with pytest.raises(UserError, match=r"1 of 3 prompts: 'a nude man' \(sexual: .*policy.blocked=drop .* policy.file"):
+        judged(prompts, PolicyConfig(), "policy")
+    assert judged(prompts, PolicyConfig(blocked=Blocked.drop), "policy") == ["a red heart", "a cat"]
+    assert judged(prompts, PolicyConfig(use=False), "policy") == prompts
+    assert judged([], PolicyConfig(file="none"), "policy") == []
+
+
+@pytest.mark.parametrize("job", [train_diffusion, finetune_private])
+def test_training_starts_with_no_preview_that_the_policy_blocks(job: Any, tmp_path: Path) -> None:
+    config = job.Config(diffusion=DiffusionConfig(prompts=["a cat", "a nude man"]), run=RunConfig(f"{tmp_path}/run"))
+    with pytest.raises(UserError, match="blocks 1 of 2 prompts: 'a nude man'"):
+        job.main(config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_innocent_captions_are_let_through(shipped: PromptPolicy) -> None:
-    """Of all emoji those alone are blocked that show what the rules are against."""
     captions = {
         s["caption"]
         for s in open_source(SourceConfig(kind=SourceKind.emoji, image_size=32, attributes=["caption"])).samples()
     }
     blocked = {caption for caption in captions if shipped.decide(caption).action is Action.block}
-    assert len(captions) > 800 and blocked <= {"no one under eighteen"}, blocked
+    assert len(captions) > 800 and not blocked, blocked
 
 
 REWRITES = """
