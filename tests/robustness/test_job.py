@@ -30,6 +30,7 @@ from rayproj.robustness.job import (
     share,
     summary,
 )
+from rayproj.robustness.oracle import OfUnit
 from rayproj.robustness.threats import Norm
 from rayproj.storage.store import Store
 from tests.support import runs
@@ -188,9 +189,11 @@ def diffusion(folder: str) -> str:
 
 
 OPTIONS: dict[Kind, dict[str, float]] = {
-    Kind.hedge: {"steps": 2}, Kind.auxiliary: {"steps": 2}, Kind.entropy: {"steps": 2}, Kind.generative: {"steps": 2},
-    Kind.one_step: {"doubt": 0.1}, Kind.self_supervised: {"steps": 1, "radii": 1}, Kind.control: {"steps": 2},
-    Kind.contrastive: {"steps": 1},
+    Kind.hedge: {"steps": 2}, Kind.entropy: {"steps": 2}, Kind.generative: {"steps": 2},
+    Kind.auxiliary: {"steps": 2, "training": 20}, Kind.one_step: {"doubt": 0.1, "training": 20},
+    Kind.self_supervised: {"steps": 1, "radii": 1}, Kind.control: {"steps": 2},
+    Kind.contrastive: {"steps": 1, "training": 20}, Kind.ode: {"steps": 2, "training": 20},
+    Kind.score: {"steps": 1, "copies": 1, "training": 20},
     Kind.quantiser: {}, Kind.noise: {"copies": 2}, Kind.anti_adversary: {"steps": 2},
 }  # fmt: skip
 
@@ -208,12 +211,29 @@ def test_every_kind_is_attacked_and_its_cost_told(folder: str, diffusion: str, k
     found = summary(dataset, measured.costs["it"], measured.probes["it"])
     columns = found["threats"]["linf"]["columns"]
     assert found["threats"]["linf"]["robust"]["value"] <= min(columns[c]["value"] for c in COLUMNS[2:])
-    assert (found["cost"]["passes"] is None) == (kind in (Kind.entropy, Kind.contrastive, Kind.control))
+    assert len(found["threats"]["linf"]["checklist"]) == 13
+    assert (found["cost"]["passes"] is None) == (kind in (Kind.entropy, Kind.contrastive, Kind.control, Kind.ode))
     said = dataset.header.provenance
     assert (said.get("model_commit"), said.get("images")) == (
         commits(Store(diffusion))[-1].step if kind is Kind.generative else None,
         Dataset.open(f"{folder}/train").manifest_hash() if kind in FROM_IMAGES else None,
     ), "what it is made of is pinned"
+
+
+def test_what_a_defence_learns_from_images_it_learns_as_long_as_it_is_told(folder: str) -> None:
+    config, base = config_of(folder), OfUnit(classifiers.load(f"{folder}/run", "cpu"))
+    x = torch.from_numpy(Reader(Dataset.open(config.test), ["image"]).gather(np.arange(10))["image"]).float() / 255
+
+    def answers(kind: Kind, **options: float) -> torch.Tensor:
+        defence = DefenceConfig("plain", kind, {"steps": 1, **options}, images=f"{folder}/train")
+        return builder(defence, config, base, "cpu", 0)(base)(x)
+
+    for kind in (Kind.auxiliary, Kind.contrastive, Kind.score, Kind.ode):
+        assert torch.equal(answers(kind, training=3), answers(kind, training=3)), "the same wherever it is built"
+        assert not torch.equal(answers(kind, training=3), answers(kind, training=10))
+    for kind in (Kind.control, Kind.hedge):
+        with pytest.raises(UserError, match="no option 'training'"):
+            answers(kind, training=3)
 
 
 def test_an_option_that_a_diffusion_model_has_not(folder: str, diffusion: str) -> None:
@@ -278,7 +298,8 @@ def test_what_cannot_be(folder: str) -> None:
         builder(DefenceConfig("plain", Kind.generative), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="of the kind 'one_step' needs"):
         builder(DefenceConfig("plain", Kind.one_step), config, lambda x: x, "cpu", 0)
-    with pytest.raises(UserError, match="a classifier of one network"):
-        builder(DefenceConfig("plain", Kind.control, images=f"{folder}/train"), config, lambda x: x, "cpu", 0)
+    for kind in (Kind.control, Kind.ode):
+        with pytest.raises(UserError, match="a classifier of one network"):
+            builder(DefenceConfig("plain", kind, images=f"{folder}/train"), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="no trained classifier"):
         header_of(RobustnessConfig(test=f"{folder}/test", classifiers={"a": f"{folder}/nowhere"}), "a", 0)
