@@ -97,7 +97,9 @@ def plan(
     Raises:
         UserError: a file of prompts cannot be read, or lacks what its questions need; or the policy blocks some.
     """
-    texts = {decision.before: decision.prompt for decision in allowed(config.policy, decisions_of(config), "study.policy")}
+    texts = {
+        decision.before: decision.prompt for decision in allowed(config.policy, decisions_of(config), "study.policy")
+    }
     sets = {name: _left(prompts_of(one), texts) for name, one in sorted(config.sets.items())}
     pairs = [tuple(pair) for pair in config.pairs] or list(combinations(sorted(models), 2))
     alone = sorted({name for pair in config.pairs for name in pair} or set(models))

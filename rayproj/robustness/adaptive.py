@@ -21,7 +21,7 @@ from rayproj.evaluation.proportions import sign_test
 from rayproj.robustness.apgd import strongest
 from rayproj.robustness.autoattack import AttackConfig, autoattack, ranked
 from rayproj.robustness.defences import Defence
-from rayproj.robustness.losses import Loss, cross_entropy, margin, targeted
+from rayproj.robustness.losses import Loss, cross_entropy, margin, target_alone, targeted
 from rayproj.robustness.masking import WHOLE
 from rayproj.robustness.oracle import Attacked, Model, Oracle
 from rayproj.robustness.rays import rays
@@ -158,9 +158,11 @@ def _attacks(
     from_base = [ascended(base, loss, k, 1, True) for k, loss in enumerate((cross_entropy, to_second))]
     yield "transfer", [Attacked(static, torch.zeros_like(label, dtype=torch.bool)), *from_base]
     # From starts of their own, so that of a defence whose own gradient is all there is, or without steps, they are restarts.
-    for name, model, first in (("direct", defence, 0), ("bpda", defence.surrogate, 4)):
-        losses = enumerate((cross_entropy, margin, to_second), first)
-        yield name, [ascended(model, loss, k, draws) for k, loss in losses]
+    losses = (cross_entropy, margin, to_second)
+    yield "direct", [ascended(defence, loss, k, draws) for k, loss in enumerate(losses)]
+    around = [ascended(defence.surrogate, loss, k, draws) for k, loss in enumerate(losses, 4)]
+    # Kang et al. 2021 is attacked so: by features, which are those of its base, like an image's of another class.
+    yield "bpda", around + ([ascended(defence.likeness, target_alone, 7, 1, True)] if defence.likeness else [])
     yield "fewer", [ascended(shortened(defence).surrogate, margin, 3, draws)]
     row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 51)], 1)
     several, single = (Oracle(defence, n, defence.random, config.votes) for n in (draws, 1))

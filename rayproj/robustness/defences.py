@@ -1,6 +1,6 @@
-"""Classifiers that do something at test time, one of each kind that Croce et al. 2022 ("Evaluating the adversarial
-robustness of adaptive test-time defenses", section 3) tell apart: they purify the input by optimisation, by an auxiliary
-network, by noise or by a generative model, or adapt the classifier's parameters.
+"""Classifiers that do something at test time: the nine that Croce et al. 2022 ("Evaluating the adversarial robustness of
+adaptive test-time defenses") attack, each in a small form, and a few more. They purify the input by optimisation, by an
+auxiliary network, by noise or by a generative model, or adapt the classifier's parameters or states (ibid., section 3).
 
 Each works on an example by itself, and draws, if it does, by a generator of its own.
 """
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rayproj.robustness.ode import StableODE
 from rayproj.robustness.oracle import Model, OfUnit, straight_through
 from rayproj.robustness.threats import wide
 
@@ -27,13 +28,17 @@ class Defence:
     Attributes:
         random: whether the same image may be taken for different things.
         calls_base: whether it calls the base as it is, and not one of its own.
-        steps: of what it optimises; 0 of one that optimises nothing. Another number may be set, for an attacker or a curve.
+        steps: of what it optimises or integrates; 0 of one that does neither. Another number may be set, for an attacker or
+            a curve.
+        likeness: for an attacker that matches features, images [B, C, H, W] to [B, K]: how near their features come to those
+            of some image of each class. None of one whose features are not known.
     """
 
     random, calls_base, steps = False, True, 0
 
     def __init__(self, base: Model) -> None:
         self.base = base
+        self.likeness: Model | None = None
 
     def purify(self, x: Tensor) -> Tensor:
         """What the base is shown in place of `x`."""
@@ -392,6 +397,86 @@ class GenerativePurifier(Defence):
         self.seed += 1
         with torch.no_grad():
             return self.redrawn(x, self.seed)
+
+
+class ScorePurifier(Defence):
+    """Takes the mean logits over noisy copies, each of which has climbed the score of noised images (Yoon et al. 2021,
+    "Adversarial purification with score-based generative models", ADP): x ← x + αs(x) without noise, where α takes a share
+    `rate` of the way along s to where s has no part in that direction any more, by a difference over `NEAR`; α is bounded,
+    and an image stays where it is once α is no more than `stop`, as in the published code. As in the attack of Croce et al.
+    2022 the gradient goes through the scores; noise and α are constants.
+
+    Args:
+        score: of images [B, C, H, W], such as `rayproj.robustness.score.ScoreNetwork`.
+        sigma: standard deviation of the noise.
+        rate: λ.
+    """
+
+    random = True
+    NEAR, BOUNDS = 1e-3, (1e-5, 0.1)
+
+    def __init__(
+        self, base: Model, score: Callable[[Tensor], Tensor], sigma: float = 0.25, steps: int = 10, copies: int = 10,
+        rate: float = 0.05, stop: float = 1e-3, seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(base)
+        self.score, self.sigma, self.steps, self.copies = score, sigma, steps, copies
+        self.rate, self.stop = rate, stop
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def purify(self, x: Tensor) -> Tensor:
+        noisy = x + self.sigma * torch.randn(x.shape, generator=self.generator).to(x)
+        point = x + (noisy.clamp(0, 1) - x).detach()
+        goes_on = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        for _ in range(self.steps):
+            score = self.score(point)
+            length = self.length(point.detach(), score.detach())
+            goes_on = goes_on & (length > self.stop)
+            point = (point + wide(length * goes_on, x) * score).clamp(0, 1)
+        return point
+
+    def length(self, x: Tensor, score: Tensor) -> Tensor:
+        """α [B] at images: λδ / (1 - s(x)·s(x + δs(x)) / ‖s(x)‖²). Of a score that is linear along its own direction, λ
+        times the way to its zero."""
+        with torch.no_grad():
+            ahead = self.score(x + self.NEAR * score)
+        along = (score * ahead).flatten(1).sum(1) / score.square().flatten(1).sum(1).clamp(min=1e-20)
+        return (self.rate * self.NEAR / (1 - along)).clamp(*self.BOUNDS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.stack([self.base(self.purify(x)) for _ in range(self.copies)]).mean(0)
+
+    def surrogate(self, x: Tensor) -> Tensor:
+        around = straight_through(self.purify)
+        return torch.stack([self.base(around(x)) for _ in range(self.copies)]).mean(0)
+
+
+class StableEquilibria(Defence):
+    """Lets what the head sees flow to an equilibrium of a `StableODE` before it is classified (Kang et al. 2021, SODEF), by
+    steps of a length that is fixed. Around it, the gradient takes the flow for a shift.
+
+    Args:
+        network: the base, as a module of images in [0, 1] with `pooled`.
+    """
+
+    calls_base = False
+
+    def __init__(self, network: OfUnit, ode: StableODE, steps: int = 10) -> None:
+        super().__init__(network)
+        self.network, self.ode, self.steps = network, ode, steps
+        self.likeness = lambda x: ode.likeness(network.pooled(x))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._classified(x, self._flow)
+
+    def surrogate(self, x: Tensor) -> Tensor:
+        return self._classified(x, straight_through(self._flow))
+
+    def _flow(self, z: Tensor) -> Tensor:
+        return self.ode.flow(z, self.steps)
+
+    def _classified(self, x: Tensor, flow: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.ode.logits(flow(self.ode.start(self.network.pooled(x))))
 
 
 class Quantiser(Defence):

@@ -31,7 +31,9 @@ from rayproj.robustness.apgd import apgd
 from rayproj.robustness.autoattack import AttackConfig, autoattack
 from rayproj.robustness.defences import Defence
 from rayproj.robustness.losses import cross_entropy
+from rayproj.robustness.ode import StableODE
 from rayproj.robustness.oracle import Model, OfUnit, Oracle
+from rayproj.robustness.score import trained_score
 from rayproj.robustness.threats import Norm, Threat, size
 from rayproj.storage.store import Store
 
@@ -50,6 +52,8 @@ class DefenceKind(Enum):
     entropy = "entropy"
     noise = "noise"
     generative = "generative"
+    score = "score"
+    ode = "ode"
     quantiser = "quantiser"
 
 
@@ -64,9 +68,18 @@ CLASSES: dict[DefenceKind, Callable[..., Defence]] = {
     DefenceKind.entropy: defences.EntropyAdaptation,
     DefenceKind.noise: defences.RandomNoise,
     DefenceKind.generative: defences.GenerativePurifier,
+    DefenceKind.score: defences.ScorePurifier,
+    DefenceKind.ode: defences.StableEquilibria,
     DefenceKind.quantiser: defences.Quantiser,
 }
-FROM_IMAGES = (DefenceKind.auxiliary, DefenceKind.one_step, DefenceKind.contrastive, DefenceKind.control)
+FROM_IMAGES = (
+    DefenceKind.auxiliary,
+    DefenceKind.one_step,
+    DefenceKind.contrastive,
+    DefenceKind.control,
+    DefenceKind.score,
+    DefenceKind.ode,
+)
 
 
 @dataclass
@@ -75,9 +88,10 @@ class DefenceConfig:
 
     base: str = "???"  # name in `classifiers`
     kind: DefenceKind = DefenceKind.anti_adversary
-    options: dict[str, float] = field(default_factory=dict)  # of its class, such as {steps: 4}
+    # Of its class, such as {steps: 4}; `training`: the steps by which what it has of `images` is trained.
+    options: dict[str, float] = field(default_factory=dict)
     model: str = ""  # generative: run dir of a diffusion model
-    images: str = ""  # auxiliary, one_step, contrastive, control: what they learn from
+    images: str = ""  # auxiliary, one_step, contrastive, control, score, ode: what they learn from
 
 
 @dataclass
@@ -265,23 +279,29 @@ def builder(
             )
         redraw = Redraw(defence.model, device, **_given(Redraw, options))
         return lambda model: defences.GenerativePurifier(model, redraw, seed)
+    training = {}
+    if defence.kind in FROM_IMAGES and defence.kind is not DefenceKind.control and "training" in options:
+        training["steps"] = int(options.pop("training"))
+    given = {"seed": seed} if "seed" in inspect.signature(kind).parameters else {}
+    given |= _given(kind, options)
     if defence.kind in FROM_IMAGES:
         if not defence.images:
             raise UserError(
                 f"A defence of the kind '{defence.kind.value}' needs robustness.defences.NAME.images, to learn from."
             )
         told: Any
-        given, (told, label) = _given(kind, options), _some(defence.images, device)
+        told, label = _some(defence.images, device)
         if defence.kind is DefenceKind.contrastive:
-            told = defences.Contrast(_with_features(base), told, seed=seed)
+            told = defences.Contrast(_with_features(base), told, seed=seed, **training)
         elif defence.kind is DefenceKind.control:
             _with_features(base)
+        elif defence.kind is DefenceKind.score:
+            told = trained_score(told, seed=seed, **training)
+        elif defence.kind is DefenceKind.ode:
+            told = StableODE(_with_features(base), told, label, seed=seed, **training)
         else:
-            told = discriminator(told, label, base, next(iter(config.balls.values())), seed)
+            told = discriminator(told, label, base, next(iter(config.balls.values())), seed, **training)
         return lambda model: kind(model, told, **given)
-    given = _given(kind, options)
-    if "seed" in inspect.signature(kind).parameters:
-        given = {"seed": seed, **given}
     return lambda model: kind(model, **given)
 
 
@@ -292,7 +312,9 @@ def _with_features(base: Model) -> OfUnit:
         UserError: it does not.
     """
     if not isinstance(base, OfUnit) or not hasattr(base.network, "pooled"):
-        raise UserError("A contrastive or control defence needs a classifier of one network, whose features are known.")
+        raise UserError(
+            "A contrastive, control or ode defence needs a classifier of one network, whose features are known."
+        )
     return base
 
 
@@ -317,12 +339,12 @@ def _some(images: str, device: str, count: int = 512) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(batch["image"]).to(device).float() / 255, torch.from_numpy(batch["label"]).to(device)
 
 
-def discriminator(x: Tensor, label: Tensor, base: Model, threat: Threat, seed: int) -> Model:
+def discriminator(x: Tensor, label: Tensor, base: Model, threat: Threat, seed: int, steps: int = 200) -> Model:
     """A small network that tells images from what APGD makes of them for the base."""
     ids = torch.arange(len(x), device=x.device)
     row = torch.stack([ids, torch.zeros_like(ids), torch.full_like(ids, 70)], 1)
     attacked = apgd(Oracle(base), x, label, row, threat, cross_entropy, 10, seed, go_on=True).images
-    return defences.trained_discriminator(x, attacked, seed=seed)
+    return defences.trained_discriminator(x, attacked, steps, seed)
 
 
 class Redraw:

@@ -34,6 +34,11 @@ def target_margin(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
     return _of(logits, target) - _of(logits, label)
 
 
+def target_alone(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
+    """z_t."""
+    return _of(logits, target)
+
+
 def dlr(logits: Tensor, label: Tensor, target: Tensor) -> Tensor:
     """Difference of logits ratio (Croce and Hein 2020, eq. 6), which neither a shift nor a scale of the logits changes;
     needs three classes."""

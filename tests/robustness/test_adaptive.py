@@ -34,10 +34,13 @@ from rayproj.robustness.defences import (
     OneStep,
     Quantiser,
     RandomNoise,
+    ScorePurifier,
     SelfSupervised,
+    StableEquilibria,
     trained_discriminator,
 )
-from rayproj.robustness.losses import margin
+from rayproj.robustness.losses import margin, target_alone
+from rayproj.robustness.ode import StableODE
 from rayproj.robustness.oracle import Oracle
 from rayproj.robustness.rays import rays
 from rayproj.robustness.square import square
@@ -321,6 +324,115 @@ def test_a_generative_purifier_is_attacked_around(data) -> None:  # type: ignore
     share = {name: r.float().mean().item() for name, r in found.correct.items()}
     assert share["direct"] > share["bpda"] + 0.1  # nothing leads back through it
     assert "The gradient of the code is not masked" in failed(found)
+
+
+def flat(z: torch.Tensor) -> torch.Tensor:
+    return z.flatten(1)
+
+
+def test_a_purifier_climbs_the_score_of_a_gaussian_as_far_as_the_formula_says() -> None:
+    """Of N(μ, v) each step is λ of the way to μ; of variances that differ α = λ Σs² / Σ(s²/v)."""
+    x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    one = ScorePurifier(flat, lambda z: (0.5 - z) / 0.09, sigma=0.0, steps=7, rate=0.1)
+    torch.testing.assert_close(one.purify(x), 0.5 + 0.9**7 * (x - 0.5), atol=1e-4, rtol=0)
+    variance = torch.linspace(0.02, 0.3, 16).view(1, 4, 4)
+    several, point = ScorePurifier(flat, lambda z: (0.5 - z) / variance, sigma=0.0, steps=3, rate=0.1), x
+    for _ in range(3):
+        score = (0.5 - point) / variance
+        length = 0.1 * score.square().sum((1, 2, 3)) / (score.square() / variance).sum((1, 2, 3))
+        assert length.min() > several.stop and length.max() < several.BOUNDS[1]
+        point = point + length[:, None, None, None] * score
+    torch.testing.assert_close(several.purify(x), point, atol=1e-4, rtol=0)
+    # Where the score falls off fast the image stays; where it hardly does the step is bounded.
+    fast, slow = (ScorePurifier(flat, lambda z, v=v: (0.5 - z) / v, sigma=0.0, steps=1) for v in (0.01, 9.0))
+    assert torch.equal(fast.purify(x), x)
+    torch.testing.assert_close(slow.purify(x), x + 0.1 * (0.5 - x) / 9)
+    away = ScorePurifier(flat, lambda z: z - 0.5, sigma=0.0)  # on the way to nowhere
+    assert torch.equal(away.purify(x), x) and torch.equal(ScorePurifier(flat, torch.zeros_like, 0.0).purify(x), x)
+
+
+def test_it_is_its_base_without_steps_and_noise_and_else_a_mean_over_noise() -> None:
+    x = torch.rand(4, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ScorePurifier(flat, lambda z: 0.5 - z, sigma=0.0, steps=0, copies=2)(x), flat(x))
+    found = ScorePurifier(flat, lambda z: (0.5 - z) / 0.09, sigma=0.2, steps=4, copies=3, rate=0.1, seed=5)(x)
+    generator, expected = torch.Generator().manual_seed(5), []
+    for _ in range(3):
+        noisy = (x + 0.2 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+        expected.append(flat(0.5 + 0.9**4 * (noisy - 0.5)))
+    torch.testing.assert_close(found, torch.stack(expected).mean(0), atol=1e-4, rtol=0)
+    assert passes(lambda base: ScorePurifier(base, lambda z: 0.5 - z, copies=3), flat, x) == (3, 0)
+
+
+def test_a_gradient_goes_through_the_scores_and_around_them() -> None:
+    x = (0.3 + 0.4 * torch.rand(4, 1, 5, 5, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    defence = ScorePurifier(flat, lambda z: (0.5 - z) / 0.09, sigma=0.01, steps=4, copies=2, rate=0.1)
+    for model, expected in ((defence, 0.9**4), (defence.surrogate, 1.0)):  # lengths and noise are constants
+        (gradient,) = torch.autograd.grad(model(x).sum(), x)
+        torch.testing.assert_close(gradient, torch.full_like(x, expected), atol=1e-3, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def equilibria(data):  # type: ignore[no-untyped-def]
+    base, x, label = data
+
+    class Features(nn.Module):
+        def pooled(self, z: torch.Tensor) -> torch.Tensor:
+            return base[:-1](z)
+
+        def classify(self, pooled: torch.Tensor) -> torch.Tensor:
+            return base[-1](pooled)
+
+    return Features(), StableODE(Features(), x[:60], label[:60], 60, 12)  # type: ignore[arg-type]
+
+
+def test_what_flows_to_an_equilibrium_is_attacked_through_the_flow_and_around_it(data, equilibria) -> None:  # type: ignore[no-untyped-def]
+    (base, x, _), (network, ode) = data, equilibria
+    logits, defence = base(x), StableEquilibria(network, ode, 4)
+    still = StableEquilibria(network, ode, 0)
+    torch.testing.assert_close(still(x), logits - logits.mean(1, keepdim=True), atol=1e-4, rtol=1e-4)
+    assert shortened(defence).steps == 2 and not torch.equal(shortened(defence)(x), defence(x))
+    assert (defence(x) - still(x)).abs().mean() > 0.01, "it flows"
+    torch.testing.assert_close(defence.surrogate(x), defence(x), atol=1e-4, rtol=1e-4)
+    point = x[:4].clone().requires_grad_()
+    through, around, without = (
+        torch.autograd.grad(model(point)[:, 1].sum(), point)[0] for model in (defence, defence.surrogate, still)
+    )
+    torch.testing.assert_close(around, without)
+    assert through.abs().sum() > 0 and not torch.allclose(through, around, rtol=0.01)
+
+
+def test_features_are_matched_with_those_of_another_class(data, equilibria) -> None:  # type: ignore[no-untyped-def]
+    (base, x, label), (network, ode) = data, equilibria
+    defence, ids = StableEquilibria(network, ode, 4), torch.arange(20)
+    second = base(x[:20]).scatter(1, label[:20, None], -torch.inf).argmax(1)
+    row = torch.stack([ids, torch.zeros_like(ids), torch.zeros_like(ids)], 1)
+    given = (x[:20], label[:20], row, THREAT, target_alone, 20)
+    found = apgd(Oracle(defence.likeness), *given, target=second, go_on=True).images
+    before, after = ((network.pooled(z)[:, None] - ode.seen).abs().sum(2) for z in (x[:20], found))
+    nearest = [
+        torch.stack([d[ode.label == k].min() for d, k in zip(of, second, strict=True)]) for of in (before, after)
+    ]
+    assert (nearest[1] < nearest[0]).all() and nearest[1].mean() < 0.9 * nearest[0].mean()
+
+
+def test_what_only_matching_features_breaks_counts_as_broken_around_it(data) -> None:  # type: ignore[no-untyped-def]
+    base, x, label = data
+
+    class Masked(Defence):
+        def __init__(self, base: nn.Module, known: bool) -> None:
+            super().__init__(base)
+            self.likeness = base if known else None
+
+        def __call__(self, z: torch.Tensor) -> torch.Tensor:
+            return base(z.detach())
+
+        def surrogate(self, z: torch.Tensor) -> torch.Tensor:
+            return base(z.detach())
+
+    some, config = (base, x[:40], label[:40]), AdaptiveConfig(steps=10, queries=2)
+    known, unknown = (verdict(some, lambda b, k=k: Masked(b, k), config).correct for k in (True, False))
+    assert known["bpda"].sum() < unknown["bpda"].sum() - 5
+    assert all(torch.equal(known[name], unknown[name]) for name in known if name != "bpda")
 
 
 def test_a_better_one_is_told_from_chance() -> None:

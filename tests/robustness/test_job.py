@@ -30,6 +30,7 @@ from rayproj.robustness.job import (
     share,
     summary,
 )
+from rayproj.robustness.oracle import OfUnit
 from rayproj.robustness.threats import Norm
 from rayproj.storage.store import Store
 from tests.support import runs
@@ -187,10 +188,13 @@ def diffusion(folder: str) -> str:
     return f"{folder}/diffusion"
 
 
-OPTIONS: dict[str, dict[str, float]] = {
-    "hedge": {"steps": 2}, "auxiliary": {"steps": 2}, "entropy": {"steps": 2}, "generative": {"steps": 2},
-    "one_step": {"doubt": 0.1}, "self_supervised": {"steps": 1, "radii": 1}, "control": {"steps": 2},
-    "contrastive": {"steps": 1}, "quantiser": {}, "noise": {"copies": 2}, "anti_adversary": {"steps": 2},
+OPTIONS: dict[DefenceKind, dict[str, float]] = {
+    DefenceKind.hedge: {"steps": 2}, DefenceKind.entropy: {"steps": 2}, DefenceKind.generative: {"steps": 2},
+    DefenceKind.auxiliary: {"steps": 2, "training": 20}, DefenceKind.one_step: {"doubt": 0.1, "training": 20},
+    DefenceKind.self_supervised: {"steps": 1, "radii": 1}, DefenceKind.control: {"steps": 2},
+    DefenceKind.contrastive: {"steps": 1, "training": 20}, DefenceKind.ode: {"steps": 2, "training": 20},
+    DefenceKind.score: {"steps": 1, "copies": 1, "training": 20},
+    DefenceKind.quantiser: {}, DefenceKind.noise: {"copies": 2}, DefenceKind.anti_adversary: {"steps": 2},
 }  # fmt: skip
 
 
@@ -207,14 +211,31 @@ def test_every_kind_is_attacked_and_its_cost_told(folder: str, diffusion: str, k
     found = summary(dataset, measured.costs["it"], measured.probes["it"])
     columns = found["threats"]["linf"]["columns"]
     assert found["threats"]["linf"]["robust"]["value"] <= min(columns[c]["value"] for c in COLUMNS[2:])
+    assert len(found["threats"]["linf"]["checklist"]) == 13
     assert (found["cost"]["passes"] is None) == (
-        kind in (DefenceKind.entropy, DefenceKind.contrastive, DefenceKind.control)
+        kind in (DefenceKind.entropy, DefenceKind.contrastive, DefenceKind.control, DefenceKind.ode)
     )
     said = dataset.header.provenance
     assert (said.get("model_commit"), said.get("images")) == (
         commits(Store(diffusion))[-1].step if kind is DefenceKind.generative else None,
         Dataset.open(f"{folder}/train").manifest_hash() if kind in FROM_IMAGES else None,
     ), "what it is made of is pinned"
+
+
+def test_what_a_defence_learns_from_images_it_learns_as_long_as_it_is_told(folder: str) -> None:
+    config, base = config_of(folder), OfUnit(classifiers.load(f"{folder}/run", "cpu"))
+    x = torch.from_numpy(Reader(Dataset.open(config.test), ["image"]).gather(np.arange(10))["image"]).float() / 255
+
+    def answers(kind: DefenceKind, **options: float) -> torch.Tensor:
+        defence = DefenceConfig("plain", kind, {"steps": 1, **options}, images=f"{folder}/train")
+        return builder(defence, config, base, "cpu", 0)(base)(x)
+
+    for kind in (DefenceKind.auxiliary, DefenceKind.contrastive, DefenceKind.score, DefenceKind.ode):
+        assert torch.equal(answers(kind, training=3), answers(kind, training=3)), "the same wherever it is built"
+        assert not torch.equal(answers(kind, training=3), answers(kind, training=10))
+    for kind in (DefenceKind.control, DefenceKind.hedge):
+        with pytest.raises(UserError, match="no option 'training'"):
+            answers(kind, training=3)
 
 
 def test_an_option_that_a_diffusion_model_has_not(folder: str, diffusion: str) -> None:
@@ -279,7 +300,8 @@ def test_what_cannot_be(folder: str) -> None:
         builder(DefenceConfig("plain", DefenceKind.generative), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="of the kind 'one_step' needs"):
         builder(DefenceConfig("plain", DefenceKind.one_step), config, lambda x: x, "cpu", 0)
-    with pytest.raises(UserError, match="a classifier of one network"):
-        builder(DefenceConfig("plain", DefenceKind.control, images=f"{folder}/train"), config, lambda x: x, "cpu", 0)
+    for kind in (DefenceKind.control, DefenceKind.ode):
+        with pytest.raises(UserError, match="a classifier of one network"):
+            builder(DefenceConfig("plain", kind, images=f"{folder}/train"), config, lambda x: x, "cpu", 0)
     with pytest.raises(UserError, match="no trained classifier"):
         header_of(RobustnessConfig(test=f"{folder}/test", classifiers={"a": f"{folder}/nowhere"}), "a", 0)
