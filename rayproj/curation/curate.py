@@ -115,7 +115,7 @@ def curate(config: CurateConfig, report: Callable[[dict[str, Any]], None], devic
     dataset.store.write(WEIGHTS, buffer.getvalue())
     pairs = {name: _show_pairs(name, scores[name], judge, reader, dataset) for name, judge in judges.items()
              if isinstance(judge, Nearest)}  # fmt: skip
-    _write(config, reader, dataset, kept, weight, lambda done: report({"type": "metrics", "step": total + done}))
+    _write(config, reader, dataset, kept, lambda done: report({"type": "metrics", "step": total + done}))
     sizes = Counter(np.bincount(groups).tolist()) if len(groups) else Counter[int]()
     cells = cells_of([source], config.cells) if config.cells else None
     return {
@@ -211,7 +211,6 @@ def _write(
     reader: Reader,
     dataset: Dataset,
     kept: np.ndarray,
-    weight: np.ndarray,
     told: Callable[[int], None],
 ) -> None:
     for shard in range(dataset.header.num_shards):

@@ -57,7 +57,6 @@ class Network:
     kind: str  # the class
     factor: int  # pixels of a side for a latent pixel
     latent_channels: int
-    image_channels: int
     mean: list[float]  # of latents, per channel, as whoever trained it scaled them; [] where that is to be measured
     std: list[float]
 
@@ -70,7 +69,7 @@ def described(config: AutoencoderConfig, image_channels: int) -> Network:
     """
     if not config.weights:
         factor = 2 ** (len(config.channels) - 1)
-        return Network("AutoencoderKL", factor, config.latent_channels, image_channels, [], [])
+        return Network("AutoencoderKL", factor, config.latent_channels, [], [])
     said = others.config_of(config.weights, "autoencoder.weights")
     kind, channels = said.get("_class_name"), said.get("latent_channels", 4)
     blocks = {"AutoencoderKL": "block_out_channels", "AutoencoderTiny": "encoder_block_out_channels"}
@@ -82,7 +81,7 @@ def described(config: AutoencoderConfig, image_channels: int) -> Network:
     scale = said.get("scaling_factor") or 1.0
     mean = said.get("latents_mean") or [said.get("shift_factor") or 0.0] * channels
     std = [value / scale for value in said.get("latents_std") or [1.0] * channels]
-    return Network(kind, 2 ** (len(said[blocks[kind]]) - 1), channels, image_channels, mean, std)
+    return Network(kind, 2 ** (len(said[blocks[kind]]) - 1), channels, mean, std)
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -88,7 +88,6 @@ class DiffusionTask:
         latents: the header of the latent dataset, which has the field "moments" [2C, h, w]: mean and standard
             deviation of the scaled latent.
         codec: decodes previews; None for no previews.
-        text: encodes their prompts; None for none.
         held_out: examples to validate on; None for none.
 
     Raises:
@@ -101,11 +100,11 @@ class DiffusionTask:
         latents: Header,
         seed: int,
         codec: Codec | None = None,
-        text: TextEncoder | None = None,
         held_out: Batch | None = None,
     ) -> None:
         self.config, self.header, self.seed = config, latents, seed
-        self.codec, self.text, self.held_out = codec, text, held_out
+        self.codec, self.held_out = codec, held_out
+        self.text: TextEncoder | None = None  # of the previews' prompts
         self.reasons: Judge | None = None
         self.process = Process(config.process)
         self.starts_trained = bool(config.init or config.denoiser.weights)

@@ -65,11 +65,6 @@ def win_rates(wins: np.ndarray) -> np.ndarray:
     return np.divide(wins, met, out=np.full(met.shape, np.nan), where=met > 0)
 
 
-def expected(difference: np.ndarray | float) -> np.ndarray | float:
-    """Win rate of a model whose Elo is higher by so much."""
-    return 1 / (1 + 10 ** (-np.asarray(difference) / 400))
-
-
 def elo(theta: np.ndarray) -> np.ndarray:
     """Elo of strengths, [..., M], with a mean of 1000 over the models."""
     return MEAN + SCALE * (theta - theta.mean(-1, keepdims=True))

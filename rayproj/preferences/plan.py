@@ -26,7 +26,6 @@ from rayproj.data.prompts import Prompt, read_prompts
 from rayproj.errors import UserError
 
 LEFT, RIGHT, INDIFFERENT = "left", "right", "indifferent"
-CHOICES = (LEFT, INDIFFERENT, RIGHT)
 
 
 class Question(Enum):

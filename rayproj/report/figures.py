@@ -75,7 +75,7 @@ def samples(columns: dict[str, np.ndarray], classes: list[str], zoom: float = 0.
     return figure
 
 
-def curves(series: dict[str, tuple[list[float], list[float]]], ylabel: str, log: bool = False) -> Figure:
+def curves(series: dict[str, tuple[list[float], list[float]]], ylabel: str) -> Figure:
     """Lines over steps: name -> (steps, values), each in its own panel, since their scales differ."""
     figure, axes = panels(len(series), 3.1, 2.3)
     for axis, (name, (x, y)), colour in zip(axes, series.items(), cycle(SERIES), strict=False):
@@ -83,10 +83,7 @@ def curves(series: dict[str, tuple[list[float], list[float]]], ylabel: str, log:
         axis.set_title(name)
         axis.set_xlabel("update")
         axis.set_ylabel(ylabel)
-        if log:
-            axis.set_yscale("log")
-        else:
-            axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=0)
     return figure
 
 

@@ -187,7 +187,8 @@ def test_any_webdataset_tars(tmp_path: Path) -> None:
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     source = open_source(SourceConfig(kind=SourceKind.webdataset, path=str(tmp_path), image_size=8))
-    assert [s["label"] for s in source.samples()] == [0, 1, 2, 0, 1, 2] and source.image_shape == (1, 8, 8)
+    samples = list(source.samples())
+    assert [s["label"] for s in samples] == [0, 1, 2, 0, 1, 2] and {s["image"].shape for s in samples} == {(1, 8, 8)}
     with pytest.raises(UserError, match="lacks a label or attribute"):
         open_source(SourceConfig(kind=SourceKind.webdataset, path=str(tmp_path), attributes=["site"]))
     with pytest.raises(UserError, match="No tar matches"):

@@ -98,7 +98,6 @@ class Source:
     name: str
     classes: tuple[str, ...]
     attributes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
     licence: str
     attribution: str
     # Gives a fresh iterator of samples, of which "image" may also be a function that gives it.

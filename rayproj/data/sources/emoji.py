@@ -54,5 +54,4 @@ def open(config: SourceConfig) -> Source:
                 **{name: row[name] for name in attributes},
             }
 
-    shape = (1 if grey else 3, size, size)
-    return Source("emoji", classes, attributes, shape, "per style", ATTRIBUTION, rows)
+    return Source("emoji", classes, attributes, "per style", ATTRIBUTION, rows)

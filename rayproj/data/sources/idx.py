@@ -83,8 +83,7 @@ def idx_source(
                     **({TONE: tone(image)} if config.attributes else {}),
                 }
 
-    shape = (channels, config.image_size, config.image_size)
-    return Source(name, classes, tuple(config.attributes), shape, licence, attribution, rows)
+    return Source(name, classes, tuple(config.attributes), licence, attribution, rows)
 
 
 def tone(image: np.ndarray) -> str:

@@ -119,21 +119,21 @@ def source(
     first = next(rows(), None)
     if first is None:
         raise UserError(f"{name} at '{config.path}' has no image that can be used.")
-    shape = ImageFile(first.path, first.line, first.table, config, 0)().shape
+    channels = ImageFile(first.path, first.line, first.table, config, 0)().shape[0]
 
     def samples() -> Iterator[dict[str, Any]]:
         for number, row in enumerate(rows()):
             if split := roles.get(row.split, row.split):
                 yield {
                     "key": f"{number:08d}",
-                    "image": ImageFile(row.path, row.line, row.table, config, shape[0]),
+                    "image": ImageFile(row.path, row.line, row.table, config, channels),
                     "label": row.label,
                     "split": split,
                     "group": row.group,
                     **{attribute: row.attributes[attribute] for attribute in kept},
                 }
 
-    return Source(name, classes, kept, shape, licence, attribution, samples)  # type: ignore[arg-type]
+    return Source(name, classes, kept, licence, attribution, samples)
 
 
 def number(values: dict[str, str], column: str, line: int, table: str) -> float:

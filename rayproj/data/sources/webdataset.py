@@ -23,15 +23,13 @@ def open(config: SourceConfig) -> Source:
         raise UserError(f"No tar matches '{pattern}'; give source.path a folder of tars or a glob.")
     labels = sorted({str(label) for _, _, label, _ in _walk(paths, config)}, key=lambda s: (len(s), s))
     name, data, _, _ = next(_walk(paths, config))
-    first = decode(data, name, config)
+    channels = decode(data, name, config).shape[0]
 
     def rows() -> Iterator[dict[str, Any]]:
         for number, (name, data, label, values) in enumerate(_walk(paths, config)):
             image = decode(data, name, config)
-            if image.shape[0] != first.shape[0]:
-                raise UserError(
-                    f"'{name}' has {image.shape[0]} channels, others have {first.shape[0]}; set source.channels."
-                )
+            if image.shape[0] != channels:
+                raise UserError(f"'{name}' has {image.shape[0]} channels, others have {channels}; set source.channels.")
             yield {
                 "key": f"{number:08d}",
                 "image": image,
@@ -41,7 +39,7 @@ def open(config: SourceConfig) -> Source:
                 **{attribute: str(values[attribute]) for attribute in config.attributes},
             }
 
-    return Source(Path(config.path).stem, tuple(labels), tuple(config.attributes), first.shape, "", "", rows)  # type: ignore[arg-type]
+    return Source(Path(config.path).stem, tuple(labels), tuple(config.attributes), "", "", rows)
 
 
 def _walk(paths: list[str], config: SourceConfig) -> Iterator[tuple[str, bytes, Any, dict[str, Any]]]:
