@@ -1,4 +1,4 @@
-"""Guesses of models under obfuscations: stored, measured, and from the published files."""
+"""Predictions of models under obfuscations: stored, measured, and from the published files."""
 
 from __future__ import annotations
 
