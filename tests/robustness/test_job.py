@@ -201,7 +201,7 @@ OPTIONS: dict[DefenceKind, dict[str, float]] = {
 @pytest.mark.parametrize("kind", list(DefenceKind), ids=lambda kind: kind.value)
 def test_every_kind_is_attacked_and_its_cost_told(folder: str, diffusion: str, kind: DefenceKind) -> None:
     config = config_of(folder)
-    config.defences = {"it": DefenceConfig("plain", kind, OPTIONS[kind.value], diffusion, f"{folder}/train")}
+    config.defences = {"it": DefenceConfig("plain", kind, OPTIONS[kind], diffusion, f"{folder}/train")}
     config.threats = {"linf": config.threats["linf"]}
     config.adaptive = AdaptiveConfig(steps=2, draws=2, votes=3, queries=5, repeats=2)
     config.examples = config.shard_size = 16
