@@ -125,6 +125,16 @@ def _resolve_names(node: DictConfig, root: DictConfig) -> None:
             del node[name]
 
 
+def below(least: float, section: str, config: Any, *names: str) -> list[str]:
+    """For `problems`: one for each of the numbers that is less than it may be; None is no number."""
+    values = ((name, getattr(config, name)) for name in names)
+    return [
+        f"{section}.{name} must be at least {least:g}, not {value:g}."
+        for name, value in values
+        if value is not None and not value >= least
+    ]
+
+
 def _leaves(node: Any, schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value as (dotted key, value), down to where the schema's sections end: a mapping given for a plain dict is
     one value, and replaces what was there. Interpolations stay unresolved."""

@@ -1,12 +1,15 @@
 """Configuration: what is wrong is said at once, with the key, the value and the nearest right name."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from rayproj import config
+from rayproj import chain, config
 from rayproj.errors import UserError
 
 
@@ -56,6 +59,55 @@ def test_interpolation_in_the_names_of_a_dict(tmp_path: Path) -> None:
     assert loaded.parts == {"s3://x.y/z/a": 0.5, "b": 0.25, "s3://x.y/z-3": 1.0}
     with pytest.raises(UserError, match="nowhere"):
         config.load(Schema, file, ["data=x", 'parts={"${nowhere}": 1.0}'])
+
+
+# Of numbers that may be negative: -1 has a meaning of its own, or the sign has; and those that only some of the others use.
+SIGNED = {
+    *("RunConfig.seed", "ImportConfig.seed", "RuleConfig.at_least", "RuleConfig.at_most", "RuleConfig.outputs"),
+    *("RetryConfig.max_failures", "RetryConfig.max_hangs", "RetryConfig.max_store_failures"),
+    *("RetryConfig.max_preemptions", "DuplicatesConfig.hash_bits", "SamplerConfig.guidance", "ShareConfig.guidance"),
+    *("DenoiserConfig.attention_from", "DiffusionConfig.time_mean", "AutoencoderConfig.adversarial_from"),
+    *("ObjectiveConfig.dro_adjustment", "DiscoverConfig.least_ratio", "Config.wait_seconds"),
+    *("ClassifierConfig.depth", "GeneratorConfig.size"),
+}
+
+
+def sections(schema: type) -> Iterator[type]:
+    """A schema and every one within it."""
+    yield schema
+    waiting = [get_type_hints(schema)[f.name] for f in fields(schema)]
+    while waiting:
+        hint = waiting.pop()
+        waiting += get_args(hint)
+        if is_dataclass(hint):
+            yield from sections(hint)  # type: ignore[arg-type]
+
+
+def test_no_job_takes_a_negative_number_without_a_word_where_it_means_nothing() -> None:
+    jobs = [import_module(f"rayproj.jobs.{name}").Config for name in chain.jobs() if name != "benchmark"]
+    silent = set()
+    for schema in {part for job in jobs for part in sections(job)}:
+        for one in fields(schema):
+            hint = get_type_hints(schema)[one.name]
+            kinds = {hint, *get_args(hint)} - {type(None), ...}
+            if get_origin(hint) is dict or not kinds & {int, float}:
+                continue
+            values = [[-1, -1], [0, 0]] if get_origin(hint) in (list, tuple) else [-1, 0]
+            said = []
+            for value in [getattr(schema(), one.name), *values]:  # 0 is often good, but must not be divided by
+                given = schema()
+                setattr(given, one.name, value)
+                said.append(set(given.problems()) if hasattr(given, "problems") else set())
+            if said[1] <= said[0]:
+                silent.add(f"{schema.__name__}.{one.name}")
+    assert silent == SIGNED
+
+
+@pytest.mark.parametrize("value", ["-3", "nan"])
+def test_what_is_less_than_it_may_be_is_said_with_its_bound(value: str) -> None:
+    one = Inner(lr=float(value))
+    assert config.below(1, "inner", one, "lr") == [f"inner.lr must be at least 1, not {value}."]
+    assert config.below(1, "inner", Inner(lr=1), "lr") == []
 
 
 def test_a_mapping_replaces_a_dict_and_a_dotted_key_adds_to_it(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from rayproj.classifiers.model import weights_of
+from rayproj.config import below
 from rayproj.data.cells import cells_of
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
@@ -67,7 +68,8 @@ class StudyConfig:
     bootstraps: int = 2000
 
     def problems(self) -> list[str]:
-        return [] if self.tests and self.groups else ["tests and groups must name what the sweep evaluated."]
+        found = [] if self.tests and self.groups else ["tests and groups must name what the sweep evaluated."]
+        return found + below(0, "study", self, "group_examples", "bootstraps")
 
 
 @dataclass(frozen=True)
