@@ -305,13 +305,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "sweep":
         return run_sweep(Path(arguments.config), arguments.overrides)
     if arguments.command == "submit":
-        from rayproj.runtime import submit
-
-        request = submit.Request(arguments.job, arguments.config, arguments.overrides, Path.cwd())
-        if arguments.dry_run:
-            print(submit.describe(request))
-            return 0
-        return submit.submit(request, arguments.address, arguments.follow, arguments.retries)
+        return run_submit(arguments)
     if arguments.command == "plan":
         return run_plan(arguments)
     if arguments.command == "status":
@@ -390,6 +384,23 @@ def run_sweep(path: Path, overrides: list[str]) -> int:
     from rayproj.runtime.command import run_guarded
 
     return run_guarded(lambda: config.load(sweep.Config, path, overrides), sweep.main)
+
+
+def run_submit(arguments: argparse.Namespace) -> int:
+    """A job of the project's is sent with a config that it takes; what another script takes, only it knows."""
+    from rayproj import chain, config
+    from rayproj.runtime import submit
+
+    script, values = Path(arguments.job).resolve(), dict[str, Any]()
+    if script.stem in chain.jobs():
+        module = import_module(f"rayproj.jobs.{script.stem}")
+        if hasattr(module, "Config") and script == Path(str(module.__file__)).resolve():
+            values = config.to_dict(config.load(module.Config, arguments.config, arguments.overrides))
+    request = submit.Request(arguments.job, arguments.config, arguments.overrides, Path.cwd(), values)
+    if arguments.dry_run:
+        print(submit.describe(request))
+        return 0
+    return submit.submit(request, arguments.address, arguments.follow, arguments.retries)
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
