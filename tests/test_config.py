@@ -142,6 +142,12 @@ def test_a_name_like_no_other_lists_the_right_ones() -> None:
         config.load(Schema, None, ["data=x", "inner.zzz=1"])
 
 
+@pytest.mark.parametrize("name", ["lr", "colour"])
+def test_a_name_from_elsewhere_is_found_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"there is no '{name}'; did you mean 'inner.{name.replace('u', '')}'\\?"):
+        config.load(Schema, write(tmp_path / "c.yaml", f"data: x\n{name}: 1\n"))
+
+
 def test_a_missing_value_and_a_broken_rule() -> None:
     with pytest.raises(UserError, match="'data' must be given a value"):
         config.load(Schema)
@@ -151,7 +157,12 @@ def test_a_missing_value_and_a_broken_rule() -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("a: [1", "not valid YAML"), ("- 1\n- 2\n", "must hold 'key: value' lines"), (None, "does not exist")],
+    [
+        ("a: 1\nb: [1", r"not valid YAML: .*expected ',' or ']'.* in line \d, in what begins in line 2\.$"),
+        ("a:\n\tb: 1", r"not valid YAML: found character .* in line 2.*\.$"),
+        ("- 1\n- 2\n", "must hold 'key: value' lines"),
+        (None, "does not exist"),
+    ],
 )
 def test_an_unreadable_file(tmp_path: Path, text: str | None, says: str) -> None:
     path = tmp_path / "c.yaml"
@@ -159,6 +170,18 @@ def test_an_unreadable_file(tmp_path: Path, text: str | None, says: str) -> None
         path.write_text(text)
     with pytest.raises(UserError, match=says):
         config.load(Schema, path)
+
+
+def test_no_file() -> None:
+    with pytest.raises(UserError, match=r"^The path of the config file is empty; give the path of a YAML file\.$"):
+        config.load(Schema, "")
+    with pytest.raises(UserError, match=r"'\.' is a folder"):
+        config.load(Schema, ".")
+
+
+def test_an_override_that_is_no_yaml() -> None:
+    with pytest.raises(UserError, match=r"'steps=\[' cannot be read: .*expected .*node content.*\.$"):
+        config.load(Schema, None, ["steps=["])
 
 
 def test_an_override_without_a_value() -> None:

@@ -133,6 +133,12 @@ def test_another_job_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_one_mistake_in_the_number_of_ranks_is_one_problem() -> None:
+    assert GroupConfig(ranks=-1).problems() == ["cluster.ranks must be at least 0, not -1."]
+    assert GroupConfig(ranks=2, min_ranks=3).problems() == ["cluster.min_ranks must not exceed cluster.ranks."]
+    assert GroupConfig(ranks=2, min_ranks=2).problems() == []
+
+
 @pytest.mark.parametrize("content", ["", '{"job": "jo', "{}", "[]"])
 def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
     with Run.open("job", config(tmp_path)):
