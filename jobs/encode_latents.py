@@ -39,7 +39,7 @@ class Config:
         )
         if self.encoding not in ("npy", "safetensors"):
             found.append(f"encoding is npy or safetensors, not '{self.encoding}'.")
-        return found
+        return found + [f"{n} must be at least {k}." for n, k in (("low", 0), ("batch", 1)) if getattr(self, n) < k]
 
 
 def shards_of(config: Config, inputs: Inputs) -> dict[str, Header]:

@@ -13,6 +13,7 @@ Its file names the stages and has a section for each, which is the config of an 
 from __future__ import annotations
 
 import dataclasses
+import keyword
 import pkgutil
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -20,6 +21,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from omegaconf import DictConfig, ListConfig
 
 from rayproj import config as configuration
 from rayproj.errors import UserError
@@ -55,15 +58,23 @@ def load(path: str | Path, overrides: list[str]) -> Config:
     stages: Any = configuration.read(path).get("stages")
     if any(word.partition("=")[0].partition(".")[0] == "stages" for word in overrides):
         raise UserError("The stages of a chain stand in its file alone; copy the file and change them there.")
-    if not stages or not all(isinstance(name, str) for together in stages for name in together.values()):
+    if not isinstance(stages, ListConfig) or not stages or not all(map(_are_stages, stages)):
         raise UserError(f"'{path}' is no chain; it needs 'stages:' with lines like '- {{NAME: JOB}}'.")
-    known, fields = jobs(), []
+    known, fields, taken = jobs(), [], [one.name for one in dataclasses.fields(Config)]
     for name, job in [pair for together in stages for pair in together.items()]:
+        if not str(name).isidentifier() or keyword.iskeyword(name) or name in taken:
+            raise UserError(f"The stage '{name}' of '{path}' must have another name: letters, digits and _, used once.")
+        taken.append(name)
         if job not in known:
             raise UserError(f"The stage '{name}' of '{path}' is of no job '{job}'; give one of {', '.join(known)}.")
         schema = import_module(f"rayproj.jobs.{job}").Config
         fields.append((name, schema, field(default_factory=schema)))
     return configuration.load(dataclasses.make_dataclass("Chain", fields, bases=(Config,)), path, overrides)
+
+
+def _are_stages(together: Any) -> bool:
+    """Whether that is one entry of 'stages:'."""
+    return isinstance(together, DictConfig) and bool(together) and all(isinstance(j, str) for j in together.values())
 
 
 def stages_of(config: Config) -> list[list[Stage]]:

@@ -4,20 +4,51 @@ playground, dataset, grid, gallery, evaluate, study, verify, gc, doctor."""
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from rayproj import __version__
 from rayproj.config import shipped
 from rayproj.errors import UserError
 from rayproj.storage.store import Store
 
 
+class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Each command's own --help begins with what the list of commands says of it."""
+
+    def add_parser(self, name: str, **options: Any) -> Any:
+        says = options["help"]
+        return super().add_parser(name, description=f"{says[0].upper()}{says[1:]}.", **options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("action", "parsers", _Commands)
+
+
+def _from(least: int, kind: type[int] | type[float] = int) -> Callable[[str], float]:
+    """The type of an option that is a number, and no less than one."""
+
+    def number(text: str) -> float:
+        with suppress(ValueError):
+            if (value := kind(text)) >= least:
+                return value
+        raise argparse.ArgumentTypeError(f"'{text}' is no {'whole ' * (kind is int)}number from {least} on")
+
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rayproj", description="Synthetic vision data that can be trusted.")
+    parser = _Parser(prog="rayproj", description="Synthetic vision data that can be trusted.")
+    parser.add_argument("--version", action="version", version=f"rayproj {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_chains(commands)
     _add_runs(commands)
@@ -41,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:  # of no file: such as a connection's
+            raise
+        where = f"'{error.filename}'" if error.filename is not None else "A file"
+        print(f"error: {where} cannot be read or written ({error.strerror}); give another path.", file=sys.stderr)
+        return 2
 
 
 def _add_chains(commands: Any) -> None:
@@ -63,15 +100,17 @@ def _add_runs(commands: Any) -> None:
     submit.add_argument("overrides", nargs="*", metavar="key=value")
     submit.add_argument("--address", default=None, help="http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS)")
     submit.add_argument("--follow", action="store_true", help="stream the log and exit as the job does")
-    submit.add_argument("--retries", type=int, default=0, metavar="N", help="follow, and send it again if it is lost")
+    submit.add_argument(
+        "--retries", type=_from(0), default=0, metavar="N", help="follow, and send it again if it is lost"
+    )
     submit.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
     plan = commands.add_parser("plan", help="what a job would need and do, without starting anything")
     plan.add_argument("job", help="a script, such as jobs/train_diffusion.py, or its name, or chain")
     plan.add_argument("config", help="a YAML file")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument("--samples", type=int, default=0, metavar="N", help="of an input that is not there yet")
+    plan.add_argument("--samples", type=_from(0), default=0, metavar="N", help="of an input that is not there yet")
     plan.add_argument("--shape", default="", metavar="CxHxW", help="of its images or latents, such as 4x8x8")
-    plan.add_argument("--classes", type=int, default=0, metavar="N", help="of it")
+    plan.add_argument("--classes", type=_from(0), default=0, metavar="N", help="of it")
     plan.add_argument(
         "--text", default="24x384", metavar="TxD", help="tokens and dimension of its captions' embeddings"
     )
@@ -112,7 +151,9 @@ def _add_data(commands: Any) -> None:
     show = questions.add_parser("show", help="counts, classes, attributes, where it comes from, what it guarantees")
     show.add_argument("uri", metavar="URI", help="a dataset")
     show.add_argument("--sheet", metavar="FILE", help="write a PNG file with some images of each class")
-    show.add_argument("--per-class", type=int, default=8, metavar="N", help="images of a class (default: %(default)d)")
+    show.add_argument(
+        "--per-class", type=_from(1), default=8, metavar="N", help="images of a class (default: %(default)d)"
+    )
     show.add_argument(
         "--beside", action="append", default=[], metavar="URI", help="the same samples of another dataset"
     )
@@ -124,12 +165,14 @@ def _add_data(commands: Any) -> None:
     grid.add_argument("dataset", metavar="DATASET_URI", help="what jobs/generate.py wrote")
     grid.add_argument("file", metavar="FILE", help="a PNG file")
     grid.add_argument(
-        "--per-cell", type=int, default=4, metavar="N", help="images of one kind at most (default: %(default)d)"
+        "--per-cell", type=_from(1), default=4, metavar="N", help="images of one kind at most (default: %(default)d)"
     )
     gallery = commands.add_parser("gallery", help="a page that shows each obfuscation at several draws")
     gallery.add_argument("images", metavar="URI", help="a dataset, or a folder of images of ImageNet")
     gallery.add_argument("file", metavar="FILE", help="an HTML file")
-    gallery.add_argument("--draws", type=int, default=6, metavar="N", help="pictures of each (default: %(default)d)")
+    gallery.add_argument(
+        "--draws", type=_from(1), default=6, metavar="N", help="pictures of each (default: %(default)d)"
+    )
     gallery.add_argument("--photos", default="", metavar="URI", help="a dataset of other pictures to compose with")
     gallery.add_argument("--learned", default="", metavar="RUN", help="run dir of jobs/learn_obfuscations.py")
     gallery.add_argument(
@@ -151,7 +194,11 @@ def _add_evaluate(commands: Any) -> None:
         "--group", required=True, action="append", metavar="COLUMN", help="again for more, and their intersections"
     )
     skew.add_argument(
-        "--together", type=int, default=2, metavar="N", help="groups of an intersection, at most (default: %(default)d)"
+        "--together",
+        type=_from(1),
+        default=2,
+        metavar="N",
+        help="groups of an intersection, at most (default: %(default)d)",
     )
     skew.add_argument("--by", default="", metavar="COLUMN", help="such as that of several models: one for each value")
     skew.add_argument(
@@ -165,14 +212,22 @@ def _add_evaluate(commands: Any) -> None:
         help="a text model of transformers: other texts are the nearest class",
     )
     skew.add_argument(
-        "--vocabulary", type=int, default=0, metavar="N", help="predictions but for the N commonest are one"
+        "--vocabulary", type=_from(0), default=0, metavar="N", help="predictions but for the N commonest are one"
     )
-    skew.add_argument("--rare", type=int, default=0, metavar="N", help="predictions of a class rarer than N are one")
+    skew.add_argument(
+        "--rare", type=_from(0), default=0, metavar="N", help="predictions of a class rarer than N are one"
+    )
     skew.add_argument("--plain", action="store_true", help="Cramér's V without the correction of its bias")
-    skew.add_argument("--min-examples", type=int, default=10, metavar="N", help="of a class (default: %(default)d)")
-    skew.add_argument("--permutations", type=int, default=1000, metavar="N", help="for chance (default: %(default)d)")
-    skew.add_argument("--bootstraps", type=int, default=1000, metavar="N", help="for intervals (default: %(default)d)")
-    skew.add_argument("--top", type=int, default=5, metavar="N", help="classes to explain (default: %(default)d)")
+    skew.add_argument(
+        "--min-examples", type=_from(0), default=10, metavar="N", help="of a class (default: %(default)d)"
+    )
+    skew.add_argument(
+        "--permutations", type=_from(0), default=1000, metavar="N", help="for chance (default: %(default)d)"
+    )
+    skew.add_argument(
+        "--bootstraps", type=_from(0), default=1000, metavar="N", help="for intervals (default: %(default)d)"
+    )
+    skew.add_argument("--top", type=_from(0), default=5, metavar="N", help="classes to explain (default: %(default)d)")
     skew.add_argument("--out", metavar="FILE", help="keep all of it as JSON")
     skew.add_argument("--picture", metavar="FILE", help="a PNG file: effect sizes beside accuracy and gap")
     skew.add_argument("--residuals", metavar="FILE", help="a PNG file: the tables of the classes that drive the value")
@@ -194,7 +249,7 @@ def _add_study(commands: Any) -> None:
     report = questions.add_parser("report", help="what the ratings say so far, of one study or several together")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run dirs of jobs/serve_study.py")
     report.add_argument("--to", required=True, metavar="DIR", help="where the page, its numbers and the ratings go")
-    report.add_argument("--bootstraps", type=int, default=1000, metavar="N", help="(default: %(default)d)")
+    report.add_argument("--bootstraps", type=_from(1), default=1000, metavar="N", help="(default: %(default)d)")
     add = questions.add_parser(
         "add", help="whom a new model is to meet next: the best, then four better and four worse"
     )
@@ -233,7 +288,7 @@ def _add_upkeep(commands: Any) -> None:
     verify.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
     gc = commands.add_parser("gc", help="delete what no commit holds, as killed processes leave it")
     gc.add_argument("uri", metavar="URI", help="a run, a dataset, or a folder of them")
-    gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS", help="(default: %(default)g)")
+    gc.add_argument("--older-than", type=_from(0, float), default=24.0, metavar="HOURS", help="(default: %(default)g)")
     gc.add_argument("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
     doctor = commands.add_parser("doctor", help="whether this machine is fit, and what to do where it is not")
     doctor.add_argument("uri", nargs="?", metavar="URI", help="where runs are to be kept; by default this folder")
@@ -275,13 +330,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "sweep":
         return run_sweep(Path(arguments.config), arguments.overrides)
     if arguments.command == "submit":
-        from rayproj.runtime import submit
-
-        request = submit.Request(arguments.job, arguments.config, arguments.overrides, Path.cwd())
-        if arguments.dry_run:
-            print(submit.describe(request))
-            return 0
-        return submit.submit(request, arguments.address, arguments.follow, arguments.retries)
+        return run_submit(arguments)
     if arguments.command == "plan":
         return run_plan(arguments)
     if arguments.command == "status":
@@ -360,6 +409,23 @@ def run_sweep(path: Path, overrides: list[str]) -> int:
     from rayproj.runtime.command import run_guarded
 
     return run_guarded(lambda: config.load(sweep.Config, path, overrides), sweep.main)
+
+
+def run_submit(arguments: argparse.Namespace) -> int:
+    """A job of the project's is sent with a config that it takes; what another script takes, only it knows."""
+    from rayproj import chain, config
+    from rayproj.runtime import submit
+
+    script, values = Path(arguments.job).resolve(), dict[str, Any]()
+    if script.stem in chain.jobs():
+        module = import_module(f"rayproj.jobs.{script.stem}")
+        if hasattr(module, "Config") and script == Path(str(module.__file__)).resolve():
+            values = config.to_dict(config.load(module.Config, arguments.config, arguments.overrides))
+    request = submit.Request(arguments.job, arguments.config, arguments.overrides, Path.cwd(), values)
+    if arguments.dry_run:
+        print(submit.describe(request))
+        return 0
+    return submit.submit(request, arguments.address, arguments.follow, arguments.retries)
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from rayproj.errors import UserError
 
@@ -88,7 +89,7 @@ def _given(schema: DictConfig, path: str | Path | None, overrides: list[str]) ->
         try:
             value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
         except Exception as error:
-            raise UserError(f"The override '{override}' cannot be read: {_first_line(error)}") from error
+            raise UserError(f"The override '{override}' cannot be read: {_why(error)}.") from error
         inside = OmegaConf.select(schema, key, throw_on_missing=False)
         for leaf, leaf_value in _leaves(value, inside, key):
             yield override, leaf, leaf_value
@@ -105,9 +106,10 @@ def read(path: str | Path) -> DictConfig:
     except FileNotFoundError:
         raise UserError(f"The config file '{path}' does not exist; check the path.") from None
     except IsADirectoryError:
-        raise UserError(f"'{path}' is a folder; give the path of a YAML file.") from None
+        what = f"'{path}' is a folder" if str(path) else "The path of the config file is empty"
+        raise UserError(f"{what}; give the path of a YAML file.") from None
     except Exception as error:
-        raise UserError(f"The config file '{path}' is not valid YAML: {_first_line(error)}") from error
+        raise UserError(f"The config file '{path}' is not valid YAML: {_why(error)}{_where(error)}.") from error
     if not isinstance(given, DictConfig):
         raise UserError(f"The config file '{path}' must hold 'key: value' lines.")
     return given
@@ -123,6 +125,16 @@ def _resolve_names(node: DictConfig, root: DictConfig) -> None:
             resolved = OmegaConf.create({"name": name}, parent=root).name
             node[resolved] = child
             del node[name]
+
+
+def below(least: float, section: str, config: Any, *names: str) -> list[str]:
+    """For `problems`: one for each of the numbers that is less than it may be; None is no number."""
+    values = ((name, getattr(config, name)) for name in names)
+    return [
+        f"{section}.{name} must be at least {least:g}, not {value:g}."
+        for name, value in values
+        if value is not None and not value >= least
+    ]
 
 
 def _leaves(node: Any, schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -148,7 +160,7 @@ def _set(config: DictConfig, key: str, value: Any) -> str | None:
         # `keys()`, because "in" is false for a value that is missing ("???").
         known = list(map(str, node.keys())) if isinstance(node, DictConfig) else []
         if isinstance(node, DictConfig) and OmegaConf.get_type(node) not in (dict, None) and name not in known:
-            return f"there is no '{key}'{_nearest(name, known, walked)}"
+            return f"there is no '{key}'{_nearest(name, known, walked, config)}"
         walked.append(name)
         node = node._get_node(name) if name in known else None
     try:
@@ -164,12 +176,25 @@ def _set(config: DictConfig, key: str, value: Any) -> str | None:
     return None
 
 
-def _nearest(name: str, known: list[str], walked: list[str]) -> str:
+def _nearest(name: str, known: list[str], walked: list[str], config: DictConfig) -> str:
     where = f"'{'.'.join(walked)}'" if walked else "the config"
     match = difflib.get_close_matches(name, known, n=1)
     if match:
         return f"; did you mean '{'.'.join([*walked, match[0]])}'?"
+    elsewhere = {key: key.rpartition(".")[2] for key in sorted(_keys(config), key=lambda key: key.count("."))}
+    if match := difflib.get_close_matches(name, elsewhere.values(), n=1, cutoff=0.8):
+        places = [f"'{key}'" for key, last in elsewhere.items() if last == match[0]]
+        return f"; did you mean {' or '.join(places[:3])}?"
     return f"; {where} has: {', '.join(sorted(known))}."
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all sections of a schema."""
+    for name in map(str, config):
+        yield f"{prefix}{name}"
+        inside = config._get_node(name)
+        if isinstance(inside, DictConfig) and OmegaConf.get_type(inside) not in (dict, None):
+            yield from _keys(inside, f"{prefix}{name}.")
 
 
 def _cross_field_problems(value: Any) -> Iterator[str]:
@@ -186,6 +211,17 @@ def _cross_field_problems(value: Any) -> Iterator[str]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a text of YAML; the first line says what was being read, such as a flow node."""
+    return str(error.problem) if isinstance(error, MarkedYAMLError) and error.problem else _first_line(error)
+
+
+def _where(error: Exception) -> str:
+    marks = (error.problem_mark, error.context_mark) if isinstance(error, MarkedYAMLError) else (None, None)
+    at, begins = (mark and mark.line + 1 for mark in marks)
+    return (f" in line {at}" if at else "") + (f", in what begins in line {begins}" if begins else "")
 
 
 def _report(problems: list[str]) -> UserError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rayproj import config as configuration
@@ -73,16 +73,27 @@ def verify(uri: str) -> Iterator[Verified]:
             else:
                 yield _verified(place, run.at(commit.folder), list(commit.files))
     for folder in datasets:
-        dataset = Dataset.open(_at(root, folder).uri)
-        records = dataset.records()
-        files = [FileRecord(r.object, r.size, r.sha256) for r in records.values()]
-        missing = dataset.header.num_shards - len(records)
+        try:
+            dataset = Dataset.open(_at(root, folder).uri)
+        except UserError as error:
+            yield Verified(folder or root.uri, 0, 0, (str(error),))
+            continue
+        committed, files, wrong = dataset.committed(), list[FileRecord](), list[str]()
+        for shard in committed:
+            try:
+                if record := dataset.record(shard):
+                    files.append(FileRecord(record.object, record.size, record.sha256))
+            except UserError as error:
+                wrong.append(str(error))
+        missing = dataset.header.num_shards - len(committed)
         note = f"{missing} of {dataset.header.num_shards} shards are not made yet" if missing else ""
-        yield _verified(folder or dataset.uri, dataset.store, files, note)
+        yield _verified(folder or dataset.uri, dataset.store, files, note, wrong)
 
 
-def _verified(what: str, store: Store, files: list[FileRecord], note: str = "") -> Verified:
-    wrong = []
+def _verified(
+    what: str, store: Store, files: list[FileRecord], note: str = "", unreadable: Iterable[str] = ()
+) -> Verified:
+    wrong = [*unreadable]
     for record in files:
         try:
             store.check(record)

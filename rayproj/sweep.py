@@ -76,7 +76,8 @@ class RoomConfig:
 
     def problems(self) -> list[str]:
         endless = self.cpus <= 0 and self.gpus <= 0 and not self.at_once
-        return ["room.at_once must be given where a point reserves nothing."] if endless else []
+        found = ["room.at_once must be given where a point reserves nothing."] if endless else []
+        return found + configuration.below(0, "room", self, "cpus", "gpus", "at_once")
 
 
 @dataclass(frozen=True)

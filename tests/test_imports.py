@@ -18,7 +18,7 @@ LAYERS = [
 ]
 BELOW_RAY = LAYERS[0] | LAYERS[1] | LAYERS[2]
 KNOW_NO_LOSS = {"runtime", "tracking"}
-TOP = {"jobs", "benchmarks", "chain", "sweep", "cli", "report", "export", "planning", "maintenance"}
+TOP = {"jobs", "benchmarks", "chain", "sweep", "cli", "__main__", "report", "export", "planning", "maintenance"}
 MODULES = sorted((ROOT / "rayproj").rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
 
 

@@ -71,6 +71,21 @@ def test_a_record_that_cannot_be_read_is_damage(root: Path, capsys: pytest.Captu
     assert f"{record} cannot be read" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("victim", ["dataset.json", "commits/000001.json"])
+@pytest.mark.parametrize("content", [b"", b'{"shard": 1', b"[]", b"\xff"])
+def test_so_is_one_of_a_dataset(root: Path, capsys: pytest.CaptureFixture[str], victim: str, content: bytes) -> None:
+    record = root / "data" / victim
+    record.write_bytes(content)
+    assert cli.main(["verify", str(root)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("ok " in line for line in lines) == 2 and sum("BAD  data:" in line for line in lines) == 1
+    assert sum(f"'{record}' is damaged and cannot be read" in line for line in lines) == 1
+    if victim != "dataset.json":
+        assert "BAD  data: 3 files" in "\n".join(lines), "the others' files are read nevertheless"
+    assert cli.main(["dataset", "show", str(root / "data")]) == 2
+    assert f"error: '{record}' is damaged and cannot be read" in capsys.readouterr().err
+
+
 def test_nothing_to_verify_or_to_delete(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a checkpoint nor a dataset"):
         list(maintenance.verify(str(tmp_path)))

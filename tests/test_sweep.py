@@ -9,7 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from rayproj.jobs.sweep import Config  # type: ignore[import-not-found]
 
+from rayproj import chain, config
 from rayproj.classifiers.model import weights_of
 from rayproj.errors import UserError
 from rayproj.sweep import GridConfig, SweepConfig, points
@@ -54,6 +56,16 @@ def test_a_chain_has_its_root_at_the_point() -> None:
     stages = {name: config for together in found[1].stages for name, _, config in together}
     assert stages["train_diffusion"]["train"]["steps"] == 6
     assert stages["train_diffusion"]["run"]["dir"] == "out/steps=6/train_diffusion"
+
+
+def test_the_example_is_six_trainings_on_what_the_demo_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = points(config.load(Config, "configs/sweep.yaml").sweep)
+    assert [p.name for p in found] == [f"lr={lr},seed={seed}" for lr in ("0.0003", "0.001") for seed in (0, 1, 2)]
+    demo = chain.load("configs/demo.yaml", [])
+    values = [values for point in found for [(_, _, values)] in point.stages]
+    assert {v["data"] for v in values} == {demo.classifier_real.data}  # type: ignore[attr-defined]
+    assert {(v["consumer"], v["wait_seconds"], v["cluster"]["ranks"]) for v in values} == {("", 0, 0)}
 
 
 @pytest.mark.parametrize(

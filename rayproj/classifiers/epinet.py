@@ -58,6 +58,8 @@ class EpistemicConfig:
     def problems(self) -> list[str]:
         positive = ("index", "members", "samples", "predict")
         found = [f"epistemic.{name} must be positive." for name in positive if getattr(self, name) < 1]
+        if any(width < 1 for width in self.hidden):
+            found.append("epistemic.hidden are widths, each at least 1.")
         if not 0 <= self.dropout < 1:
             found.append(f"epistemic.dropout must lie in [0, 1), not {self.dropout:g}.")
         if min(self.prior, self.conv_prior, self.mlp_prior) < 0:

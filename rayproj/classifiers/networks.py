@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rayproj.classifiers.ensembles import BatchEnsemble, Ensemble, MCDropout
 from rayproj.classifiers.epinet import Epinet, EpistemicConfig, EpistemicKind
+from rayproj.config import below
 from rayproj.errors import UserError
 
 
@@ -52,11 +53,15 @@ class ClassifierConfig:
     epistemic: EpistemicConfig = field(default_factory=EpistemicConfig)  # a network that knows how sure it is
 
     def problems(self) -> list[str]:
+        if small := below(1, "classifier", self, "norm_groups", "width", "layers", "dim", "heads", "patch"):
+            return small
         found = [
             f"classifier.channels: {c} is not a multiple of classifier.norm_groups={self.norm_groups}."
             for c in self.channels
             if self.network is Network.conv and c % self.norm_groups
         ]
+        if not 0 <= self.dropout < 1:
+            found.append(f"classifier.dropout must lie in [0, 1), not {self.dropout:g}.")
         if self.network is Network.wide_resnet and ((self.depth - 4) % 6 or self.depth < 10):
             found.append(f"classifier.depth={self.depth} is not 6 n + 4, such as 16 or 28.")
         if self.network is Network.vit and self.dim % self.heads:

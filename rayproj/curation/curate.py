@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayproj.config import below
 from rayproj.curation.duplicates import clusters, difference_hash, weights
 from rayproj.curation.scorers import Columns, Nearest, RuleConfig, Score, Scorer, scorer
 from rayproj.data.cells import cells_of
@@ -45,7 +46,9 @@ class DuplicatesConfig:
     feature_size: int = 64  # side to which images are resized for the network
 
     def problems(self) -> list[str]:
-        found = [] if 0 <= self.similarity <= 1 else ["duplicates.similarity must lie in [0, 1]."]
+        found = below(1, "duplicates", self, "feature_size")
+        if not 0 <= self.similarity <= 1:
+            found.append("duplicates.similarity must lie in [0, 1].")
         if not -1 <= self.hash_bits < 32:
             found.append("duplicates.hash_bits must lie in [0, 31], or be -1.")
         return found if 0 <= self.power <= 1 else [*found, "duplicates.power must lie in [0, 1]."]
@@ -67,7 +70,8 @@ class CurateConfig:
 
     def problems(self) -> list[str]:
         wrong = [name for name in self.captions if not re.fullmatch(r"caption_\w+", name)]
-        return [f"captions.{name}: give it a name like caption_{name}." for name in wrong]
+        found = [f"captions.{name}: give it a name like caption_{name}." for name in wrong]
+        return found + below(0, "curate", self, "shard_size") + below(1, "curate", self, "batch")
 
 
 def curate(config: CurateConfig, report: Callable[[dict[str, Any]], None], device: str = "cpu") -> dict[str, Any]:

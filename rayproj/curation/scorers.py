@@ -72,6 +72,8 @@ class RuleConfig:
         return ~((score >= low) & (score <= high))
 
     def problems(self) -> list[str]:
+        if self.size < 1:
+            return [f"A rule's size must be at least 1, not {self.size}."]
         if self.at_least is None and self.at_most is None:
             return ["A rule needs at_least, at_most or both: it leaves out what scores outside of them."]
         if self.scorer is Scorer.blocked and not self.words:

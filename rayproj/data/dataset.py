@@ -116,6 +116,10 @@ class ShardRecord:
     seconds: float  # it took to make
     committed_at: float  # unix time
 
+    @classmethod
+    def from_json(cls, data: bytes) -> ShardRecord:
+        return cls(**from_json(data))
+
 
 class Inputs:
     """Headers of datasets that may not be there yet, for planning.
@@ -157,11 +161,11 @@ class Dataset:
         """Plan a dataset, or open one that has the same plan.
 
         Raises:
-            UserError: another dataset is there.
+            UserError: another dataset is there, or a damaged one.
         """
         store = Store(uri)
         if not store.put_once("dataset.json", header.to_json()):
-            there = Header.from_json(store.read("dataset.json"))
+            there = store.parsed("dataset.json", Header.from_json)
             if there.to_json() != header.to_json():
                 ours, theirs = asdict(header), asdict(there)
                 differing = ", ".join(sorted(k for k in ours if to_json(ours[k]) != to_json(theirs[k])))
@@ -176,12 +180,12 @@ class Dataset:
         """Open a dataset, waiting for its header if it is not there yet; `stop` ends the wait with Interrupted.
 
         Raises:
-            UserError: there is none after waiting.
+            UserError: there is none after waiting, or its header is damaged.
         """
         store, deadline = Store(uri), time.monotonic() + wait_seconds
         while True:
             try:
-                return cls(uri, Header.from_json(store.read("dataset.json")))
+                return cls(uri, store.parsed("dataset.json", Header.from_json))
             except FileNotFoundError:
                 if stop():
                     raise Interrupted from None
@@ -190,10 +194,14 @@ class Dataset:
                 time.sleep(min(0.2, wait_seconds))
 
     def record(self, shard: int) -> ShardRecord | None:
-        """The record of a committed shard, or None. A record never changes, so it is read once."""
+        """The record of a committed shard, or None. A record never changes, so it is read once.
+
+        Raises:
+            UserError: it is damaged.
+        """
         if shard not in self._records:
             try:
-                self._records[shard] = ShardRecord(**from_json(self.store.read(f"commits/{shard:06d}.json")))
+                self._records[shard] = self.store.parsed(f"commits/{shard:06d}.json", ShardRecord.from_json)
             except FileNotFoundError:
                 return None
         return self._records[shard]
@@ -201,9 +209,13 @@ class Dataset:
     def records(self) -> dict[int, ShardRecord]:
         """Every committed shard's record, by shard."""
         if len(self._records) < self.header.num_shards:
-            for path in self.store.list("commits"):
-                self.record(int(path.removeprefix("commits/").removesuffix(".json")))
+            for shard in self.committed():
+                self.record(shard)
         return dict(sorted(self._records.items()))
+
+    def committed(self) -> list[int]:
+        """The shards that have a record, sound or not."""
+        return [int(path.removeprefix("commits/").removesuffix(".json")) for path in self.store.list("commits")]
 
     def orphans(self) -> list[str]:
         """Data of shards that were never committed: somebody died, or writes just now."""

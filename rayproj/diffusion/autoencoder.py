@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rayproj import config as configuration
 from rayproj import keyed
+from rayproj.config import below
 from rayproj.diffusion import others
 from rayproj.diffusion.perceptual import PatchCritic, PerceptualDistance
 from rayproj.engine.checkpoint import load_ema
@@ -41,6 +42,8 @@ class AutoencoderConfig:
     adversarial_from: int = 0  # step from which that counts, when images are about right
 
     def problems(self) -> list[str]:
+        if small := below(1, "autoencoder", self, "layers_per_block", "norm_groups", "latent_channels"):
+            return small
         found = [
             f"autoencoder.channels: {c} is not a multiple of autoencoder.norm_groups={self.norm_groups}."
             for c in self.channels

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayproj.config import below
 from rayproj.diffusion import others
 from rayproj.diffusion.conditions import LABEL, LOW, Condition, Conditions, Embedding
 from rayproj.diffusion.text import TextConfig, TextEncoder
@@ -49,9 +50,9 @@ class DenoiserConfig:
     )
 
     def problems(self) -> list[str]:
-        if self.network is not Network.unet:
-            names = ("layers", "heads", "patch", "head_dim")
-            return [f"denoiser.{name} must be at least 1." for name in names if getattr(self, name) < 1]
+        names = ("layers", "heads", "patch", "head_dim", "layers_per_block", "norm_groups")
+        if (small := below(1, "denoiser", self, *names)) or self.network is not Network.unet:
+            return small
         return [
             f"denoiser.channels: {c} is not a multiple of denoiser.{name}={size}."
             for name, size in (("norm_groups", self.norm_groups), ("head_dim", self.head_dim))

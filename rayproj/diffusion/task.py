@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rayproj import config as configuration
 from rayproj import keyed
+from rayproj.config import below
 from rayproj.data.dataset import Dataset, Header
 from rayproj.data.reader import Reader
 from rayproj.diffusion import process, sampling
@@ -71,6 +72,10 @@ class DiffusionConfig:
             return wrong
         if self.lora.rank and (self.trainable or not self.init):
             return ["diffusion.lora.rank goes with diffusion.init, and not with diffusion.trainable."]
+        if wrong := below(1, "diffusion", self, "validation_samples"):
+            return wrong
+        if self.time_std <= 0:
+            return [f"diffusion.time_std must be positive, not {self.time_std:g}."]
         if (self.time_density is TimeDensity.mixture) != bool(self.time_mixture):
             return ["diffusion.time_mixture goes with diffusion.time_density=mixture: a list of [low, high, weight]."]
         if self.validation_drawn and not 2 <= self.validation_drawn <= self.validation_samples:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayproj.config import below
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.errors import UserError
@@ -31,6 +32,9 @@ class EmbedderConfig:
 
     model: str = ""  # folder of an image model of transformers; "": EfficientNet-lite0, which comes with this package
     size: int = 64  # of EfficientNet-lite0: side to which images are resized
+
+    def problems(self) -> list[str]:
+        return below(1, "discover.embedder", self, "size")
 
 
 @dataclass

@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayproj import faults
+from rayproj.config import below
 from rayproj.engine.ema import combination
 from rayproj.engine.engine import Engine, Snapshot
 from rayproj.engine.layout import join
@@ -61,7 +62,8 @@ class CheckpointConfig:
     asynchronous: bool = True  # hash and upload beside the training, which then stops for a copy to the host alone
 
     def problems(self) -> list[str]:
-        return [] if self.keep_last >= 1 else [f"checkpoint.keep_last must be at least 1, not {self.keep_last}."]
+        found = below(0, "checkpoint", self, "every_steps", "every_seconds", "keep_every", "keep_best")
+        return below(1, "checkpoint", self, "keep_last") + found
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rayproj.config import below
 from rayproj.engine import ema
 from rayproj.engine.compiling import compile_blocks, need_compiler
 from rayproj.engine.layout import Piece, Run, cut, join, pieces, runs
@@ -46,7 +47,10 @@ class OptimizerConfig:
     clip_grad_norm: float = 1.0  # of the averaged gradient; 0 is off. Private training clips per example instead.
 
     def problems(self) -> list[str]:
-        return [] if self.lr > 0 else [f"optimizer.lr must be positive, not {self.lr}."]
+        found = [] if self.lr > 0 else [f"optimizer.lr must be positive, not {self.lr}."]
+        if not all(0 <= beta < 1 for beta in self.betas):
+            found.append("optimizer.betas must lie in [0, 1).")
+        return found + below(0, "optimizer", self, "eps", "weight_decay", "warmup_steps", "clip_grad_norm")
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayproj import faults
+from rayproj.config import below
 from rayproj.engine import checkpoint
 from rayproj.engine.checkpoint import CheckpointConfig
 from rayproj.engine.engine import Engine, EngineConfig, load_flat
@@ -60,6 +61,7 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         found = [f"train.{k} must be positive." for k in ("batch", "log_every") if getattr(self, k) <= 0]
+        found += below(0, "train", self, "micro_batch", "preview_every", "validate_every", "peak_tflops")
         return found if self.steps >= 0 else [*found, "train.steps must not be negative."]
 
 

@@ -15,6 +15,7 @@ from pyarrow import parquet
 from torch import nn
 
 from rayproj import classifiers
+from rayproj.config import below
 from rayproj.data.cells import cells_of, texts_of
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
@@ -70,6 +71,8 @@ class EvaluateConfig:
     def problems(self) -> list[str]:
         unknown = sorted(set(self.learned_from) - set(self.synthetic))
         found = [f"evaluate.learned_from has '{name}', which evaluate.synthetic has not." for name in unknown]
+        found += below(1, "evaluate", self, "samples", "feature_size", "batch")
+        found += below(0, "evaluate", self, "group_examples", "bootstraps")
         if MAIN in self.tests:
             found.append(f"evaluate.tests: '{MAIN}' is the name of evaluate.test; give the set another.")
         if REAL in self.synthetic:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rayproj import classifiers
+from rayproj.config import below
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
 from rayproj.engine.training import Link
@@ -48,7 +49,8 @@ class LearnConfig:
 
     def problems(self) -> list[str]:
         positive = ("samples", "styles", "textures", "batch", "style_side")
-        return [f"learn.{name} must be positive." for name in positive if getattr(self, name) < 1]
+        found = [f"learn.{name} must be positive." for name in positive if getattr(self, name) < 1]
+        return found + below(0, "learn", self, "patch_side", "patch_steps", "style_steps")
 
 
 def learn(config: LearnConfig, seed: int, store: Store, world: World, link: Link) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class ExaminedConfig:
     def problems(self) -> list[str]:
         if len(self.mean) != len(self.std) or any(s <= 0 for s in self.std):
             return ["A classifier's mean and std go together, one of each for a channel, std positive."]
-        return []
+        return [] if self.size >= 0 else [f"A classifier's size must be at least 0, not {self.size}."]
 
 
 class Examined(Protocol):

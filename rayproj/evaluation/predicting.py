@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from rayproj import config as configuration
+from rayproj.config import below
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.reader import Reader
 from rayproj.data.tfrecords import PublishedImages
@@ -43,6 +44,7 @@ class PredictConfig:
         found = (
             [] if self.models or self.predictions else ["evaluate.models or evaluate.predictions must name something."]
         )
+        found += below(0, "evaluate", self, "intervals") + below(1, "evaluate", self, "batch")
         if self.groups and self.conflict_stimuli:
             found.append("evaluate.groups and evaluate.conflict_stimuli are both groups of classes; choose one.")
         if self.predictions and (self.groups or self.conflict_stimuli):

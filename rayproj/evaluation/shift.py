@@ -89,6 +89,8 @@ class ShiftConfig:
             found.append(f"shift.baseline='{self.baseline}' is not in shift.networks.")
         if not self.indices or min(self.indices) < 1:
             found.append("shift.indices must be positive numbers.")
+        if min([*self.most.values(), *self.extrapolated], default=1) < 1:
+            found.append("shift.most and shift.extrapolated must be positive numbers.")
         return found
 
 

@@ -90,7 +90,7 @@ class JudgeConfig:
 
     def problems(self) -> list[str]:
         found = [] if self.models else ["judge.models must name the dataset of a model."]
-        found += [f"judge.{n} must be positive." for n in ("samples", "batch") if getattr(self, n) < 1]
+        found += [f"judge.{n} must be positive." for n in ("samples", "batch", "feature_size") if getattr(self, n) < 1]
         if self.pairs < 0:
             found.append("judge.pairs must not be negative.")
         if both := sorted({*self.models} & {*self.attempts, "reference"}):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayproj.config import below, from_dict
 from rayproj.data.dataset import Dataset, Field, Header
 from rayproj.data.imagenet import ImageFolders
 from rayproj.data.reader import Reader
@@ -43,7 +44,9 @@ class WriteConfig:
     batch: int = 64
 
     def problems(self) -> list[str]:
-        found = [f"obfuscate.{n} must be positive." for n in ("draws", "shard_size", "batch") if getattr(self, n) < 1]
+        names = ("draws", "shard_size", "batch", "size")
+        found = [f"obfuscate.{n} must be positive." for n in names if getattr(self, n) < 1]
+        found += below(0, "obfuscate", self, "samples")
         if self.severity not in (0, *SEVERITIES):
             found.append(f"obfuscate.severity is 1 to 5, or 0 for the whole ranges, not {self.severity}.")
         if self.encoding not in ("", "png", "webp", "jpg"):
@@ -115,7 +118,6 @@ class Writer:
     """Makes shards. Values: "config", as of `WriteConfig`, and "out"."""
 
     def __init__(self, values: dict[str, Any], device: str) -> None:
-        from rayproj.config import from_dict
 
         self.config, self.device = from_dict(WriteConfig, values["config"]), device
         self.header = Dataset.open(values["out"]).header

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayproj.config import below
 from rayproj.web import name_problems, own
 
 
@@ -28,6 +29,7 @@ class ServeConfig:
             found.append("serve.certificate and serve.key go together; give both or neither.")
         if self.replicas < 1 or not 0 < self.port < 65536:
             found.append("serve.replicas must be positive, and serve.port from 1 to 65535.")
+        found += below(0, "serve", self, "cpus_per_replica")
         return found + name_problems(self.hosts, "serve.hosts")
 
     @property

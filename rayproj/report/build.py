@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from functools import partial
@@ -19,6 +18,7 @@ from rayproj.data.reader import Reader
 from rayproj.report import figures, obfuscations, robustness, soups
 from rayproj.report.pages import data_uri, rendered
 from rayproj.storage.store import Store, from_json
+from rayproj.tracking.tracker import rows_of
 
 PACKAGES = (
     "torch",
@@ -59,10 +59,7 @@ class Stages:
                 holder[key] = _ordered(holder[key])
 
     def lines(self, name: str, file: str) -> list[dict[str, Any]]:
-        store = self.stores.get(name)
-        if store is None or not store.exists(file):
-            return []
-        return [json.loads(line) for line in store.read(file).splitlines()]
+        return rows_of(self.stores[name], file) if name in self.stores else []
 
     def config(self, name: str) -> str:
         return self.stores[name].read("config.yaml").decode()

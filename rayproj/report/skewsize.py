@@ -33,14 +33,20 @@ def read_table(path: str, columns: Sequence[str]) -> dict[str, list[Any]]:
     readers = {".parquet": parquet.read_table, ".csv": read_csv, ".jsonl": json.read_json}
     if Path(path).suffix not in readers:
         raise UserError(f"'{path}' is to be a .parquet, .csv or .jsonl file.")
+    encoded = UserError(f"'{path}' is no {Path(path).suffix} file of texts in UTF-8; save it as one.")
     try:
         table = readers[Path(path).suffix](path)
+        names = table.column_names
     except FileNotFoundError:
         raise UserError(f"There is no file '{path}'; check the path.") from None
+    except UnicodeDecodeError:
+        raise encoded from None
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"'{path}' cannot be read: {str(error).splitlines()[0]}.") from error
-    if missing := [name for name in columns if name not in table.column_names]:
-        raise UserError(f"'{path}' has no column '{missing[0]}'; it has {', '.join(table.column_names)}.")
+    if missing := [name for name in columns if name not in names]:
+        raise UserError(f"'{path}' has no column '{missing[0]}'; it has {', '.join(names)}.")
+    if any(pa.types.is_binary(table[name].type) for name in columns):  # as pyarrow reads texts in another encoding
+        raise encoded
     return {name: table[name].to_pylist() for name in columns}
 
 
@@ -185,8 +191,6 @@ def residuals(found: dict[str, dict[str, Any]], most: int = 4) -> Figure:
 
 def run(arguments: Any) -> int:
     """The command."""
-    if arguments.together < 1:
-        raise UserError(f"--together is a number of columns from 1 on, not {arguments.together}.")
     found = of_table(
         arguments.table, arguments.prediction, arguments.label, arguments.group, plain=arguments.plain,
         words=arguments.words, synonyms=arguments.synonyms, embedder=arguments.embedder, rare=arguments.rare,

@@ -20,6 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from rayproj.classifiers.model import weights_of
+from rayproj.config import below
 from rayproj.data.cells import cells_of
 from rayproj.data.dataset import Dataset
 from rayproj.data.reader import Reader
@@ -71,7 +72,8 @@ class StudyConfig:
     bootstraps: int = 2000
 
     def problems(self) -> list[str]:
-        return [] if self.tests and self.groups else ["tests and groups must name what the sweep evaluated."]
+        found = [] if self.tests and self.groups else ["tests and groups must name what the sweep evaluated."]
+        return found + below(0, "study", self, "group_examples", "bootstraps")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayproj import config as configuration
+from rayproj.config import below
 from rayproj.data.dataset import Dataset, Header
 from rayproj.diffusion.conditions import LABEL, Conditions
 from rayproj.diffusion.sampling import SamplerConfig
@@ -75,6 +76,9 @@ class PlaygroundConfig:
     def problems(self) -> list[str]:
         names = ("batch", "queue", "per_address", "records", "max_images", "max_steps", "max_characters", "samplers")
         found = [f"playground.{name} must be positive." for name in names if getattr(self, name) <= 0]
+        found += below(0, "playground", self, "ema", "wait_ms", "cpus_per_sampler", "gpus_per_sampler")
+        if not 0 < self.port < 65536:
+            found.append(f"playground.port is from 1 to 65535, not {self.port}.")
         if self.sampler.weights:
             found.append("playground.sampler.weights: requests say one guidance; leave the weights out.")
         for name in ("queue", "per_address"):

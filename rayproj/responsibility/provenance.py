@@ -404,6 +404,10 @@ def check_manifest(file: str, data: bytes, anchors: bytes = b"") -> Verdict:
             manifest, results = reader.get_active_manifest() or {}, reader.get_validation_results() or {}
     except c2pa.C2paError.ManifestNotFound:
         return Verdict(file, "none", problems=("the file has no C2PA manifest, and there is no sidecar",))
+    except c2pa.C2paError.NotSupported:
+        return Verdict(
+            file, "none", problems=("it is no image of a kind that can have a C2PA manifest; give an image",)
+        )
     except c2pa.C2paError as error:
         return Verdict(file, "C2PA manifest", "nobody", problems=(f"it cannot be read: {error}",))
     failures = results.get("activeManifest", {}).get("failure", [])

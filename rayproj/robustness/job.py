@@ -111,6 +111,8 @@ class RobustnessConfig:
 
     def problems(self) -> list[str]:
         found = [f"robustness.{n} must be positive." for n in ("examples", "shard_size") if getattr(self, n) <= 0]
+        if any(radius <= 0 for radius in self.radii):
+            found.append("robustness.radii must be positive.")
         if self.classifiers and not (self.test and self.out):
             found.append("robustness.classifiers need robustness.test, and robustness.out for what is found.")
         unknown = sorted({d.base for d in self.defences.values()} - set(self.classifiers))

@@ -76,6 +76,8 @@ class SoupConfig:
     def problems(self) -> list[str]:
         names = ("parts", "steps", "examples", "shard_size")
         found = [f"soup.{name} must be positive." for name in names if getattr(self, name) <= 0]
+        if any(shots < 1 for shots in self.shots):
+            found.append("soup.shots must be positive.")
         if not self.members:
             found.append("soup.members is empty.")
         unknown = sorted(set(self.corruptions) - set(CORRUPTIONS))

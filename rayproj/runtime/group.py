@@ -20,6 +20,7 @@ import ray
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rayproj.config import below
 from rayproj.engine.world import World
 from rayproj.runtime.placement import Placed
 from rayproj.runtime.policy import RetryConfig
@@ -41,8 +42,11 @@ class GroupConfig:
     retry: RetryConfig = field(default_factory=RetryConfig)
 
     def problems(self) -> list[str]:
-        found = [] if self.ranks >= 0 else [f"cluster.ranks must not be negative, not {self.ranks}."]
-        return found if self.min_ranks <= self.ranks else [*found, "cluster.min_ranks must not exceed cluster.ranks."]
+        names = ("ranks", "cpus_per_rank", "gpus_per_rank", "start_timeout", "shrink_after", "min_ranks")
+        found = below(0, "cluster", self, *names)
+        if self.min_ranks > max(0, self.ranks):
+            found.append("cluster.min_ranks must not exceed cluster.ranks.")
+        return found
 
 
 def import_entry(entry: str) -> Callable[..., Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import datetime
 from typing import Any
 
 from rayproj.runtime.run import attempts, job_of
 from rayproj.storage.store import Store
+from rayproj.tracking.tracker import rows_of
 
 POLL_SECONDS = 1.0
 
@@ -20,18 +20,14 @@ def lines(run: Store) -> list[str]:
         said.append((attempt.began, f"begun on {attempt.host} as process {attempt.pid}"))
         if attempt.ended:
             said.append((attempt.ended, f"{attempt.outcome}{': ' if attempt.why else ''}{attempt.why}"))
-    said += [(event["time"], event["text"]) for event in _rows(run, "events.jsonl")]
-    said += [(row["time"], _metrics(row)) for row in _rows(run, "metrics.jsonl")]
+    said += [(event["time"], event["text"]) for event in rows_of(run, "events.jsonl")]
+    said += [(row["time"], _metrics(row)) for row in rows_of(run, "metrics.jsonl")]
     return [f"{datetime.fromtimestamp(when):%Y-%m-%d %H:%M:%S}  {text}" for when, text in sorted(said)]
 
 
 def _metrics(row: dict[str, Any]) -> str:
     shown = ("loss", "epsilon", "images_per_second", "goodput")
     return f"step {row['step']}" + "".join(f"  {name} {row[name]:.4g}" for name in shown if name in row)
-
-
-def _rows(run: Store, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run.read(name).splitlines()] if run.exists(name) else []
 
 
 def print_logs(run_dir: str, follow: bool) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError
 
+from rayproj.config import below
 from rayproj.errors import Interrupted, NonFiniteLoss, UserError
 from rayproj.storage.retry import StoreUnavailable
 
@@ -39,6 +40,9 @@ class RetryConfig:
     max_store_failures: int = 3
     max_preemptions: int = -1  # nodes drained or lost; -1: without end
     hang_seconds: float = 900.0  # without a sign of life from any rank; never less than ten steps' time
+
+    def problems(self) -> list[str]:
+        return below(0, "retry", self, "hang_seconds")
 
 
 BUDGETS = {

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from rayproj import faults
+from rayproj.config import below
 from rayproj.data import watermark
 from rayproj.data.dataset import Dataset
 from rayproj.data.writer import commit_shard
@@ -33,7 +34,9 @@ class PoolConfig:
     lease_seconds: float = 600.0  # after which a shard is given to somebody else too
 
     def problems(self) -> list[str]:
-        return [f"pool.{k} must be positive." for k in ("actors", "max_ahead") if getattr(self, k) <= 0]
+        positive = ("actors", "max_ahead", "lease_seconds")
+        found = [f"pool.{k} must be positive." for k in positive if getattr(self, k) <= 0]
+        return found + below(0, "pool", self, "cpus_per_actor", "gpus_per_actor")
 
 
 class _Maker:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,9 @@ def attempts(store: Store) -> list[Attempt]:
     found = []
     for path in store.list("attempts"):
         if path.endswith("/start.json"):
-            start = from_json(store.read(path))
+            began, host, pid = store.parsed(path, lambda data: itemgetter("began", "host", "pid")(from_json(data)))
             end_path = path.replace("start.json", "end.json")
-            end = from_json(store.read(end_path)) if store.exists(end_path) else {}
-            began, host, pid = start["began"], start["host"], start["pid"]
+            end: dict[str, Any] = store.parsed(end_path) if store.exists(end_path) else {}
             found.append(Attempt(began, host, pid, end.get("ended"), end.get("outcome"), end.get("why", "")))
     return sorted(found, key=lambda attempt: attempt.began)
 
@@ -95,9 +95,7 @@ class Run:
         self.job, self.store = job, store
         self.id = "-".join(store.uri.replace("://", "/").rstrip("/").split("/")[-2:])
         self.config: dict[str, Any] = configuration.to_dict(config)
-        self.result: dict[str, Any] | None = (
-            from_json(store.read("result.json")) if store.exists("result.json") else None
-        )
+        self.result: dict[str, Any] | None = store.parsed("result.json") if store.exists("result.json") else None
         self.tracker = Tracker(self.id, job, store, config.tracking, self.config)
         self._began = self._looked = time.time()
 
@@ -189,12 +187,16 @@ def job_of(run_dir: str) -> str:
     """The job that a run is of.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run, or its record is damaged.
     """
     store = Store(run_dir)
     if not store.exists("run.json"):
         raise UserError(f"There is no run at '{run_dir}'; 'rayproj status FOLDER' lists those below a folder.")
-    return str(from_json(store.read("run.json"))["job"])
+    return _job(store)
+
+
+def _job(store: Store) -> str:
+    return store.parsed("run.json", lambda data: str(from_json(data)["job"]))
 
 
 def wish_stop(run_dir: str) -> str:
@@ -227,7 +229,7 @@ def _require_nobody(store: Store, before: list[Attempt]) -> None:
 
 
 def _require_job(store: Store, job: str) -> None:
-    before = from_json(store.read("run.json"))["job"]
+    before = _job(store)
     if before != job:
         raise UserError(
             f"The run dir '{store.uri}' belongs to the job {before}, not {job}; set another run.dir, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -11,7 +10,8 @@ from rich.table import Table
 
 from rayproj.errors import UserError
 from rayproj.runtime.run import attempts
-from rayproj.storage.store import Store, from_json
+from rayproj.storage.store import Store
+from rayproj.tracking.tracker import rows_of
 
 SILENT_SECONDS = 900.0
 
@@ -35,8 +35,8 @@ def runs(root: str) -> list[dict[str, Any]]:
 
 def _row(store: Store, folder: str, files: list[str]) -> dict[str, Any]:
     run = store.at(folder.rstrip("/")) if folder else store
-    rows = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()] if run.exists("metrics.jsonl") else []
-    result = from_json(run.read("result.json")) if run.exists("result.json") else None
+    rows = rows_of(run, "metrics.jsonl")
+    result = run.parsed("result.json") if run.exists("result.json") else None
     steps = [int(f.split("step-")[1][:8]) for f in files if f.endswith("/COMMIT.json")]
     last = rows[-1] if rows else {}
     latest = attempts(run)[-1:]

@@ -6,9 +6,10 @@ import fnmatch
 import os
 import shlex
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayproj.errors import UserError
 
@@ -19,7 +20,19 @@ if TYPE_CHECKING:
 MAX_BYTES = 95 << 20
 HEAD_SECONDS = 300.0  # to wait for a head that does not answer
 AGENT_SECONDS = 200.0  # until the agent of a head that has just come up answers
-EXCLUDES = [".git", ".venv", "runs", "wandb", "dist", "build", "__pycache__", "*.tar", "*_cache", "*.egg-info"]
+EXCLUDES = [
+    ".git",
+    ".venv",
+    "runs",
+    "wandb",
+    "dist",
+    "build",
+    "secret",
+    "__pycache__",
+    "*.tar",
+    "*_cache",
+    "*.egg-info",
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class Request:
     config: str
     overrides: list[str]
     folder: Path  # what is sent; the job's working directory there
+    values: dict[str, Any] = field(default_factory=dict)  # of the config, where it is known what the job makes of it
 
     @property
     def entrypoint(self) -> str:
@@ -56,12 +70,19 @@ def check(request: Request) -> dict[str, int]:
     """The files that would be sent.
 
     Raises:
-        UserError: the job or config is not among them, or they are too large for Ray's job API.
+        UserError: the job or config is not among them, nor is a file that the config names, or they are too large for Ray's
+            job API.
     """
     files = sent_files(request.folder)
     for path in (request.job, request.config):
         if os.path.normpath(path) not in files:
             raise UserError(f"'{path}' is not a file below {request.folder}; run this in the checkout's folder.")
+    for path in _texts(request.values):
+        here = not os.path.isabs(path) and os.path.isfile(request.folder / path)
+        if here and os.path.normpath(path) not in files:
+            raise UserError(
+                f"'{path}' is not sent; put it on every node, where others cannot read it, and give that path."
+            )
     total = sum(files.values())
     if total > MAX_BYTES:
         largest = sorted(files.items(), key=lambda item: -item[1])[:5]
@@ -71,6 +92,14 @@ def check(request: Request) -> dict[str, int]:
             f"move or delete the largest: {names}."
         )
     return files
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def describe(request: Request) -> str:

@@ -221,6 +221,17 @@ class Store:
         """The whole file. Raises FileNotFoundError."""
         return self._persist(lambda: bytes(self._fs.cat_file(self._path(path))))
 
+    def parsed(self, path: str, parse: Callable[[bytes], Result] = from_json) -> Result:
+        """What `parse` makes of a file. Raises FileNotFoundError, and UserError where the file is damaged."""
+        data = self.read(path)
+        try:
+            return parse(data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"'{self.uri}/{path}' is damaged and cannot be read ({type(error).__name__}: {error}); put it back from a "
+                "copy, or make the folder again."
+            ) from error
+
     def exists(self, path: str) -> bool:
         # Not the filesystem's `exists`: s3fs' says False to whatever goes wrong with a bucket.
         try:

@@ -78,6 +78,7 @@ class GenerateConfig:
         if not ENCODINGS.get(self.encoding, ENCODINGS["npy"]).image:
             return ["generate.encoding is png, webp or jpg."]
         found = [f"generate.{k} must be positive." for k in ("samples", "shard_size", "batch") if getattr(self, k) <= 0]
+        found += configuration.below(0, "generate", self, "ema")
         if self.weak and (self.sampler.weights or self.sampler.guidance == 1):
             found.append("generate.weak guides by sampler.guidance, other than 1 and without sampler.weights.")
         if self.sampler.weights and any(part.guidance is not None for part in self.shares):

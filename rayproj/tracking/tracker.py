@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tempfile
 import time
 from collections import Counter
@@ -18,6 +19,23 @@ from rayproj.tracking.goodput import Goodput
 from rayproj.tracking.progress import StageProgress, say
 from rayproj.tracking.prometheus import PrometheusSink
 from rayproj.tracking.wandb_sink import WandbSink
+
+FILES = ("metrics.jsonl", "timeline.jsonl", "events.jsonl")
+
+
+def rows_of(store: Store, name: str) -> list[dict[str, Any]]:
+    """The rows of one of a run's files; what follows the last whole line, as a full disk leaves it, is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not store.exists(name):
+        return []
+    return store.parsed(name, lambda data: [json.loads(line) for line in _whole(data).splitlines()])
+
+
+def _whole(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]
 
 
 class WandbMode(Enum):
@@ -60,9 +78,12 @@ class Tracker:
         """Begin taking events."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._scratch:
-            for name in ("metrics.jsonl", "timeline.jsonl", "events.jsonl"):
+            for name in FILES:
                 if self.store.exists(name):
                     (self._folder / name).write_bytes(self.store.read(name))
+        for path in (self._folder / name for name in FILES):
+            if path.exists():  # else the next line would be appended to half of one
+                os.truncate(path, len(_whole(path.read_bytes())))
         self._wandb = WandbSink(self.run_id, self._folder, self.config, self.settings)
         self._prometheus = PrometheusSink(self.run_id, self.job)
         self.restarts = Counter(e["cause"] for e in self._lines("events.jsonl") if e["type"] == "restart")
@@ -150,8 +171,7 @@ class Tracker:
             self._scratch.cleanup()
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        path = self._folder / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return rows_of(Store(str(self._folder)), name)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with (self._folder / name).open("a") as file:

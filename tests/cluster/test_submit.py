@@ -1,6 +1,7 @@
 """A real Ray head with its dashboard, and jobs handed to it both ways."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -20,13 +21,16 @@ import psutil
 import pytest
 import torch
 
+from rayproj import cli
 from rayproj.engine.checkpoint import commits, load_ema
+from rayproj.errors import UserError
+from rayproj.runtime.submit import Request, check
 from rayproj.storage.store import Store
 from tests.support import images
 from tests.support.commands import ROOT, environment, run
 
 RAYPROJ = [sys.executable, "-m", "rayproj.cli"]
-FAILING = [*RAYPROJ, "submit", "jobs/train_autoencoder.py", "configs/train_autoencoder.yaml", "train.stepz=1"]
+FAILING = [*RAYPROJ, "submit", "jobs/train_autoencoder.py", "configs/train_autoencoder.yaml", "data=/nowhere"]
 
 
 def free_port(low: int = 6400, high: int = 9900) -> int:
@@ -112,8 +116,8 @@ def test_rayproj_submit_and_ray_job_submit(head: str, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "ae" / "result.json").read_text())
     assert (result["steps"], result["ranks"]) == (4, 2)
 
-    failed = run(*FAILING, "--address", head, "--follow")
-    assert failed.returncode == 2 and "did you mean 'train.steps'?" in failed.stdout
+    failed = run(*FAILING, f"run.dir={tmp_path}/failed", "--address", head, "--follow")
+    assert failed.returncode == 2 and "There is no dataset at '/nowhere'" in failed.stdout
 
 
 @pytest.mark.slow
@@ -168,33 +172,65 @@ def test_a_head_with_a_token(tmp_path: Path) -> None:
         head.end()
 
 
-def test_a_dry_run_says_what_would_be_sent() -> None:
-    done = run(*RAYPROJ, "submit", "--dry-run", "jobs/generate.py", "configs/generate.yaml", "run.seed=3")
-    assert done.returncode == 0
-    assert "python jobs/generate.py configs/generate.yaml run.seed=3" in done.stdout and "MiB" in done.stdout
+@pytest.fixture
+def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # which submit sets
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_a_dry_run_says_what_would_be_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["submit", "--dry-run", "jobs/generate.py", "configs/generate.yaml", "run.seed=3"]) == 0
+    said = capsys.readouterr().out
+    assert "python jobs/generate.py configs/generate.yaml run.seed=3" in said and "MiB" in said
+
+
+def write_job(folder: Path) -> None:
+    for name in ("jobs/j.py", "c.yaml"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
 
 
 def test_a_folder_too_large_for_ray_is_refused_with_its_largest_files(tmp_path: Path) -> None:
-    for name in ("jobs/j.py", "c.yaml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
+    write_job(tmp_path)
     with open(tmp_path / "huge.bin", "wb") as file:
         file.truncate(120 << 20)
     (tmp_path / ".venv").mkdir()
     with open(tmp_path / ".venv" / "excluded.bin", "wb") as file:
         file.truncate(500 << 20)
-    done = run(*RAYPROJ, "submit", "jobs/j.py", "c.yaml", cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert done.returncode == 2 and "has 120 MiB" in done.stderr and "huge.bin (120 MiB)" in done.stderr
+    with pytest.raises(UserError, match=r"has 120 MiB.*huge\.bin \(120 MiB\)"):
+        check(Request("jobs/j.py", "c.yaml", [], tmp_path))
 
 
+def test_keys_stay_here_and_a_job_that_needs_one_says_so(tmp_path: Path) -> None:
+    write_job(tmp_path)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "watermark").write_bytes(bytes(32))
+    plain = Request("jobs/j.py", "c.yaml", [], tmp_path, {"out": "runs/new", "prompts": ["c.yaml", ""]})
+    assert set(check(plain)) == {"jobs/j.py", "c.yaml"}
+    marked = {"generate": [{"watermark": {"key": "secret/watermark"}}]}
+    with pytest.raises(UserError, match="'secret/watermark' is not sent; put it on every node"):
+        check(dataclasses.replace(plain, values=marked))
+    everywhere = {"key": str(tmp_path / "secret" / "watermark")}
+    assert check(dataclasses.replace(plain, values=everywhere))
+    assert "/secret/" in (ROOT / ".gitignore").read_text().split()
+
+
+@pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["jobs/none.py", "configs/generate.yaml"], "'jobs/none.py' is not a file below"),
+        (["jobs/generate.py", "configs/none.yaml"], "'configs/none.yaml' does not exist"),
+        (
+            ["jobs/generate.py", "configs/generate.yaml", "generate.bach=3", "--dry-run"],
+            "did you mean 'generate.batch'?",
+        ),
         (["jobs/generate.py", "configs/generate.yaml"], "Give the cluster's dashboard"),
         (["jobs/generate.py", "configs/generate.yaml", "--address", "http://127.0.0.1:9"], "No Ray dashboard answers"),
     ],
 )
-def test_what_cannot_be_submitted(words: list[str], says: str) -> None:
-    done = run(*RAYPROJ, "submit", *words)
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+def test_what_cannot_be_submitted(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["submit", *words]) == 2
+    assert says in capsys.readouterr().err

@@ -189,13 +189,34 @@ def test_any_webdataset_tars(tmp_path: Path) -> None:
     source = open_source(SourceConfig(kind=SourceKind.webdataset, path=str(tmp_path), image_size=8))
     samples = list(source.samples())
     assert [s["label"] for s in samples] == [0, 1, 2, 0, 1, 2] and {s["image"].shape for s in samples} == {(1, 8, 8)}
-    with pytest.raises(UserError, match="lacks a label or attribute"):
-        open_source(SourceConfig(kind=SourceKind.webdataset, path=str(tmp_path), attributes=["site"]))
+    for missing in ({"attributes": ["site"]}, {"group_column": "site"}):
+        with pytest.raises(UserError, match="has no 'site' in a json member"):
+            open_source(SourceConfig(kind=SourceKind.webdataset, path=str(tmp_path), **missing))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="No tar matches"):
         open_source(SourceConfig(kind=SourceKind.webdataset, path=str(tmp_path / "none")))
     (tmp_path / "1.tar").write_bytes((tmp_path / "1.tar").read_bytes()[:700])
     with pytest.raises(UserError, match=r"1\.tar' is not a whole tar"):
         open_source(SourceConfig(kind=SourceKind.webdataset, path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("member", "data", "says"),
+    [
+        ("json", b'{"label": 1}', "has no label: neither 'class' in a json member nor a cls member; name the key"),
+        ("txt", b"a cat", "has no label: neither 'class' in a json member"),
+        ("json", b'{"class"', "The json or cls member of the sample '.*1' cannot be read"),
+        ("json", b"[1]", "The json or cls member of the sample '.*1' cannot be read"),
+        ("cls", b"\xff", "The json or cls member of the sample '.*1' cannot be read"),
+    ],
+)
+def test_a_webdataset_without_a_label(tmp_path: Path, member: str, data: bytes, says: str) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("1.png", png(np.zeros((9, 9), np.uint8))), (f"1.{member}", data)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(UserError, match=says):
+        open_source(SourceConfig(kind=SourceKind.webdataset, path=str(tmp_path), label_column="class"))
 
 
 def test_an_unknown_attribute_of_the_emoji() -> None:

@@ -261,6 +261,6 @@ def test_conditions_that_cannot_be_had(conditions: dict[str, ConditionConfig], n
 
 def test_settings_that_mean_nothing() -> None:
     assert len(ConditionConfig(1.5).problems()) == len(ConditionConfig(captions={"a": 0.0}).problems()) == 1
-    assert DenoiserConfig(Network.dit, layers=0).problems() == ["denoiser.layers must be at least 1."]
+    assert DenoiserConfig(Network.dit, layers=0).problems() == ["denoiser.layers must be at least 1, not 0."]
     with pytest.raises(UserError, match="do not cut into patches of 3x3"):
         Denoiser(replace(SMALL["dit"], patch=3), (4, 8, 8), Conditions({"label": 3}))

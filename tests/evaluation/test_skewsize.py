@@ -308,8 +308,6 @@ def test_intersections_of_three_are_those_of_a_loop(tmp_path: Path, capsys: pyte
         assert found["tone × style × owner"]["effects"][str(label)] == pytest.approx(v)
     assert cli.main([*words, "--bootstraps", "0", "--together", "1", "--out", str(tmp_path / "r.json")]) == 0
     assert list(json.loads((tmp_path / "r.json").read_text())) == list(columns)
-    assert cli.main([*words, "--together", "0"]) == 2
-    assert "--together is a number of columns from 1 on, not 0" in capsys.readouterr().err
     assert SkewSizeConfig(together=0).problems() == [
         "skewsize.together must be positive, not 0; 1: each grouping variable by itself."
     ]
@@ -540,11 +538,15 @@ def test_models_of_one_table_are_told_apart(tmp_path: Path, capsys: pytest.Captu
         ({"file": "p.txt"}, "is to be a .parquet, .csv or .jsonl file"),
         ({"file": "absent.csv"}, "There is no file"),
         ({"file": "empty.parquet"}, "holds no row"),
+        ({"file": "latin.csv"}, "is no .csv file of texts in UTF-8; save it as one"),
+        ({"file": "name.csv"}, "is no .csv file of texts in UTF-8; save it as one"),
     ],
 )
 def test_bad_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], said: str) -> None:
     write(tmp_path / "p.parquet", y=["a"], p=["a"], g=["x"])
     write(tmp_path / "empty.parquet", y=[], p=[], g=[])
+    (tmp_path / "name.csv").write_bytes("y,p,g,Größe\na,a,x,1\n".encode("latin-1"))
+    (tmp_path / "latin.csv").write_bytes("y,p,g\nKäse,a,x\n".encode("latin-1"))
     given = {"--prediction": "p", "--label": "y", "--group": "g", "file": "p.parquet", **change}
     options = [word for name, value in given.items() if name != "file" for word in (name, value)]
     assert cli.main(["evaluate", "skewsize", str(tmp_path / given["file"]), *options]) == 2

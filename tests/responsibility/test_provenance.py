@@ -58,6 +58,15 @@ def one_pixel_changed(data: bytes, kind: str) -> bytes:
 
 
 @needs_c2pa
+def test_what_is_no_image_has_no_bad_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.txt").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(picture("png")[:100])
+    assert cli.main(["provenance", "check", str(tmp_path / "t.txt")]) == 2
+    assert "t.txt: no provenance (it is no image of a kind that can have" in capsys.readouterr().out
+    assert "it cannot be read" in check(str(tmp_path / "cut.png")).problems[0], "of an image that is damaged it is"
+
+
+@needs_c2pa
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
 def test_a_manifest_is_read_back_and_a_changed_pixel_is_found(
     keys: Path, signer: Signer, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]

@@ -14,6 +14,7 @@ from rayproj.data.parts import KeepConfig
 from rayproj.errors import UserError
 from rayproj.runtime import run as run_module
 from rayproj.runtime.group import GroupConfig
+from rayproj.runtime.logs import print_logs
 from rayproj.runtime.run import Attempt, Run, RunConfig, attempts, seconds, wish_stop
 from rayproj.storage.store import Store, to_json
 from rayproj.tracking.tracker import TrackingConfig, WandbMode
@@ -130,6 +131,30 @@ def test_another_job_is_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="belongs to the job job, not other"), Run.open("other", config(tmp_path)):
         pass
+
+
+def test_one_mistake_in_the_number_of_ranks_is_one_problem() -> None:
+    assert GroupConfig(ranks=-1).problems() == ["cluster.ranks must be at least 0, not -1."]
+    assert GroupConfig(ranks=2, min_ranks=3).problems() == ["cluster.min_ranks must not exceed cluster.ranks."]
+    assert GroupConfig(ranks=2, min_ranks=2).problems() == []
+
+
+@pytest.mark.parametrize("content", ["", '{"job": "jo', "{}", "[]"])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
+    with Run.open("job", config(tmp_path)):
+        pass
+    place = tmp_path / "a" / "b"
+    (place / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run.json' is damaged and cannot be read .*; put it back from a copy"):
+        wish_stop(str(place))
+    with pytest.raises(UserError, match=r"run.json' is damaged"):
+        print_logs(str(place), follow=False)
+    with pytest.raises(UserError, match=r"run.json' is damaged"), Run.open("job", config(tmp_path)):
+        pass
+    (place / "run.json").write_text('{"job": "job"}')
+    next(place.glob("attempts/*/start.json")).write_text(content)
+    with pytest.raises(UserError, match=r"start.json' is damaged"):
+        print_logs(str(place), follow=False)
 
 
 def test_a_wish_to_stop_reaches_the_driver_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rayproj.errors import UserError
 from rayproj.storage.store import Store
-from rayproj.tracking.tracker import Tracker, TrackingConfig, WandbMode, grid
+from rayproj.tracking.tracker import Tracker, TrackingConfig, WandbMode, grid, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"train": {"lr": 0.1, "steps": 10}, "name": "ε"}
@@ -185,6 +186,22 @@ def test_a_resumed_run_logs_each_step_once(tmp_path: Path) -> None:
     track(Store(str(tmp_path)), config, range(5, 11), resumed=4)
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == list(range(1, 11))
     assert len(lines(tmp_path / "timeline.jsonl")) == 2
+
+
+def test_half_a_line_as_a_full_disk_leaves_it_is_in_nobodys_way(tmp_path: Path) -> None:
+    config = TrackingConfig(wandb=WandbMode.disabled)
+    store = Store(str(tmp_path))
+    track(store, config, range(1, 4))
+    for name in ("metrics.jsonl", "timeline.jsonl", "events.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"time": 17')
+    assert [row["step"] for row in rows_of(store, "metrics.jsonl")] == [1, 2, 3], "whoever reads passes over it"
+    track(store, config, range(4, 6), resumed=3)
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert len(lines(tmp_path / "timeline.jsonl")) == 2
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl' is damaged and cannot be read"):
+        rows_of(store, "metrics.jsonl")
 
 
 @pytest.mark.parametrize("what", ["refuses to start", "is not there"])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from rayproj.config import below
 from rayproj.data.encodings import of_picture
 from rayproj.data.split import ROLES
 from rayproj.errors import UserError
@@ -78,6 +79,8 @@ class SourceConfig:
     demographics: str = ""  # chexpert: CSV of the separate file, for race
 
     def problems(self) -> list[str]:
+        if wrong := below(1, "source", self, "image_size"):
+            return wrong
         if self.roles and self.kind not in TABLES:
             return [
                 f"source.roles are for {', '.join(kind.value for kind in TABLES)}; of other sources use data.fractions."

@@ -69,13 +69,21 @@ def _sample(name: str, members: dict[str, bytes], config: SourceConfig) -> tuple
     if image is None:
         raise UserError(f"The sample '{name}' has no image member ({', '.join(IMAGES)}); take it out.")
     try:
-        values = json.loads(members["json"]) if "json" in members else {}
-        label = values[config.label_column] if config.label_column in values else members["cls"].decode().strip()
-        for needed in [*config.attributes, *([config.group_column] if config.group_column else [])]:
-            values[needed]
-    except (KeyError, ValueError) as error:
+        values = dict(json.loads(members["json"])) if "json" in members else {}
+        label = values.get(config.label_column, members["cls"].decode().strip() if "cls" in members else None)
+    except (TypeError, ValueError) as error:
         raise UserError(
-            f"The sample '{name}' lacks a label or attribute ({error}); name the json keys in source.label_column and "
-            "source.attributes."
+            f"The json or cls member of the sample '{name}' cannot be read ({error}); repair it."
         ) from error
+    if config.label_column not in values and "cls" not in members:
+        raise UserError(
+            f"The sample '{name}' has no label: neither '{config.label_column}' in a json member nor a cls member; name "
+            "the key in source.label_column."
+        )
+    for needed in filter(None, [*config.attributes, config.group_column]):
+        if needed not in values:
+            raise UserError(
+                f"The sample '{name}' has no '{needed}' in a json member; name keys that are there in source.attributes "
+                "and source.group_column."
+            )
     return name, image, label, values
