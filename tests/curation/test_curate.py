@@ -23,7 +23,7 @@ from rayproj.data.sources import SourceConfig, SourceKind, open_source
 from rayproj.data.writer import commit_shard
 from rayproj.errors import UserError
 from rayproj.responsibility.personal import personal
-from rayproj.responsibility.safety import SafetyConfig, described, planned
+from rayproj.responsibility.safety import Safety, SafetyConfig, described, planned
 
 CAPTIONS = {3: "call 0171 555 0123", 7: "by jane.doe@example.org", 8: "A Gun, drawn"}
 
@@ -254,6 +254,9 @@ def test_a_detector_that_ships_in_a_package_finds_what_its_own_code_does() -> No
     told = np.array(theirs) > 0  # theirs leaves out what is below 0.2
     np.testing.assert_allclose(found[told], np.array(theirs)[told], atol=0.02)
     assert found[~told].max() < 0.25
+    safe = Safety(SafetyConfig({"face": replace(face, at_most=0.4)}))
+    grey = safe.greyed(images)
+    assert safe.reasons(images)[0] == ["face"] and len(np.unique(grey[0])) == 1 and np.array_equal(grey[1], images[1])
 
 
 @pytest.mark.parametrize(
