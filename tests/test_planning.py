@@ -41,6 +41,7 @@ HEADER = Header(
     classes=tuple("abcdefghij"),
 )
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if path.stem != "policy")  # no job's
+CONFIGS += sorted(f"evaluate/{path.stem}" for path in (ROOT / "configs" / "evaluate").glob("*.yaml"))
 
 
 class RandomBatches:
@@ -150,7 +151,8 @@ def test_every_config_can_be_planned_without_ray(
 ) -> None:
     monkeypatch.setattr(ray, "init", None)
     path = ROOT / "configs" / f"{name}.yaml"
-    job = name if (ROOT / "jobs" / f"{name}.py").exists() else "chain"
+    job = name.split("/")[0]
+    job = job if (ROOT / "jobs" / f"{job}.py").exists() else "chain"
     assert cli.main(["plan", job, str(path)]) == 0
     assert capsys.readouterr().out.startswith("job ")
 
