@@ -338,12 +338,6 @@ def build(root: str, places: dict[str, str]) -> tuple[dict[str, Any], str]:
     return report, html
 
 
-def readme_picture(root: str) -> bytes:
-    """One PNG that shows a chain's outcome: real beside synthetic images."""
-    columns, classes = sample_columns(Stages(Store(root), {}), 8)
-    return figures.png(figures.samples(columns, classes, zoom=0.42))
-
-
 def _ordered(by_name: dict[str, Any]) -> dict[str, Any]:
     """Real before public before private before the rest, whatever order the JSON has."""
     return {

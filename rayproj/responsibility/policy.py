@@ -292,7 +292,7 @@ class PromptPolicy:
 
 
 def allowed(config: PolicyConfig, decisions: Sequence[Decision], section: str) -> list[Decision]:
-    """Those that are against no prompt.
+    """Those whose prompts may be drawn.
 
     Args:
         section: where a config has the policy's, for messages.
